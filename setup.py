@@ -1,0 +1,46 @@
+"""Package metadata. The rooms are top-level folders; they are imported below the one name ``megatron_m1``."""
+
+from setuptools import setup
+
+ROOMS = {"megatron_m1": "megatron_m1"} | {f"megatron_m1.{room}": room for room in ("parallel", "kernels", "data")}
+PACKAGES = list(ROOMS) + ["megatron_m1.layers", "megatron_m1.training", "megatron_m1.kernels.lightning"]
+
+setup(
+    name="megatron-m1",
+    version="0.1.0",
+    description="A Megatron-style 3D-parallel pretraining system for MiniMax-M1-class models",
+    license="Apache-2.0",
+    python_requires=">=3.12",
+    packages=PACKAGES,
+    package_dir=ROOMS,
+    install_requires=[
+        "torch>=2.11",  # tensors, autograd, process groups, torchrun
+        "triton>=3.6; platform_system == 'Linux'",  # GPU kernels
+        "megatron-core>=0.19.2,<0.20",  # TP, PP, EP, distributed optimizer, dist_checkpointing, datasets
+        "transformers>=5.10",  # Hugging Face tokenizers and the native MiniMax model
+        "numpy>=2.0",  # token files
+        "sentencepiece>=0.2",  # BPE tokenizers, trained and loaded
+        "pyarrow>=18",  # Parquet corpora
+        "zstandard>=0.23",  # .zst corpora
+        "jsonargparse[signatures]>=4.40",  # one dataclass tree from YAML and dotted flags
+        "pyyaml>=6.0",  # YAML configs, resolved config files
+        "psutil>=6.0",  # dist_checkpointing reads host memory with it
+        "rich>=13.9",  # console: progress bars, tables
+        "tensorboard>=2.18",  # event files
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8.3",  # test runner
+            "pytest-timeout>=2.3",  # a hung collective ends a test
+            "hypothesis>=6.100",  # random packs
+            "ruff>=0.12",  # format and lint
+            "mypy>=1.15",  # types
+            "types-PyYAML",  # types
+            "types-psutil",  # types
+            "matplotlib>=3.9",  # plots of benchmarks
+        ],
+        "wandb": ["wandb>=0.18"],
+        "gpu": ["transformer-engine[pytorch]>=2.5"],
+    },
+    entry_points={"console_scripts": ["megatron-m1 = megatron_m1.cli:main"]},
+)
