@@ -1,0 +1,24 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness import WorkerPool, nan_filled_empty
+
+
+@pytest.fixture(scope="session")
+def workers() -> Iterator[WorkerPool]:
+    """Worker processes shared by all tests: ``workers.run(function, *arguments, world_size=2)``."""
+    pool = WorkerPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """``torch.empty`` and its relatives give NaN, so that an unwritten output is seen (in this process only)."""
+    with nan_filled_empty():
+        yield

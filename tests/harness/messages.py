@@ -1,0 +1,46 @@
+"""What the test process and its workers say to each other, pickled by module name."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+RELEASE = b"release"
+"""The test process lets a worker leave the process group of the call that it answered."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One function on ``world_size`` ranks."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    world_size: int
+    store_port: int
+    """Port on this machine of the TCPStore that the test process serves for this call alone."""
+    timeout: float
+    """Seconds after which the test process gives the call up."""
+    process_group: bool
+    """Whether the worker initialises (and destroys) the default gloo group around the function."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one rank gives back: a pickled value, or a pickled exception with its traceback."""
+
+    value: bytes | None = None
+    error: bytes | None = None
+    traceback: str = ""
+
+
+def pickled_exception(error: BaseException) -> bytes:
+    """Pickle ``error``; one that cannot make the journey becomes a RuntimeError with its type and message."""
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    # An exception class decides itself how it is rebuilt, so its failure can be of any type.
+    except Exception:
+        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    return data
