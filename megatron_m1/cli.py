@@ -1,0 +1,67 @@
+"""The console command ``megatron-m1``: one sub-command per file of ``megatron_m1.commands``, loaded when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megatron_m1.config_io import unknown
+from megatron_m1.launch import report_error
+
+COMMANDS = {
+    "pretrain": "train a model from tokenised text, or continue a run",
+    "tokenize": "turn JSONL, text or Parquet files into .bin/.idx token files",
+    "inspect": "parameter counts of a preset, contents of a checkpoint or of a run folder",
+}
+
+
+def usage() -> str:
+    """Return the text of ``megatron-m1 --help``."""
+    lines = [f"  {name:<10} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: megatron-m1 COMMAND [options]",
+            "",
+            "Pretrain MiniMax-M1-class models on megatron-core.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "megatron-m1 COMMAND --help explains every option.",
+        ]
+    )
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one sub-command and return the exit status.
+
+    Raises:
+        ValueError: the user's input is wrong; the message is one line that names the value and the fix.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    command = arguments[0]
+    if command not in COMMANDS:
+        raise unknown("command", command, list(COMMANDS))
+    module = importlib.import_module(f"megatron_m1.commands.{command}")
+    status: int = module.run(list(arguments[1:]))
+    return status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point: run a sub-command; wrong input ends in one line on stderr and status 2."""
+    try:
+        return run(sys.argv[1:] if arguments is None else arguments)
+    except ValueError as error:
+        report_error(error)
+        return 2
+    except BrokenPipeError:
+        # The reader (head, less) went away: not a fault. Keep Python from complaining again at exit.
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

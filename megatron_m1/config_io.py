@@ -1,0 +1,228 @@
+"""Read and write the configuration tree: preset < YAML file < dotted flags, and the resolved file of a run.
+
+Every fault of the user's is one ``ValueError`` whose message is one line that names the value and the fix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import os
+import re
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import jsonargparse
+import yaml
+
+from megatron_m1.config import Config
+from megatron_m1.presets import PRESETS, preset
+
+NONE_WORDS = ("none", "None", "null", "~")
+
+
+def field_types(tree: type = Config, prefix: str = "") -> dict[str, Any]:
+    """Map every dotted field path below ``tree``, e.g. ``train.max_steps``, to its type annotation."""
+    found: dict[str, Any] = {}
+    for name, annotation in get_type_hints(tree).items():
+        if dataclasses.is_dataclass(annotation):
+            found |= field_types(annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            found[prefix + name] = annotation
+    return found
+
+
+def nearest(name: str, candidates: Sequence[str]) -> str | None:
+    """Return the candidate most like ``name`` in its whole path or its last part, or None when nothing is close."""
+    wanted = name.replace("-", "_").lower()
+    leaf = wanted.rpartition(".")[2]
+
+    def likeness(candidate: str) -> float:
+        whole = difflib.SequenceMatcher(None, wanted, candidate).ratio()
+        last = difflib.SequenceMatcher(None, leaf, candidate.rpartition(".")[2]).ratio()
+        return max(whole, 0.99 * last)
+
+    best = max(candidates, key=likeness, default=None)
+    return best if best is not None and likeness(best) >= 0.6 else None
+
+
+def unknown(kind: str, name: str, candidates: Sequence[str], *, prefix: str = "") -> ValueError:
+    """Make the error for an unknown ``name``, with the nearest of ``candidates`` as the fix."""
+    suggestion = nearest(name, candidates)
+    fix = f"did you mean {prefix}{suggestion}?" if suggestion else "--help lists what there is"
+    return ValueError(f"unknown {kind} {prefix}{name}: {fix}")
+
+
+def parse_config(files: Sequence[str | Path], flags: Sequence[str], preset_name: str | None = None) -> Config:
+    """Build the configuration from a preset, YAML files (later ones win) and dotted flags, in rising precedence.
+
+    Args:
+        files: YAML files, each a mapping of the groups of ``Config``.
+        flags: command line left after the command's own options: ``--train.max_steps 5`` or ``--train.max_steps=5``.
+        preset_name: name given on the command line; None takes the files' ``preset``, else the default one.
+
+    Raises:
+        ValueError: a file can't be read, a key is unknown, or a value has the wrong type.
+    """
+    values: dict[str, Any] = {}
+    for file in files:
+        values |= read_yaml(file)
+    values |= read_flags(flags)
+    name = preset_name or values.get("preset") or Config().preset
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
+    return _typed(values | {"preset": name}, Config(preset=name, model=preset(name)))
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a configuration that ``write_config`` wrote (any YAML of the tree will do).
+
+    Raises:
+        ValueError: as ``parse_config``.
+    """
+    return parse_config([path], [])
+
+
+def write_config(config: Config, path: str | Path) -> None:
+    """Write ``config`` as YAML, atomically: the file is complete or is not there."""
+    path = Path(path)
+    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None, width=120)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Read a YAML file of the tree into dotted paths.
+
+    Raises:
+        ValueError: the file can't be read, is no YAML mapping, or has an unknown key.
+    """
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ValueError(f"config file {file} can't be read: {reason}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = str(getattr(error, "problem", None) or "a character that YAML does not allow")
+        raise ValueError(f"config file {file} is no valid YAML{place}: {problem}") from error
+    try:
+        return _flatten(content, "")
+    except ValueError as error:
+        raise ValueError(f"config file {file}: {error}") from error
+
+
+def _flatten(content: Any, prefix: str) -> dict[str, Any]:
+    """Turn nested mappings into dotted paths and refuse what the tree does not have."""
+    known = field_types()
+    groups = {path.partition(".")[0] for path in known if "." in path}
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        where = f"{prefix.rstrip('.')} must hold fields" if prefix else "the top level must hold groups"
+        raise ValueError(f"{where} as 'name: value', not {content!r}")
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        path = f"{prefix}{key}"
+        if path in groups:
+            flat |= _flatten(value, f"{path}.")
+        elif path in known:
+            flat[path] = value
+        else:
+            raise unknown("key", path, [*known, *groups])
+    return flat
+
+
+def read_flags(flags: Sequence[str]) -> dict[str, Any]:
+    """Read ``--group.field value`` and ``--group.field=value`` pairs; a yes/no field may stand without a value.
+
+    Raises:
+        ValueError: an unknown flag (with the nearest one), a flag without a value, or a stray word.
+    """
+    known = field_types()
+    values: dict[str, Any] = {}
+    rest = list(flags)
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        path = flag.removeprefix("--")
+        if path == flag:
+            raise ValueError(f"unexpected argument {flag!r}: settings are --group.field value")
+        if path not in known:
+            raise unknown("option", path, list(known), prefix="--")
+        if not equals:
+            follows = bool(rest) and not rest[0].startswith("--")
+            if not follows and bool not in _alternatives(known[path]):
+                raise ValueError(f"--{path} needs a value: {describe(known[path])}")
+            value = rest.pop(0) if follows else "true"
+        values[path] = value
+    return values
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type itself."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def describe(annotation: Any) -> str:
+    """Say in words what values a type takes, e.g. ``an integer or none``."""
+    words = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
+    parts = []
+    for member in _alternatives(annotation):
+        if get_origin(member) is Literal:
+            parts.append("one of " + ", ".join(map(str, get_args(member))))
+        else:
+            parts.append(words.get(member, "a list such as [a, b]"))
+    return " or ".join(parts)
+
+
+def _normalise(value: Any, annotation: Any) -> Any:
+    """Bring a YAML or flag value to the form the type checker expects: lists of text, and the words for none."""
+    if type(None) in _alternatives(annotation) and isinstance(value, str) and value in NONE_WORDS:
+        return None
+    if annotation != list[str]:
+        return value
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = yaml.safe_load(text) if text.startswith("[") else [part for part in text.split(",") if part]
+        except yaml.YAMLError:
+            return value
+    return [str(item) for item in value] if isinstance(value, list) else value
+
+
+def _typed(values: Mapping[str, Any], base: Config) -> Config:
+    """Lay ``values`` (by dotted path) over ``base`` and check every type."""
+    known = field_types()
+    tree = dataclasses.asdict(base)
+    for path, raw in values.items():
+        value = _normalise(raw, known[path])
+        if value is None and type(None) not in _alternatives(known[path]):
+            raise ValueError(f"{path} has no value; it takes {describe(known[path])}")
+        group, _, name = path.rpartition(".")
+        (tree[group] if group else tree)[name] = value
+    parser = tree_parser()
+    try:
+        return Config(**vars(parser.instantiate(parser.parse_object(tree))))
+    except argparse.ArgumentError as error:
+        match = re.search(r'Parser key "([\w.]+)"', str(error))
+        if match is None or match.group(1) not in values:
+            raise ValueError(str(error).replace("\n", " ")) from error
+        path = match.group(1)
+        raise ValueError(f"{path} = {values[path]!r} is not {describe(known[path])}") from error
+
+
+def tree_parser(base: Config | None = None) -> jsonargparse.ArgumentParser:
+    """Return a parser that holds one typed and documented option for every field, with ``base``'s values as defaults."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False, default_env=False)
+    parser.add_class_arguments(Config)
+    if base is not None:
+        tree = dataclasses.asdict(base)
+        known = field_types()
+        parser.set_defaults({path: tree[path.split(".")[0]][path.split(".")[1]] for path in known if "." in path})
+    return parser
