@@ -1,0 +1,97 @@
+"""Useful floating-point operations of one training step, and what known devices can do at most.
+
+Convention ("useful FLOPs", also called model FLOPs): what the mathematics asks for, whichever way it is computed.
+
+- A product of [m, k] and [k, n] is 2 m k n. The backward pass is two such products per forward product, so a training
+  step is 3 times the forward pass. Recomputed activations are not counted.
+- Softmax attention counts the causal pairs inside each document, n (n + 1) / 2, and nothing across documents.
+- Lightning attention counts its recurrence: the update of the state, k^T v, and its reading, q S. The quadratic products
+  inside a chunk that a fast kernel adds are not counted.
+- Every token counts its top-k experts, also where an expert's capacity drops it.
+- Embedding look-up, norms, activations, rotary, softmax, decay and the optimizer are not counted, nor is the padding
+  of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from megatron_m1.config import ModelConfig
+
+PEAK_BF16_FLOPS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800 PCIe": 756e12,
+    "H800": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "GB200": 2500e12,
+    "B200": 2250e12,
+}
+"""Dense BF16 tensor-core FLOP/s from the vendor's data sheets; a more specific name stands before a less specific one."""
+
+
+def training_flops(model_config: ModelConfig, document_lengths: Iterable[int]) -> int:
+    """Return the useful FLOPs of forward and backward over one pack, on all ranks together.
+
+    With T tokens in documents of n_i, hidden size h, inner attention width A = heads x kv_channels, key/value width
+    G = query groups x kv_channels, the forward pass is, per layer:
+
+    - lightning: ``T (5 x 2 h A)`` for q, k, v, gate and output, and ``T (2 x 2 A kv_channels)`` for the state.
+    - softmax: ``T (2 x 2 h A + 2 x 2 h G)`` for q, output, k and v, and ``sum_i n_i (n_i + 1) / 2 x (2 x 2 A)``.
+    - experts: ``T topk (3 x 2 h F)``; router: ``T 2 h E``.
+
+    and ``T 2 h V`` for the head.
+
+    Args:
+        model_config: the model.
+        document_lengths: tokens of each document of the pack.
+
+    Raises:
+        ValueError: a length below 1.
+    """
+    lengths = list(document_lengths)
+    if any(length < 1 for length in lengths):
+        raise ValueError(f"a document has {min(lengths)} tokens; document_lengths must be 1 or more")
+    tokens = sum(lengths)
+    pairs = sum(length * (length + 1) // 2 for length in lengths)
+    softmax_layers = model_config.num_layers // model_config.attention_period
+    lightning_layers = model_config.num_layers - softmax_layers
+    forward = (
+        lightning_layers * tokens * _lightning_flops_per_token(model_config)
+        + softmax_layers * (tokens * _softmax_projection_flops_per_token(model_config))
+        + softmax_layers * pairs * 4 * model_config.num_attention_heads * model_config.kv_channels
+        + model_config.num_layers * tokens * _moe_flops_per_token(model_config)
+        + tokens * 2 * model_config.hidden_size * model_config.vocab_size
+    )
+    return 3 * forward
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """Return the dense BF16 FLOP/s of a device as ``torch.cuda.get_device_name`` calls it, None if it is unknown.
+
+    A CPU's peak is unknown to us: pass ``"cpu"`` and get None, so that no utilisation is reported.
+    """
+    words = device_name.replace("-", " ").split()
+    for name, flops in PEAK_BF16_FLOPS.items():
+        if all(word in words for word in name.split()):
+            return flops
+    return None
+
+
+def _lightning_flops_per_token(config: ModelConfig) -> int:
+    inner = config.num_attention_heads * config.kv_channels
+    return 10 * config.hidden_size * inner + 4 * inner * config.kv_channels
+
+
+def _softmax_projection_flops_per_token(config: ModelConfig) -> int:
+    inner = config.num_attention_heads * config.kv_channels
+    return 4 * config.hidden_size * (inner + config.num_query_groups * config.kv_channels)
+
+
+def _moe_flops_per_token(config: ModelConfig) -> int:
+    experts = config.moe_router_topk * 6 * config.hidden_size * config.moe_ffn_hidden_size
+    return experts + 2 * config.hidden_size * config.num_moe_experts

@@ -1,0 +1,60 @@
+"""Non-finite steps: each is skipped and counted, too many in a row end the run."""
+
+from __future__ import annotations
+
+import math
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a loss or gradient norm that is not finite."""
+
+
+class StepsGuard:
+    """Counts skipped steps. Pure logic: fed the same numbers, it decides the same on every rank.
+
+    Attributes:
+        total: steps skipped in the whole run.
+        in_row: steps skipped since the last good one.
+    """
+
+    def __init__(self, max_in_row: int) -> None:
+        """``max_in_row``: steps in a row, 1 or more, with which the run ends. Raises ValueError below 1."""
+        if max_in_row < 1:
+            raise ValueError(f"train.max_skipped_steps is {max_in_row}; it must be 1 or more")
+        self.max_in_row = max_in_row
+        self.total = 0
+        self.in_row = 0
+
+    def accepts(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Say whether the optimizer may apply ``step``; count it as skipped if not.
+
+        Args:
+            step: number of the step, for the message.
+            loss: mean over the global batch, the same on every rank.
+            grad_norm: global norm before clipping, the same on every rank.
+
+        Raises:
+            NonFiniteError: this is the ``max_in_row``-th step in a row that is not finite.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_row = 0
+            return True
+        self.total += 1
+        self.in_row += 1
+        if self.in_row >= self.max_in_row:
+            first = step - self.in_row + 1
+            raise NonFiniteError(
+                f"steps {first} to {step}: loss or gradient norm not finite {self.in_row} times in a row "
+                f"(last: loss {loss}, gradient norm {grad_norm}); lower optimizer.lr, lengthen the warm-up, or restart "
+                f"from an earlier checkpoint"
+            )
+        return False
+
+    def state_dict(self) -> dict[str, int]:
+        """Return both counts, for the checkpoint."""
+        return {"total": self.total, "in_row": self.in_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from the counts of a checkpoint."""
+        self.total = state["total"]
+        self.in_row = state["in_row"]
