@@ -19,7 +19,7 @@ import jsonargparse
 import yaml
 
 from megatron_m1.config import Config
-from megatron_m1.presets import PRESETS, preset
+from megatron_m1.presets import preset
 
 NONE_WORDS = ("none", "None", "null", "~")
 
@@ -33,6 +33,16 @@ def field_types(tree: type = Config, prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = annotation
     return found
+
+
+def _groups() -> set[str]:
+    """Names of the groups of the tree."""
+    return {path.partition(".")[0] for path in field_types() if "." in path}
+
+
+def _example(group: str) -> str:
+    """Return the first field of a group."""
+    return next(path for path in field_types() if path.startswith(f"{group}."))
 
 
 def nearest(name: str, candidates: Sequence[str]) -> str | None:
@@ -71,9 +81,7 @@ def parse_config(files: Sequence[str | Path], flags: Sequence[str], preset_name:
     for file in files:
         values |= read_yaml(file)
     values |= read_flags(flags)
-    name = preset_name or values.get("preset") or Config().preset
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
+    name = str(preset_name or values.get("preset") or Config().preset)
     return _typed(values | {"preset": name}, Config(preset=name, model=preset(name)))
 
 
@@ -120,7 +128,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 def _flatten(content: Any, prefix: str) -> dict[str, Any]:
     """Turn nested mappings into dotted paths and refuse what the tree does not have."""
     known = field_types()
-    groups = {path.partition(".")[0] for path in known if "." in path}
+    groups = _groups()
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -152,6 +160,8 @@ def read_flags(flags: Sequence[str]) -> dict[str, Any]:
         path = flag.removeprefix("--")
         if path == flag:
             raise ValueError(f"unexpected argument {flag!r}: settings are --group.field value")
+        if path in _groups():
+            raise ValueError(f"--{path} is a group of options: give its fields, such as --{_example(path)}")
         if path not in known:
             raise unknown("option", path, list(known), prefix="--")
         if not equals:
