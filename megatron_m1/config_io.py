@@ -226,13 +226,25 @@ def _typed(values: Mapping[str, Any], base: Config) -> Config:
         raise ValueError(f"{path} = {values[path]!r} is not {describe(known[path])}") from error
 
 
-def tree_parser(base: Config | None = None) -> jsonargparse.ArgumentParser:
-    """Return a parser that holds one typed and documented option for every field, with ``base``'s values as defaults."""
+def tree_parser() -> jsonargparse.ArgumentParser:
+    """Return a parser that holds one typed and documented option for every field."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False, default_env=False)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False, default_env=False, usage=argparse.SUPPRESS)
     parser.add_class_arguments(Config)
-    if base is not None:
-        tree = dataclasses.asdict(base)
-        known = field_types()
-        parser.set_defaults({path: tree[path.split(".")[0]][path.split(".")[1]] for path in known if "." in path})
     return parser
+
+
+def tree_help(base: Config) -> str:
+    """Explain every field: its docstring, its type and its value in ``base``."""
+    parser = tree_parser()
+    values = dataclasses.asdict(base)
+    for path in field_types():
+        group, _, name = path.rpartition(".")
+        if group:
+            parser.set_defaults({path: values[group][name]})
+    groups = _groups()
+    for action in parser._actions:
+        if action.dest in groups or action.dest == "preset":
+            action.help = argparse.SUPPRESS
+    text: str = parser.format_help()
+    return text.strip()

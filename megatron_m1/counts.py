@@ -66,11 +66,6 @@ def model_counts(model: ModelConfig, *, active: bool = False) -> Counts:
     return counts
 
 
-def padded_vocabulary(vocab_size: int, tensor_parallel_size: int) -> int:
-    """Rows of the embedding after padding to a multiple of the tensor-parallel size."""
-    return -(-vocab_size // tensor_parallel_size) * tensor_parallel_size
-
-
 def rank_counts(model: ModelConfig, parallel: ParallelConfig) -> list[Counts]:
     """Count what one rank of each pipeline stage holds (all its virtual chunks; ranks of a stage hold equally many).
 
@@ -88,7 +83,7 @@ def rank_counts(model: ModelConfig, parallel: ParallelConfig) -> list[Counts]:
 def _chunk_counts(chunk: Chunk, model: ModelConfig, parallel: ParallelConfig) -> Counts:
     tensor = parallel.tensor_model_parallel_size
     expert_ranks = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1)
-    vocabulary = padded_vocabulary(model.vocab_size, tensor) // tensor * model.hidden_size
+    vocabulary = model.vocab_size // tensor * model.hidden_size
     counts = Counts(
         embedding=vocabulary if chunk.has_embedding else 0,
         head=vocabulary if chunk.has_head else 0,

@@ -157,6 +157,7 @@ def check_split(config: Config) -> None:
     tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
     expert_tensor = parallel.expert_tensor_parallel_size or 1
     _check_divides("model.num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tensor)
+    _check_divides("model.vocab_size", model.vocab_size, "tensor_model_parallel_size", tensor)
     groups = model.num_query_groups
     if groups % tensor and tensor % groups:
         raise ValueError(
@@ -281,8 +282,5 @@ def _check_software(config: Config, *, has_gpu: bool) -> None:
         )
     if model.fp8 is not None and config.train.precision != "bf16":
         raise ValueError(f"model.fp8 = {model.fp8} needs train.precision bf16, but it is {config.train.precision}")
-    if parallel.overlap_param_gather and not (parallel.overlap_grad_reduce and parallel.use_distributed_optimizer):
-        raise ValueError(
-            "parallel.overlap_param_gather needs parallel.overlap_grad_reduce and parallel.use_distributed_optimizer: "
-            "turn both on, or it off"
-        )
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        raise ValueError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce: turn it on as well")

@@ -1,0 +1,145 @@
+"""``megatron-m1 inspect``: parameter counts of a preset or a config, contents of a checkpoint or of a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_m1.checkpoint_contents import CheckpointContents, complete_checkpoints, read_checkpoint
+from megatron_m1.commands.options import CommandParser
+from megatron_m1.config import Config, ModelConfig
+from megatron_m1.config_io import parse_config
+from megatron_m1.counts import Counts, layer_counts, model_counts
+from megatron_m1.validate import check_model
+
+KINDS = {
+    "embedding": "embedding",
+    "lightning_attention": "lightning attention",
+    "softmax_attention": "softmax attention",
+    "router": "router",
+    "experts": "experts",
+    "norms": "norms",
+    "head": "head",
+}
+
+
+def command_parser() -> CommandParser:
+    """Return the parser of the command's options."""
+    parser = CommandParser(
+        "inspect",
+        "Count the parameters of a preset or of a config, or show what a checkpoint or a run folder holds.",
+        "--preset NAME [--config FILE.yaml] [--model.FIELD VALUE ...] | --checkpoint FOLDER | RUN_FOLDER",
+    )
+    parser.add_argument("folder", nargs="?", metavar="RUN_FOLDER", help="show the newest complete checkpoint of a run")
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="a checkpoint: RUN_FOLDER/checkpoints/step_<number>")
+    parser.add_argument("--preset", metavar="NAME", help="tiny, m1-mid or m1-456b")
+    parser.add_argument("--config", metavar="FILE.yaml", action="append", default=[], help="configuration to count")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command.
+
+    Raises:
+        ValueError: wrong input, or a damaged checkpoint, in one line.
+    """
+    parser = command_parser()
+    # Dotted flags take a value, which would look like RUN_FOLDER: they are cut off first.
+    own, flags = _split_flags(arguments)
+    options = parser.parse_all(own)
+    described = options.preset is not None or bool(options.config) or bool(flags)
+    if sum([options.folder is not None, options.checkpoint is not None, described]) != 1:
+        parser.error("give one of --preset NAME (or --config FILE.yaml), --checkpoint FOLDER, RUN_FOLDER")
+    if described:
+        config = parse_config(options.config, flags, options.preset)
+        check_model(config.model)
+        lines = describe_model(config)
+    elif options.checkpoint is not None:
+        lines = describe_checkpoint(read_checkpoint(Path(options.checkpoint)))
+    else:
+        lines = describe_run(Path(options.folder))
+    print("\n".join(lines))
+    return 0
+
+
+def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    own: list[str] = []
+    flags: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not (word.startswith("--") and "." in word.partition("=")[0]):
+            own.append(word)
+            continue
+        flags.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            flags.append(rest.pop(0))
+    return own, flags
+
+
+def describe_model(config: Config) -> list[str]:
+    """Describe a model by its parameters, line by line."""
+    model = config.model
+    counts, active = model_counts(model), model_counts(model, active=True)
+    lines = [f"preset {config.preset}: {model.num_layers} layers, hidden {model.hidden_size}", ""]
+    lines += [f"{'parameters':<22}{'all':>20}{'active per token':>20}"]
+    lines += [f"{text:<22}{getattr(counts, kind):>20,}{getattr(active, kind):>20,}" for kind, text in KINDS.items()]
+    lines += [
+        f"{'total':<22}{counts.total:>20,}{active.total:>20,}",
+        f"{'less embedding, head':<22}{counts.without_vocabulary:>20,}{active.without_vocabulary:>20,}",
+        "",
+        f"weights in bf16: {_gib(2 * counts.total)}, in fp32: {_gib(4 * counts.total)}",
+        "",
+        *_layer_table(model),
+    ]
+    return lines
+
+
+def _layer_table(model: ModelConfig) -> list[str]:
+    lines = [f"{'layer':>5}  {'attention':<10}{'attention':>16}{'router':>12}{'experts':>18}{'norms':>10}{'total':>18}"]
+    for index in range(model.num_layers):
+        counts = layer_counts(model, index)
+        kind = "softmax" if counts.softmax_attention else "lightning"
+        lines.append(
+            f"{index:>5}  {kind:<10}{_attention(counts):>16,}{counts.router:>12,}{counts.experts:>18,}{counts.norms:>10,}"
+            f"{counts.total:>18,}"
+        )
+    return lines
+
+
+def _attention(counts: Counts) -> int:
+    return counts.lightning_attention + counts.softmax_attention
+
+
+def _gib(size: int) -> str:
+    return f"{size:,} bytes ({size / 2**30:.2f} GiB)"
+
+
+def describe_checkpoint(contents: CheckpointContents) -> list[str]:
+    """Describe a checkpoint, line by line."""
+    config, parallel = contents.config, contents.config.parallel
+    width = max([len(tensor.name) for tensor in contents.tensors], default=0)
+    return [
+        f"checkpoint {contents.folder}",
+        f"step {contents.step:,}, {contents.tokens:,} tokens, {_gib(contents.bytes_on_disk)} on disk",
+        f"preset {config.preset}, {model_counts(config.model).total:,} parameters, {config.train.precision}",
+        f"written by tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}, expert "
+        f"{parallel.expert_model_parallel_size} x expert tensor {parallel.expert_tensor_parallel_size}",
+        f"{len(contents.tensors)} tensors:",
+        *(f"  {t.name:<{width}}  {t.dtype:<9} {list(t.shape)}  {t.size:,} bytes" for t in contents.tensors),
+    ]
+
+
+def describe_run(folder: Path) -> list[str]:
+    """Describe a run folder by its newest complete checkpoint.
+
+    Raises:
+        ValueError: there is no such folder or no complete checkpoint in it, or that one is damaged.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"run folder {folder} does not exist")
+    checkpoints = complete_checkpoints(folder)
+    if not checkpoints:
+        raise ValueError(f"run folder {folder} has no complete checkpoint below {folder / 'checkpoints'}")
+    names = ", ".join(checkpoint.name for checkpoint in checkpoints)
+    return [f"run {folder}: {names}", *describe_checkpoint(read_checkpoint(checkpoints[-1]))]

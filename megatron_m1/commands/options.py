@@ -1,0 +1,51 @@
+"""The command line of a sub-command: argparse, whose errors are one line with the nearest option."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from megatron_m1.config_io import nearest
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser that raises ``ValueError`` with one line instead of printing its usage and leaving."""
+
+    def __init__(self, command: str, description: str, usage: str) -> None:
+        super().__init__(
+            prog=f"megatron-m1 {command}",
+            description=description,
+            usage=f"megatron-m1 {command} {usage}",
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message of argparse as ``ValueError``."""
+        raise ValueError(f"{message}; {self.prog} --help lists the options")
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parse ``arguments``; nothing may be left over.
+
+        Raises:
+            ValueError: an option is unknown (with the nearest one) or has a bad value.
+        """
+        parsed, rest = self.parse_known_args(arguments)
+        for word in rest:
+            if word.startswith("--"):
+                names = [name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")]
+                name = word.removeprefix("--").partition("=")[0]
+                close = nearest(name, names)
+                fix = f"did you mean --{close}?" if close else f"{self.prog} --help lists the options"
+                raise ValueError(f"unknown option --{name}: {fix}")
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}")
+        return parsed
+
+
+def positive_integer(text: str) -> int:
+    """Read an integer above 0; argparse puts the option's name before the error."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return int(text)

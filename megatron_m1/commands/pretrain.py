@@ -1,0 +1,143 @@
+"""``megatron-m1 pretrain``: read, check, then train here or start the processes that do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from collections.abc import Sequence
+
+from megatron_m1.commands.options import CommandParser, positive_integer
+from megatron_m1.config import Config
+from megatron_m1.config_io import parse_config, tree_help
+from megatron_m1.launch import (
+    Launch,
+    count_gpus,
+    launch_from_environment,
+    prepare_worker,
+    start_workers,
+    worker_world_size,
+)
+from megatron_m1.validate import resolve
+
+DESCRIPTION = """\
+Train a model, or continue the run of --run.folder from its newest checkpoint.
+
+Values come from the preset, then from the YAML file, then from the flags; the later win. Processes are started on this
+node as NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE say, else as SLURM's variables say, else one per
+GPU, else one. Under torchrun this command is a worker and starts none."""
+
+
+def command_parser() -> CommandParser:
+    """Return the parser of the options that are no part of the configuration."""
+    parser = CommandParser(
+        "pretrain", DESCRIPTION, "[--config FILE.yaml] [--preset NAME] [--GROUP.FIELD VALUE ...] [--dry-run]"
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", action="append", default=[], help="YAML of the groups below")
+    parser.add_argument("--preset", metavar="NAME", help="model values to start from: tiny, m1-mid, m1-456b")
+    parser.add_argument(
+        "--nproc-per-node", type=positive_integer, metavar="N", help="processes to start on this node (GPUS_PER_NODE)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check configuration, data and mesh, print the plan and start nothing"
+    )
+    parser.add_argument(
+        "--world-size", type=positive_integer, metavar="N", help="with --dry-run: processes over all nodes of the plan"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "gpu"),
+        default="auto",
+        help="with --dry-run: kind of device of the plan (auto: what this machine has)",
+    )
+    return parser
+
+
+def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
+    """Run the command.
+
+    Args:
+        arguments: what follows ``pretrain``.
+        default_processes: processes on this node when there are no GPUs and nothing else says.
+
+    Raises:
+        ValueError: wrong input, in one line.
+    """
+    parser = command_parser()
+    if "--help" in arguments or "-h" in arguments:
+        _print_help(parser)
+        return 0
+    options, flags = parser.parse_known_args(arguments)
+    config = parse_config(options.config, flags, options.preset)
+    if not options.dry_run and (options.world_size is not None or options.device != "auto"):
+        raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
+    gpus = count_gpus()
+    workers = worker_world_size(os.environ)
+    launch = None
+    if workers is None:
+        launch = launch_from_environment(
+            os.environ, processes=options.nproc_per_node, default_processes=gpus or default_processes
+        )
+    elif options.nproc_per_node is not None:
+        raise ValueError("--nproc-per-node under torchrun: torchrun has started the processes, leave it out")
+    if options.dry_run:
+        return _dry_run(config, options, launch, gpus)
+    _check_gpus(gpus, launch)
+    world_size = launch.world_size if launch else workers or 1
+    config = _prepare(resolve(config, world_size, has_gpu=gpus > 0))
+    if launch is not None and launch.world_size > 1:
+        return start_workers(launch, ["pretrain", *_without_launch_options(arguments)])
+    if launch is None:
+        prepare_worker()
+    importlib.import_module("megatron_m1.training.loop").pretrain(config)
+    return 0
+
+
+def _prepare(config: Config) -> Config:
+    """Check the run folder and the data (the embedded corpus is built if it is missing) and return the final config."""
+    from megatron_m1.preflight import check_data, check_run_folder, use_embedded_corpus
+
+    check_run_folder(config.run)
+    config = use_embedded_corpus(config)
+    check_data(config)
+    return config
+
+
+def _check_gpus(gpus: int, launch: Launch | None) -> None:
+    local = launch.processes_per_node if launch else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < local:
+        raise ValueError(f"{local} processes on this node, but it has {gpus} GPUs: start at most {gpus} (GPUS_PER_NODE)")
+
+
+def _without_launch_options(arguments: Sequence[str]) -> list[str]:
+    """Drop ``--nproc-per-node``: the workers must not see it."""
+    kept: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--nproc-per-node":
+            rest.pop(0)
+        elif not word.startswith("--nproc-per-node="):
+            kept.append(word)
+    return kept
+
+
+def _dry_run(config: Config, options: argparse.Namespace, launch: Launch | None, gpus: int) -> int:
+    from megatron_m1.commands.resolved_plan import describe_plan, where_from
+
+    on_gpu = gpus > 0 if options.device == "auto" else options.device == "gpu"
+    world_size = options.world_size or (launch.world_size if launch else worker_world_size(os.environ) or 1)
+    if options.world_size is None:
+        _check_gpus(gpus, launch)
+    config = resolve(config, world_size, has_gpu=on_gpu)
+    source = "--world-size" if options.world_size else where_from(launch)
+    lines = describe_plan(config, world_size, source=source, on_gpu=on_gpu)
+    if os.environ.get("RANK", "0") == "0":
+        print("\n".join(lines))
+    return 0
+
+
+def _print_help(parser: CommandParser) -> None:
+    parser.print_help()
+    print("\nconfiguration (the defaults of model are those of the preset tiny; none means derived or off):\n")
+    print(tree_help(parse_config([], [])))

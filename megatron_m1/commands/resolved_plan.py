@@ -1,0 +1,123 @@
+"""What ``--dry-run`` prints: the mesh, the stages, the parameters of a rank, the data and the length of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_m1.config import Config, ParallelConfig
+from megatron_m1.counts import model_counts, rank_counts
+from megatron_m1.data.prefix import PrefixSummary, parse_blend
+from megatron_m1.launch import Launch
+from megatron_m1.preflight import check_data, check_run_folder, embedded_corpus_is_missing, use_embedded_corpus
+from megatron_m1.stages import Chunk, plan_stages
+from megatron_m1.validate import data_parallel_size
+
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+def where_from(launch: Launch | None) -> str:
+    """Say where the world size comes from."""
+    if launch is None:
+        return "torchrun"
+    return f"{launch.nodes} node{'s' if launch.nodes > 1 else ''} x {launch.processes_per_node}"
+
+
+def describe_plan(config: Config, world_size: int, *, source: str, on_gpu: bool) -> list[str]:
+    """Check the files of a resolved configuration and describe the run, line by line.
+
+    Args:
+        config: resolved for ``world_size``.
+        world_size: processes over all nodes.
+        source: where the world size comes from, in words.
+        on_gpu: whether the plan is for GPUs.
+
+    Raises:
+        ValueError: the run folder or the data are not as the configuration says.
+    """
+    check_run_folder(config.run)
+    data_lines = _data_lines(config)
+    model, parallel, train = config.model, config.parallel, config.train
+    counts, active = model_counts(model), model_counts(model, active=True)
+    device = "gpu" if on_gpu else "cpu"
+    return [
+        f"plan        preset {config.preset}, {train.precision} on {device} over {parallel.distributed_backend}, "
+        f"{model.transformer_impl} modules",
+        f"world       {world_size} processes ({source})",
+        *_mesh_lines(parallel, world_size),
+        f"model       {model.num_layers} layers, {counts.total:,} parameters, {active.total:,} active per token",
+        *_stage_lines(config),
+        *data_lines,
+        *_length_lines(config, world_size),
+        f"run folder  {config.run.folder}",
+        "dry run: nothing was started",
+    ]
+
+
+def _mesh_lines(parallel: ParallelConfig, world_size: int) -> list[str]:
+    expert, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size or 1
+    pipeline = parallel.pipeline_model_parallel_size
+    replicas = data_parallel_size(parallel, world_size)
+    expert_replicas = world_size // (pipeline * expert * expert_tensor)
+    return [
+        f"mesh        tensor {parallel.tensor_model_parallel_size} x context {parallel.context_parallel_size} x pipeline "
+        f"{pipeline} x data {replicas} = {world_size}",
+        f"experts     expert {expert} x expert tensor {expert_tensor} x pipeline {pipeline} x expert data {expert_replicas} "
+        f"= {world_size}",
+    ]
+
+
+def _stage_lines(config: Config) -> list[str]:
+    stages = plan_stages(config.model, config.parallel).by_rank
+    size = BYTES[config.train.precision]
+    lines = []
+    for rank, (chunks, counts) in enumerate(zip(stages, rank_counts(config.model, config.parallel), strict=True)):
+        held = " + ".join(_describe_chunk(chunk) for chunk in chunks)
+        lines.append(
+            f"stage {rank:<5} {held}: {counts.total:,} parameters a rank, {counts.total * size / 2**30:.2f} GiB in "
+            f"{config.train.precision}"
+        )
+    return lines
+
+
+def _describe_chunk(chunk: Chunk) -> str:
+    layers = chunk.layers
+    if not layers:
+        text = "no layer"
+    elif len(layers) == 1:
+        text = f"layer {layers[0]}"
+    else:
+        text = f"layers {layers[0]}-{layers[-1]}"
+    return ("embedding, " if chunk.has_embedding else "") + text + (", head" if chunk.has_head else "")
+
+
+def _data_lines(config: Config) -> list[str]:
+    if embedded_corpus_is_missing(config):
+        return [f"data        embedded corpus, to be built in {config.data.embedded_corpus}"]
+    config = use_embedded_corpus(config)
+    summary = check_data(config)
+    return [
+        f"tokenizer   {config.data.tokenizer}, {summary.tokenizer_vocab_size:,} tokens",
+        *_blend_lines("train", config.data.train, summary.train),
+        *_blend_lines("validation", config.data.validation, summary.validation),
+    ]
+
+
+def _blend_lines(name: str, blend: Sequence[str], summaries: Sequence[PrefixSummary]) -> list[str]:
+    if not blend:
+        return [f"{name:<11} none"]
+    _, weights = parse_blend(blend)
+    return [
+        f"{name:<11} {weight:.1%} {summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens"
+        for weight, summary in zip(weights, summaries, strict=True)
+    ]
+
+
+def _length_lines(config: Config, world_size: int) -> list[str]:
+    train, data = config.train, config.data
+    replicas = data_parallel_size(config.parallel, world_size)
+    tokens = train.global_batch_size * data.seq_length
+    return [
+        f"batch       {train.global_batch_size} packs of {data.seq_length:,} tokens = {tokens:,} tokens a step, "
+        f"{train.global_batch_size // replicas} micro-batches a rank",
+        f"steps       {train.max_steps:,} = {train.max_steps * tokens:,} tokens",
+    ]

@@ -1,0 +1,106 @@
+"""What a run needs from the file system, checked before any worker starts: data, tokenizer, run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_m1.config import Config, RunConfig
+from megatron_m1.data.prefix import PrefixSummary, check_blend
+from megatron_m1.data.tokenizers import load_tokenizer
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the checked data hold."""
+
+    train: list[PrefixSummary]
+    validation: list[PrefixSummary]
+    tokenizer_vocab_size: int
+
+
+def check_data(config: Config) -> DataSummary:
+    """Check the tokenizer and every corpus of both blends against each other and against the model's embedding.
+
+    Raises:
+        ValueError: with one line that names the file or value and the fix.
+    """
+    data = config.data
+    if not data.train:
+        raise ValueError("data.train is empty: name tokenised prefixes, or give data.embedded_corpus a folder")
+    if not data.tokenizer:
+        raise ValueError("data.tokenizer is empty: name the tokenizer that made data.train")
+    try:
+        tokenizer = load_tokenizer(data.tokenizer)
+    except OSError as error:
+        raise ValueError(f"data.tokenizer = {data.tokenizer} can't be read: {error.strerror or error}") from error
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} tokens, but model.vocab_size = "
+            f"{config.model.vocab_size}: set model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    digest = tokenizer.digest()
+    train = _check_blend("data.train", data.train, digest)
+    validation = _check_blend("data.validation", data.validation, digest) if data.validation else []
+    return DataSummary(train, validation, tokenizer.vocab_size)
+
+
+def _check_blend(name: str, blend: Sequence[str], digest: str) -> list[PrefixSummary]:
+    try:
+        return check_blend(blend, tokenizer_digest=digest)
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def check_run_folder(run: RunConfig) -> None:
+    """Check that the run folder can be made and written, by making and removing a file; nothing is left behind.
+
+    Raises:
+        ValueError: it can't be written, or it holds checkpoints and ``run.resume`` is false.
+    """
+    folder = Path(run.folder)
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    try:
+        # Permission bits don't tell: root ignores them, and a file system may be read-only or full.
+        with tempfile.TemporaryDirectory(prefix=".megatron-m1-", dir=existing) as probe:
+            Path(probe, "probe").write_bytes(b"probe")
+    except OSError as error:
+        raise ValueError(
+            f"run.folder = {folder} can't be written: {existing}: {error.strerror}; choose another folder"
+        ) from error
+    if not run.resume and any(folder.glob("checkpoints/step_*")):
+        raise ValueError(f"run.folder = {folder} holds checkpoints and run.resume is false: choose another folder, or resume")
+
+
+def use_embedded_corpus(config: Config) -> Config:
+    """Build the embedded corpus when ``data.embedded_corpus`` asks for one, and return the configuration that reads it.
+
+    Every process may call this: one builds, the others wait for it, and a finished corpus is only checked.
+
+    Raises:
+        ValueError: the folder can't be written.
+    """
+    folder = config.data.embedded_corpus
+    if folder is None:
+        return config
+    from megatron_m1.data.corpus import prepare_corpus
+
+    try:
+        corpus = prepare_corpus(Path(folder), vocab_size=config.model.vocab_size, workers=os.cpu_count() or 1)
+    except OSError as error:
+        raise ValueError(f"data.embedded_corpus = {folder} can't be written: {error.strerror or error}") from error
+    data = dataclasses.replace(
+        config.data,
+        train=config.data.train or corpus.train,
+        validation=config.data.validation or corpus.validation,
+        tokenizer=config.data.tokenizer or str(corpus.tokenizer),
+    )
+    return dataclasses.replace(config, data=data)
