@@ -5,8 +5,8 @@ Convention ("useful FLOPs", also called model FLOPs): what the mathematics asks 
 - A product of [m, k] and [k, n] is 2 m k n. The backward pass is two such products per forward product, so a training
   step is 3 times the forward pass. Recomputed activations are not counted.
 - Softmax attention counts the causal pairs inside each document, n (n + 1) / 2, and nothing across documents.
-- Lightning attention counts its recurrence: the update of the state, k^T v, and its reading, q S. The quadratic products
-  inside a chunk that a fast kernel adds are not counted.
+- Lightning attention counts its recurrence: the update of the state, k^T v, and its reading, q S. The quadratic
+  products inside a chunk that a fast kernel adds are not counted.
 - Every token counts its top-k experts, also where an expert's capacity drops it.
 - Embedding look-up, norms, activations, rotary, softmax, decay and the optimizer are not counted, nor is the padding
   of the vocabulary.
@@ -31,7 +31,7 @@ PEAK_BF16_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
 }
-"""Dense BF16 tensor-core FLOP/s from the vendor's data sheets; a more specific name stands before a less specific one."""
+"""Dense BF16 tensor-core FLOP/s from the vendor's data sheets; of two names that fit, the more specific comes first."""
 
 
 def training_flops(model_config: ModelConfig, document_lengths: Iterable[int]) -> int:

@@ -11,7 +11,7 @@ def learning_rate(tokens: int, optimizer_config: OptimizerConfig) -> float:
     """Return the learning rate of the optimizer step that ends at ``tokens``.
 
     Linear warm-up from 0 over ``lr_warmup_tokens``, ``lr`` for ``lr_constant_tokens``, then ``lr_decay_style`` from
-    ``lr`` to ``min_lr`` over ``lr_decay_tokens``, and ``min_lr`` from there on. Without decay tokens it stays at ``lr``.
+    ``lr`` to ``min_lr`` over ``lr_decay_tokens``, then ``min_lr``. Without decay tokens it stays at ``lr``.
 
     Args:
         tokens: tokens of the run up to and including this step's global batch, so that the first step is not lost

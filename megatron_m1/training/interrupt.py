@@ -1,0 +1,72 @@
+"""A request to save and stop, from SIGTERM or SLURM's SIGUSR1, on which all ranks act at the same step.
+
+Not ``megatron.training.dist_signal_handler``: it watches one signal, always asks the whole world, knows no mixed
+backend, and its package imports the rest of ``megatron.training``, which takes longer than a short run.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+Handler = Callable[[int, FrameType | None], object] | int | None
+
+
+def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Return whether ``flag`` is set on any rank of ``group``. A collective: every rank of the group must call it.
+
+    Args:
+        flag: this rank's own.
+        group: None is the default group; without an initialised default group the answer is ``flag``.
+    """
+    if not dist.is_initialized():
+        return flag
+    device = "cuda" if dist.get_backend(group) == dist.Backend.NCCL else "cpu"
+    votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX, group)
+    return bool(votes.item())
+
+
+class Interrupt:
+    """Notes SIGTERM and SIGUSR1 while it is entered, and gives the earlier handlers back on exit.
+
+    Enter it in the main thread, the only one where Python installs handlers (ValueError elsewhere).
+
+    Attributes:
+        received: name of the first signal that reached this process, None so far.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._earlier: dict[signal.Signals, Handler] = {}
+
+    def __enter__(self) -> Interrupt:
+        for number in SIGNALS:
+            self._earlier[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._earlier.items():
+            # None stands for a handler that was not installed from Python, which cannot be put back from here.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._earlier.clear()
+
+    def should_stop(self, group: dist.ProcessGroup | None = None) -> bool:
+        """Return whether any rank of ``group`` got a signal: the same answer on all of them. A collective.
+
+        Args:
+            group: None is the default group; without an initialised default group only this process counts.
+        """
+        return any_rank(self.received is not None, group)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # One assignment only: code that logs or locks here could meet itself in the interrupted main thread.
+        self.received = self.received or signal.Signals(number).name

@@ -1,0 +1,236 @@
+"""The record of a run: metrics.jsonl, TensorBoard, Weights & Biases and the console."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Record = Mapping[str, float | int | None]
+
+CONSOLE_FORMATS = {
+    "tokens": "tokens {}",
+    "loss": "loss {:.4f}",
+    "aux_loss": "aux {:.4f}",
+    "grad_norm": "grad norm {:.3f}",
+    "lr": "lr {:.2e}",
+    "tokens_per_second": "{} tokens/s",
+    "model_tflops_per_device": "{:.3g} TFLOP/s per device",
+    "expert_load_max_over_mean": "load {:.2f}",
+    "skipped_steps": "skipped {}",
+    "validation_loss": "validation loss {:.4f}",
+}
+"""What a console line shows of a record, in this order."""
+COUNTS = ("tokens", "tokens_per_second")
+"""Shown as 1.2K, 3.4M and so on."""
+
+
+def require_wandb(project: str) -> None:
+    """Raise ValueError unless the package that ``run.wandb_project`` needs is installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            f"run.wandb_project is {project!r} but the wandb package is not installed; "
+            f"run: pip install 'megatron-m1[wandb]', or leave run.wandb_project out"
+        )
+
+
+class MetricsLog:
+    """Writes every step's record. Construct it on one rank only, and use it as a context manager."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        start_step: int,
+        tensorboard: bool,
+        wandb_project: str | None,
+        log_interval: int,
+        total_steps: int,
+        console: Console | None = None,
+    ) -> None:
+        """Open all sinks; records after ``start_step`` that an earlier, interrupted run left are dropped.
+
+        Args:
+            folder: the run's folder; made if missing.
+            start_step: last step that the run's checkpoint holds, 0 for a new run.
+            tensorboard: write event files to ``<folder>/tensorboard``.
+            wandb_project: Weights & Biases project, None for none. The run's id is kept in ``<folder>/wandb_id``.
+            log_interval: steps between console lines, 1 or more.
+            total_steps: steps of the whole run, for progress and remaining time.
+            console: where lines go; standard output by default. On a terminal, a live status line stands below them.
+
+        Raises:
+            ValueError: ``log_interval`` below 1, or a ``wandb_project`` without the wandb package.
+        """
+        if log_interval < 1:
+            raise ValueError(f"run.log_interval is {log_interval}; it must be 1 or more")
+        if wandb_project is not None:
+            require_wandb(wandb_project)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log_interval = log_interval
+        self._total_steps = total_steps
+        self._start_step = start_step
+        self._started = time.monotonic()
+        self._open = ExitStack()
+        path = folder / "metrics.jsonl"
+        rewind(path, start_step)
+        self._file = self._open.enter_context(open(path, "a", encoding="utf-8"))
+        self._tensorboard = _tensorboard_writer(folder, start_step) if tensorboard else None
+        if self._tensorboard is not None:
+            self._open.callback(self._tensorboard.close)
+        self._wandb = _wandb_run(folder, wandb_project) if wandb_project is not None else None
+        if self._wandb is not None:
+            self._open.callback(self._wandb.finish)
+        self._console = Console() if console is None else console
+        self._live = _status_line(self._console, start_step, total_steps) if self._console.is_terminal else None
+        if self._live is not None:
+            self._open.enter_context(self._live)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def log_step(self, record: Record) -> None:
+        """Write a training step's record: ``step`` and any numbers.
+
+        In metrics.jsonl a number that is not finite becomes null, because JSON has no NaN. The console shows every
+        ``log_interval``-th step, the last one, and each one that is not finite.
+        """
+        step = self._write(record)
+        loss = record.get("loss")
+        broken = loss is not None and not math.isfinite(loss)
+        if step % self._log_interval == 0 or step == self._total_steps or broken:
+            self.note(self._line(record))
+        if self._live is not None:
+            self._live.update(self._live.task_ids[0], completed=step, shown=_shown(record))
+            self._live.refresh()
+
+    def log_validation(self, step: int, validation_loss: float) -> None:
+        """Write the held-out loss (nat per token) after ``step``."""
+        record = {"step": step, "validation_loss": validation_loss}
+        self._write(record)
+        self.note(self._line(record))
+
+    def note(self, line: str) -> None:
+        """Print a line of text on the console, above the live status line if there is one."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _write(self, record: Record) -> int:
+        step = record["step"]
+        assert isinstance(step, int)
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            # Not wandb's own step: that cannot go back when a run resumes from before its last record.
+            self._wandb.log({"step": step, **scalars})
+        return step
+
+    def _line(self, record: Record) -> str:
+        step = int(record["step"] or 0)
+        width = len(str(self._total_steps))
+        line = f"step {step:>{width}}/{self._total_steps} | {_shown(record)}"
+        done, left = step - self._start_step, self._total_steps - step
+        if done > 0 and left > 0:
+            line += f" | {_duration((time.monotonic() - self._started) / done * left)} left"
+        return line
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop from a metrics.jsonl the records after ``step`` and any torn line. Atomic; a missing file is fine."""
+    if not path.exists():
+        return
+    kept = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if line.endswith("\n") and record["step"] <= step:
+                kept.append(line)
+    part = path.with_suffix(".part")
+    with open(part, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _shown(record: Record) -> str:
+    parts = []
+    for name, form in CONSOLE_FORMATS.items():
+        value = record.get(name)
+        if value is None or (name == "skipped_steps" and value == 0):
+            continue
+        parts.append(form.format(_count(value) if name in COUNTS else value))
+    return " | ".join(parts)
+
+
+def _count(value: float) -> str:
+    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= factor:
+            return f"{value / factor:.2f}{unit}"
+    return f"{value:.0f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}"
+
+
+def _status_line(console: Console, start_step: int, total_steps: int) -> Progress:
+    progress = Progress(
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[shown]}"),
+        TimeRemainingColumn(),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+    )
+    progress.add_task("", total=total_steps, completed=start_step, shown="")
+    return progress
+
+
+def _tensorboard_writer(folder: Path, start_step: int) -> SummaryWriter:
+    # Imported here: it takes seconds, and runs without TensorBoard have no use for it.
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=start_step + 1)
+
+
+def _wandb_run(folder: Path, project: str) -> Any:
+    # Optional package, hence imported where it is asked for.
+    import wandb
+
+    id_path = folder / "wandb_id"
+    known = id_path.read_text().strip() if id_path.exists() else None
+    run = wandb.init(project=project, dir=str(folder), id=known, resume="allow")
+    part = id_path.with_suffix(".part")
+    part.write_text(run.id)
+    os.replace(part, id_path)
+    run.define_metric("*", step_metric="step")
+    return run

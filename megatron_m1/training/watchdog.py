@@ -1,0 +1,154 @@
+"""A hung or failed collective ends the run with one line that names the rank and the step.
+
+Two nets. A backend that notices its own time-out raises in the main thread: the error is turned into a
+``CollectiveError``. What no backend notices (a rank that never reaches the collective, a kernel that never ends) is
+seen by a thread: it prints rank, step and the main thread's stack, and ends the process, so that torchrun ends the job.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+import torch.distributed as dist
+
+HUNG_EXIT_CODE = 70
+"""Exit status of a process that its watchdog ended (EX_SOFTWARE of sysexits.h)."""
+GRACE_SECONDS = 30.0
+"""By how much one of the two nets waits longer than the other."""
+FIRST_STEP_SECONDS = 600.0
+"""Added to the first step's allowance: kernels are compiled and communicators built in it."""
+COLLECTIVE_MARKS = ("gloo", "nccl", "timed out", "connection closed by peer", "connection reset", "broken pipe")
+"""What a RuntimeError of a collective says, in lower case; gloo raises no type of its own."""
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed or timed out. One line that names rank and step; the backend's error is the cause."""
+
+
+def process_group_timeout(backend: str, timeout_seconds: float) -> datetime.timedelta:
+    """Return the time-out to give a process group so that whoever can name rank and step ends the run first.
+
+    gloo raises in Python, where rank and step are added, so its time-out is ``timeout_seconds`` and the watchdog waits
+    ``GRACE_SECONDS`` longer. NCCL's own watchdog aborts the process from C++, so it waits longer than ours.
+    """
+    later = 2 * GRACE_SECONDS if backend == "nccl" else 0.0
+    return datetime.timedelta(seconds=timeout_seconds + later)
+
+
+class Watchdog:
+    """Watches the steps of one rank from a daemon thread. Use it as a context manager.
+
+    Only the time inside ``step`` is watched, and only since the last ``progress``.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        timeout_seconds: float,
+        *,
+        grace_seconds: float = GRACE_SECONDS,
+        first_step_seconds: float = FIRST_STEP_SECONDS,
+    ) -> None:
+        """Prepare to watch ``rank``.
+
+        Args:
+            rank: global rank, for the messages.
+            timeout_seconds: time-out of the collectives (``parallel.distributed_timeout_seconds``).
+            grace_seconds: what a step may take without progress beyond that before the process is ended.
+            first_step_seconds: added to the allowance of the first step that is entered.
+
+        Raises:
+            ValueError: a time-out of 0 or less.
+        """
+        if timeout_seconds <= 0:
+            raise ValueError(f"parallel.distributed_timeout_seconds is {timeout_seconds}; it must be above 0")
+        self._rank = rank
+        self._allowance = timeout_seconds + grace_seconds
+        self._first_step_seconds = first_step_seconds
+        self._first = True
+        self._changed = threading.Condition()
+        self._closed = False
+        self._step: int | None = None
+        self._last_progress = 0.0
+        self._deadline = 0.0
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Watch the body as step ``number``; training, validation and saving alike.
+
+        Raises:
+            CollectiveError: in place of the error of a collective in the body.
+        """
+        with self._changed:
+            # The deadline of the step before has passed long ago, perhaps: a new one first.
+            self.progress()
+            self._step = number
+            self._changed.notify()
+        try:
+            yield
+        except Exception as error:
+            if not is_collective_error(error):
+                raise
+            took = time.monotonic() - self._last_progress
+            first_line = next(iter(str(error).splitlines()), "")
+            raise CollectiveError(
+                f"rank {self._rank}, step {number}: a collective failed after {took:.0f} s without progress "
+                f"({type(error).__name__}: {first_line})"
+            ) from error
+        finally:
+            with self._changed:
+                self._step = None
+                self._first = False
+
+    def progress(self) -> None:
+        """Start the allowance of the running step anew, for instance at each micro-batch. Costs next to nothing."""
+        self._last_progress = time.monotonic()
+        self._deadline = self._last_progress + self._allowance + self._first_step_seconds * self._first
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._closed:
+                if self._step is None:
+                    self._changed.wait()
+                    continue
+                remaining = self._deadline - time.monotonic()
+                if remaining <= 0:
+                    self._end_process(self._step)
+                self._changed.wait(remaining)
+
+    def _end_process(self, step: int) -> None:
+        waited = time.monotonic() - self._last_progress
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = "".join(traceback.format_stack(frame))
+        sys.stderr.write(f"rank {self._rank} hung in step {step} for {waited:.0f} s; its main thread is here:\n{stack}")
+        sys.stderr.flush()
+        # No clean-up: whatever would be cleaned up waits for the collective that hangs.
+        os._exit(HUNG_EXIT_CODE)
+
+
+def is_collective_error(error: BaseException) -> bool:
+    """Return whether ``error`` comes from a process group: torch's own types, or gloo's bare RuntimeError."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error).lower() for mark in COLLECTIVE_MARKS)

@@ -1,0 +1,58 @@
+"""Signals on one rank stop all ranks at the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from megatron_m1.training.interrupt import SIGNALS, Interrupt, any_rank
+from tests.harness import WorkerPool
+
+SIGNAL_STEP = 3
+
+
+def train_until_stopped(rank: int, world_size: int, number: signal.Signals) -> tuple[int, str | None, bool]:
+    """Send ``number`` to the last rank in mid-step; return the step at which this rank stopped."""
+    with Interrupt() as interrupt:
+        for step in range(1, 10):
+            if step == SIGNAL_STEP and rank == world_size - 1:
+                os.kill(os.getpid(), number)
+            if interrupt.should_stop():
+                break
+    restored = all(signal.getsignal(number) is signal.SIG_DFL for number in SIGNALS)
+    return step, interrupt.received, restored
+
+
+def stop_within_pairs(rank: int, world_size: int) -> bool:
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    return any_rank(rank == 2, pairs[rank // 2])
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_all_ranks_stop_at_the_same_step(workers: WorkerPool, number: signal.Signals) -> None:
+    assert workers.run(train_until_stopped, number, world_size=2) == [
+        (SIGNAL_STEP, None, True),
+        (SIGNAL_STEP, number.name, True),
+    ]
+
+
+def test_only_the_given_group_agrees(workers: WorkerPool) -> None:
+    assert workers.run(stop_within_pairs, world_size=4) == [False, False, True, True]
+
+
+def test_alone_and_earlier_handler_restored() -> None:
+    seen: list[int] = []
+    earlier = signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        with Interrupt() as interrupt:
+            assert not interrupt.should_stop()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interrupt.should_stop() and interrupt.received == "SIGUSR1"
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert seen == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, earlier)

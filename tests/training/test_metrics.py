@@ -1,0 +1,154 @@
+"""What a run leaves in metrics.jsonl, in TensorBoard and on the console, across interruptions."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_m1.training.metrics import MetricsLog, rewind
+
+RECORD = {
+    "tokens": 81920,
+    "loss": 7.25,
+    "aux_loss": 1.0312,
+    "grad_norm": 0.5,
+    "lr": 2e-4,
+    "tokens_per_second": 3141.0,
+    "model_tflops_per_device": 0.0123,
+    "expert_load_max_over_mean": 1.5,
+    "skipped_steps": 0,
+}
+
+
+def open_log(folder: Path, *, start_step: int = 0, log_interval: int = 1, terminal: bool = False) -> MetricsLog:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
+    return MetricsLog(
+        folder,
+        start_step=start_step,
+        tensorboard=False,
+        wandb_project=None,
+        log_interval=log_interval,
+        total_steps=20,
+        console=console,
+    )
+
+
+def printed(log: MetricsLog) -> str:
+    output = log._console.file
+    assert isinstance(output, io.StringIO)
+    return output.getvalue()
+
+
+def records(folder: Path) -> list[dict[str, float | None]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_strict_json_line_per_record(tmp_path: Path) -> None:
+    with open_log(tmp_path / "new" / "run") as log:
+        log.log_step({"step": 1, **RECORD})
+        # Readers see a record at once, not when the run ends.
+        assert records(tmp_path / "new" / "run") == [{"step": 1, **RECORD}]
+        log.log_step({"step": 2, "loss": math.nan, "grad_norm": math.inf})
+        log.log_validation(2, 6.5)
+    assert records(tmp_path / "new" / "run")[1:] == [
+        {"step": 2, "loss": None, "grad_norm": None},
+        {"step": 2, "validation_loss": 6.5},
+    ]
+
+
+def test_resume_drops_later_records_and_the_torn_line(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        for step in range(1, 6):
+            log.log_step({"step": step, "loss": float(step)})
+            log.log_validation(step, 2.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "lo')
+    with open_log(tmp_path, start_step=3) as log:
+        log.log_step({"step": 4, "loss": 40.0})
+    assert [record["step"] for record in records(tmp_path)] == [1, 1, 2, 2, 3, 3, 4]
+    assert records(tmp_path)[-1]["loss"] == 40.0
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_complete_record_without_its_newline_is_torn(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    rewind(path, 9)
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_tensorboard_events(tmp_path: Path) -> None:
+    def write(start_step: int, steps: range, loss: float) -> None:
+        with MetricsLog(
+            tmp_path,
+            start_step=start_step,
+            tensorboard=True,
+            wandb_project=None,
+            log_interval=50,
+            total_steps=20,
+            console=Console(file=io.StringIO()),
+        ) as log:
+            for step in steps:
+                log.log_step({"step": step, "loss": loss})
+            log.log_validation(steps[-1], 0.25)
+
+    write(0, range(1, 4), 1.0)
+    write(2, range(3, 5), 2.0)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    assert [(event.step, event.value) for event in events.Scalars("validation_loss")] == [(4, 0.25)]
+
+
+def test_plain_lines(tmp_path: Path) -> None:
+    with open_log(tmp_path, log_interval=4) as log:
+        for step in range(1, 9):
+            log.log_step({"step": step, **RECORD, "skipped_steps": int(step > 4)})
+        log.log_step({"step": 9, "loss": math.nan})
+        log.log_validation(9, 6.54321)
+        log.log_step({"step": 20, "loss": 5.0})
+    lines = printed(log).splitlines()
+    assert lines[0].startswith(
+        "step  4/20 | tokens 81.92K | loss 7.2500 | aux 1.0312 | grad norm 0.500 | lr 2.00e-04 | 3.14K tokens/s | "
+        "0.0123 TFLOP/s per device | load 1.50 | 0:00:0"
+    )
+    assert lines[0].endswith(" left")
+    assert [line.split(" | ")[0] for line in lines] == [
+        "step  4/20",
+        "step  8/20",
+        "step  9/20",
+        "step  9/20",
+        "step 20/20",
+    ]
+    assert "skipped 1" in lines[1] and "loss nan" in lines[2] and "validation loss 6.5432" in lines[3]
+    assert lines[4] == "step 20/20 | loss 5.0000"
+    assert "\x1b" not in printed(log)
+
+
+def test_status_line_on_a_terminal(tmp_path: Path) -> None:
+    with open_log(tmp_path, log_interval=3, terminal=True) as log:
+        log.log_step({"step": 1, **RECORD})
+        assert "1/20" in printed(log) and "loss 7.2500" in printed(log)
+        assert "step  3/20" not in printed(log)
+        log.log_step({"step": 3, **RECORD})
+        assert "step  3/20" in printed(log)
+
+
+def test_wrong_settings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="log_interval is 0"):
+        open_log(tmp_path, log_interval=0)
+
+
+def test_wandb_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    with pytest.raises(ValueError, match=r"wandb_project is 'm1' but the wandb package is not installed.*\[wandb\]"):
+        MetricsLog(tmp_path / "run", start_step=0, tensorboard=False, wandb_project="m1", log_interval=1, total_steps=2)
+    assert not (tmp_path / "run").exists()

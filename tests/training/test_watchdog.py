@@ -1,0 +1,87 @@
+"""Hung and failed steps end with the rank and the step named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_m1.training.watchdog import (
+    HUNG_EXIT_CODE,
+    CollectiveError,
+    Watchdog,
+    is_collective_error,
+    process_group_timeout,
+)
+from tests.training import hanging_rank
+
+TIMEOUT = 2.0
+
+
+def test_a_rank_that_never_comes(tmp_path: Path) -> None:
+    """The rank that waits gets gloo's time-out with rank and step; the one that sleeps is ended by its watchdog."""
+    command = [sys.executable, str(Path(hanging_rank.__file__))]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), str(TIMEOUT)], stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(hanging_rank.WORLD_SIZE)
+    ]
+    try:
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    waiting, sleeping = processes
+    (line,) = [line for line in errors[0].splitlines() if "collective failed" in line]
+    assert line.startswith("rank 0, step 3: a collective failed after 2 s without progress (")
+    assert waiting.returncode == 1
+    assert "rank 1 hung in step 3 for 3 s" in errors[1]
+    assert "in sleep_forever" in errors[1]
+    assert sleeping.returncode == HUNG_EXIT_CODE
+
+
+def test_errors_of_collectives_are_one_line() -> None:
+    with (
+        Watchdog(3, 60.0) as watchdog,
+        pytest.raises(CollectiveError, match=r"^rank 3, step 17: .*DistNetworkError: lost\)$"),
+        watchdog.step(17),
+    ):
+        raise dist.DistNetworkError("lost\nC++ frames")
+
+
+def test_other_errors_pass() -> None:
+    with Watchdog(0, 60.0) as watchdog, pytest.raises(RuntimeError, match="^shape mismatch$"), watchdog.step(1):
+        raise RuntimeError("shape mismatch")
+    assert not is_collective_error(ValueError("gloo"))
+
+
+def test_progress_and_idle_time_extend_the_allowance() -> None:
+    """A watchdog of 0.2 s ends the process (and so this test run) if it counts what lies before progress or outside."""
+    with Watchdog(0, 0.1, grace_seconds=0.1, first_step_seconds=0.0) as watchdog:
+        for step in range(3):
+            with watchdog.step(step):
+                for _ in range(3):
+                    busy(0.1)
+                    watchdog.progress()
+            busy(0.3)
+
+
+def busy(seconds: float) -> None:
+    """Let ``seconds`` pass."""
+    import threading
+
+    threading.Event().wait(seconds)
+
+
+def test_who_gives_up_first() -> None:
+    assert process_group_timeout("gloo", 600.0).total_seconds() == 600.0
+    assert process_group_timeout("nccl", 600.0).total_seconds() == 660.0
+
+
+def test_timeout_is_checked() -> None:
+    with pytest.raises(ValueError, match="distributed_timeout_seconds is 0"):
+        Watchdog(0, 0)
