@@ -1,0 +1,202 @@
+"""Tokenised corpora on disk.
+
+``<prefix>.bin`` holds the token ids, ``<prefix>.idx`` Megatron's index, ``<prefix>.json`` (the sidecar) the tokenizer's
+digest and the counts.
+
+The checks here read headers and sizes only, so that a dry run can afford them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_INDEX_HEADER = struct.Struct("<9sQBQQ")
+"""Magic, version, dtype code, sequences, documents + 1. Then int32 lengths, int64 offsets, int64 document ends."""
+_INDEX_MAGIC = b"MMIDIDX\x00\x00"
+_TOKEN_DTYPES: dict[int, type[np.integer[Any]]] = {4: np.int32, 5: np.int64, 8: np.uint16}
+_FINGERPRINT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class PrefixSummary:
+    """What the headers of a tokenised corpus say."""
+
+    prefix: str
+    documents: int
+    tokens: int
+    dtype: type[np.integer[Any]]
+    tokenizer_digest: str | None
+    """Of the tokenizer that made it; None without a sidecar (files made by other Megatron tools)."""
+    vocab_size: int | None
+    """Of that tokenizer."""
+
+
+def bin_path(prefix: str) -> Path:
+    """The token file of ``prefix``."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str) -> Path:
+    """The index file of ``prefix``."""
+    return Path(f"{prefix}.idx")
+
+
+def sidecar_path(prefix: str) -> Path:
+    """The JSON file of ``prefix`` that names its tokenizer and its counts."""
+    return Path(f"{prefix}.json")
+
+
+def check_prefix(prefix: str, *, tokenizer_digest: str | None = None) -> PrefixSummary:
+    """Check that the files of ``prefix`` are there, whole and belong together. Takes milliseconds at any size.
+
+    Args:
+        prefix: path of the corpus without ``.bin``.
+        tokenizer_digest: if given, a sidecar must name this tokenizer.
+
+    Raises:
+        FileNotFoundError: the .bin or the .idx is missing.
+        ValueError: a file is truncated or of another kind, they do not fit together, there are no tokens, or the
+            corpus was made with another tokenizer.
+    """
+    for path in (bin_path(prefix), idx_path(prefix)):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; make it with megatron-m1 tokenize, or correct the prefix")
+    dtype, sequences, documents = _read_index_header(idx_path(prefix))
+    expected = 0
+    if sequences:
+        with idx_path(prefix).open("rb") as stream:
+            stream.seek(_INDEX_HEADER.size + 4 * (sequences - 1))
+            (last_length,) = struct.unpack("<i", stream.read(4))
+            stream.seek(_INDEX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+            (last_offset,) = struct.unpack("<q", stream.read(8))
+        expected = last_offset + last_length * np.dtype(dtype).itemsize
+    size = bin_path(prefix).stat().st_size
+    if size != expected:
+        raise ValueError(
+            f"{bin_path(prefix)} has {size} bytes but its index says {expected}; tokenise the corpus again"
+        )
+    if size == 0:
+        raise ValueError(f"{bin_path(prefix)} holds no tokens; tokenise a corpus that has documents")
+    tokens = size // np.dtype(dtype).itemsize
+    sidecar = _read_sidecar(prefix, documents, tokens)
+    digest, vocab_size = sidecar.get("tokenizer_digest"), sidecar.get("vocab_size")
+    if tokenizer_digest is not None and digest is not None and digest != tokenizer_digest:
+        raise ValueError(
+            f"{prefix} was tokenised with another tokenizer ({digest[:12]}, this one is {tokenizer_digest[:12]});"
+            " tokenise it again or name its own tokenizer"
+        )
+    return PrefixSummary(prefix, documents, tokens, dtype, digest, vocab_size)
+
+
+def _read_index_header(path: Path) -> tuple[type[np.integer[Any]], int, int]:
+    """Token dtype, number of sequences, number of documents, after the checks that the index allows by itself."""
+    with path.open("rb") as stream:
+        head = stream.read(_INDEX_HEADER.size)
+    if len(head) < _INDEX_HEADER.size or not head.startswith(_INDEX_MAGIC):
+        raise ValueError(f"{path} is no Megatron index or is truncated; tokenise the corpus again")
+    _, version, code, sequences, document_bounds = _INDEX_HEADER.unpack(head)
+    if version != 1 or code not in _TOKEN_DTYPES:
+        raise ValueError(f"{path} has version {version} and dtype code {code}, not 1 and 4, 5 or 8; tokenise again")
+    expected = _INDEX_HEADER.size + 12 * sequences + 8 * document_bounds
+    if path.stat().st_size != expected:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {expected}; tokenise again")
+    if sequences != document_bounds - 1:
+        raise ValueError(
+            f"{path} has {sequences} sequences in {document_bounds - 1} documents; packing needs one sequence per"
+            " document: tokenise again without splitting sentences"
+        )
+    return _TOKEN_DTYPES[code], sequences, document_bounds - 1
+
+
+def _read_sidecar(prefix: str, documents: int, tokens: int) -> dict[str, Any]:
+    path = sidecar_path(prefix)
+    if not path.is_file():
+        return {}
+    try:
+        sidecar = json.loads(path.read_text("utf-8"))
+        counted = (sidecar["documents"], sidecar["tokens"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no sidecar of a tokenised corpus ({error!r}); tokenise it again") from error
+    if counted != (documents, tokens):
+        raise ValueError(
+            f"{path} tells of {counted[0]} documents and {counted[1]} tokens, the index of {documents} and {tokens};"
+            " tokenise the corpus again"
+        )
+    return dict(sidecar)
+
+
+def fingerprint(prefix: str) -> str:
+    """Hash of the sizes and of both ends of the .bin and .idx: tells a corpus that was made anew from the one before."""
+    state = hashlib.sha256()
+    for path in (bin_path(prefix), idx_path(prefix)):
+        size = path.stat().st_size
+        state.update(size.to_bytes(8, "little"))
+        with path.open("rb") as stream:
+            state.update(stream.read(_FINGERPRINT_BYTES))
+            stream.seek(max(0, size - _FINGERPRINT_BYTES), os.SEEK_SET)
+            state.update(stream.read(_FINGERPRINT_BYTES))
+    return state.hexdigest()
+
+
+def open_tokens(prefix: str) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.int32]]:
+    """Map a checked corpus into memory.
+
+    Returns:
+        Token ids [tokens] of all documents end to end, and the length of each document [documents].
+    """
+    summary = check_prefix(prefix)
+    tokens: npt.NDArray[np.integer[Any]] = np.memmap(bin_path(prefix), dtype=summary.dtype, mode="r")
+    lengths: npt.NDArray[np.int32] = np.memmap(
+        idx_path(prefix), dtype=np.int32, mode="r", offset=_INDEX_HEADER.size, shape=(summary.documents,)
+    )
+    return tokens, lengths
+
+
+def parse_blend(blend: Sequence[str]) -> tuple[list[str], list[float]]:
+    """Split a blend into prefixes and weights that sum to 1.
+
+    Args:
+        blend: prefixes, each preceded by its weight (``["0.7", "code", "0.3", "prose"]``), or all without; then
+            every corpus has the weight of its number of tokens, which reads their indices.
+
+    Raises:
+        ValueError: empty, weights on some prefixes only, a weight that is not above 0 and finite.
+        FileNotFoundError: without weights, a file is missing.
+    """
+    items = [str(item) for item in blend]
+    numbers = [_number(item) for item in items]
+    if not items:
+        raise ValueError("the blend is empty; give at least one tokenised prefix")
+    if all(number is None for number in numbers):
+        prefixes, weights = items, [float(check_prefix(prefix).tokens) for prefix in items]
+    else:
+        prefixes = items[1::2]
+        weights = [number for number in numbers[::2] if number is not None]
+        if len(prefixes) != len(weights) or any(number is not None for number in numbers[1::2]):
+            raise ValueError(f"blend {items} mixes prefixes with and without weight; write weight prefix weight prefix")
+        if not all(0.0 < weight < float("inf") for weight in weights):
+            raise ValueError(f"blend {items} has a weight that is not above 0 and finite; drop that prefix instead")
+    return prefixes, [weight / sum(weights) for weight in weights]
+
+
+def _number(item: str) -> float | None:
+    try:
+        return float(item)
+    except ValueError:
+        return None
+
+
+def check_blend(blend: Sequence[str], *, tokenizer_digest: str | None = None) -> list[PrefixSummary]:
+    """:func:`check_prefix` on every corpus of a blend, with the errors of :func:`parse_blend`."""
+    prefixes, _ = parse_blend(blend)
+    return [check_prefix(prefix, tokenizer_digest=tokenizer_digest) for prefix in prefixes]

@@ -1,0 +1,48 @@
+"""Small tokenised corpora, written without the code under test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+EOD = 1
+
+
+@dataclass(frozen=True)
+class FakeTokenizer:
+    """Names the ids of a corpus that no tokenizer made."""
+
+    vocab_size: int = 60_000
+    eod: int = EOD
+
+    def digest(self) -> str:
+        return "0" * 64
+
+
+def write_corpus(prefix: Path, documents: Sequence[Sequence[int]]) -> str:
+    """Write documents of token ids as .bin and .idx; returns the prefix."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for document in documents:
+        builder.add_document(torch.tensor(document), [len(document)])
+    builder.finalize(f"{prefix}.idx")
+    return str(prefix)
+
+
+def unique_documents(lengths: Sequence[int], *, first_id: int = 2, eod: int | None = EOD) -> list[list[int]]:
+    """Documents of the given lengths whose tokens are all different, so that every token tells where it came from.
+
+    ``eod`` replaces each document's last token; None leaves the documents without an end mark.
+    """
+    documents, next_id = [], first_id
+    for length in lengths:
+        document = list(range(next_id, next_id + length))
+        next_id += length
+        if eod is not None:
+            document[-1] = eod
+        documents.append(document)
+    return documents
