@@ -1,0 +1,35 @@
+# Every target stands alone: the first one that runs makes .venv.
+PYTHON := .venv/bin/python
+ROOMS := parallel kernels data
+# Where mypy sees the rooms under the import names that setup.py's package_dir gives them.
+TYPED := build/types
+
+.PHONY: install pretrain test test-fast checks bench clean
+
+install: .venv/.installed  ## make .venv and install everything that is needed
+
+.venv/.installed: bootstrap.sh setup.py constraints.txt
+	./bootstrap.sh
+
+pretrain: install  ## corpus, tokenizer, tokens, then the tiny model on 2 CPU processes, checkpoint, summary
+	.venv/bin/megatron-m1 pretrain --config examples/configs/tiny.yaml --nproc-per-node 2
+
+test: install  ## all tests
+	$(PYTHON) -m pytest
+
+test-fast: install  ## tests without those that take seconds each
+	$(PYTHON) -m pytest -m "not slow"
+
+checks: install  ## format, lint, types, import rules
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	rm -rf $(TYPED)/megatron_m1 && mkdir -p $(TYPED)/megatron_m1
+	ln -s $(CURDIR)/megatron_m1/* $(addprefix $(CURDIR)/,$(ROOMS)) $(TYPED)/megatron_m1/
+	MYPYPATH=$(TYPED) .venv/bin/mypy -p megatron_m1 -p tests
+	$(PYTHON) -m pytest -q tests/test_imports.py
+
+bench: install  ## every benchmark, one file a claim
+	set -e; for file in benchmarks/*.py; do $(PYTHON) $$file; done
+
+clean:  ## caches and builds, not .venv and not runs
+	rm -rf build .mypy_cache .ruff_cache .pytest_cache .hypothesis

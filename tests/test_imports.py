@@ -1,0 +1,107 @@
+"""The rooms' import rules: which folder may import what."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU_EXTRAS = ("transformer_engine", "apex", "flash_attn")
+BARE_ROOMS = ("kernels", "parallel", "data")
+"""``kernels`` belongs to another package on the index; the rooms are imported below ``megatron_m1`` only."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the files of a folder must not import."""
+
+    folder: str
+    forbidden: tuple[str, ...]
+    allowed: tuple[str, ...] = ()
+    """Exceptions within ``forbidden``."""
+    exempt: str = ""
+    """Glob of file names to which the rule does not apply."""
+
+
+RULES = [
+    Rule("kernels", ("torch.distributed", "megatron", "megatron_m1"), ("megatron_m1.kernels",)),
+    Rule("kernels", ("triton",), exempt="triton_*.py"),
+    Rule("parallel", ("megatron", "triton", "megatron_m1"), ("megatron_m1.parallel", "megatron_m1.kernels")),
+    Rule(
+        "data",
+        ("megatron", "triton", "megatron_m1"),
+        ("megatron.core.datasets", "megatron.core.tokenizers", "megatron_m1.data"),
+    ),
+    Rule("megatron_m1", ("triton", "examples", "tests", "benchmarks")),
+    Rule("megatron_m1", GPU_EXTRAS, exempt="backend.py"),
+    Rule("tests/reference", ("megatron", "megatron_m1", "triton", *GPU_EXTRAS)),
+    *(Rule(folder, GPU_EXTRAS) for folder in BARE_ROOMS),
+    *(Rule(folder, BARE_ROOMS) for folder in (*BARE_ROOMS, "megatron_m1", "tests", "benchmarks")),
+]
+
+
+def imports_of(source: str) -> Iterator[tuple[int, str]]:
+    """Yield line and full dotted name of everything that ``source`` imports, anywhere in it."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                yield node.lineno, "relative import"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__"):
+                yield node.lineno, str(node.args[0].value)
+
+
+def is_within(name: str, packages: tuple[str, ...]) -> bool:
+    """Tell whether ``name`` is one of ``packages`` or lies below one."""
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+def breaches(rule: Rule, source: str) -> list[tuple[int, str]]:
+    """Return the imports of ``source`` that ``rule`` does not allow."""
+    return [
+        (line, name)
+        for line, name in imports_of(source)
+        if name == "relative import" or (is_within(name, rule.forbidden) and not is_within(name, rule.allowed))
+    ]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.folder} never {rule.forbidden[0]}")
+def test_room_imports_only_what_it_may(rule: Rule) -> None:
+    found = []
+    for path in sorted((ROOT / rule.folder).rglob("*.py")):
+        if rule.exempt and path.match(rule.exempt):
+            continue
+        for line, name in breaches(rule, path.read_text(encoding="utf-8")):
+            found.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import megatron.core",
+        "from megatron import core",
+        "def f():\n    from megatron_m1 import model",
+        "from megatron_m1.data.packed import PackedSample",
+        "import importlib\nimportlib.import_module('megatron.core')",
+        "from . import layout",
+    ],
+)
+def test_a_breach_is_seen(source: str) -> None:
+    rule = Rule("parallel", ("megatron", "megatron_m1"), ("megatron_m1.parallel",))
+    assert len(breaches(rule, source)) == 1
+
+
+def test_an_exception_is_no_breach() -> None:
+    rule = Rule("parallel", ("megatron", "megatron_m1"), ("megatron_m1.parallel",))
+    assert breaches(rule, "from megatron_m1.parallel import layout\nfrom torch import distributed") == []
