@@ -3,7 +3,13 @@
 from setuptools import setup
 
 ROOMS = {"megatron_m1": "megatron_m1"} | {f"megatron_m1.{room}": room for room in ("parallel", "kernels", "data")}
-PACKAGES = [*ROOMS, "megatron_m1.commands", "megatron_m1.layers", "megatron_m1.training", "megatron_m1.kernels.lightning"]
+PACKAGES = [
+    *ROOMS,
+    "megatron_m1.commands",
+    "megatron_m1.layers",
+    "megatron_m1.training",
+    "megatron_m1.kernels.lightning",
+]
 
 setup(
     name="megatron-m1",
