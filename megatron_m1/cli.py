@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_m1.config_io import unknown
 from megatron_m1.launch import report_error
@@ -50,10 +50,10 @@ def run(arguments: Sequence[str]) -> int:
     return status
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point: run a sub-command; wrong input ends in one line on stderr and status 2."""
+def exit_status(command: Callable[[], int]) -> int:
+    """Run ``command`` and return its status; wrong input ends in one line on stderr and status 2."""
     try:
-        return run(sys.argv[1:] if arguments is None else arguments)
+        return command()
     except ValueError as error:
         report_error(error)
         return 2
@@ -61,6 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (head, less) went away: not a fault. Keep Python from complaining again at exit.
         sys.stderr.close()
         return 0
+
+
+def main() -> int:
+    """Entry point of the console command."""
+    return exit_status(lambda: run(sys.argv[1:]))
 
 
 if __name__ == "__main__":
