@@ -112,22 +112,11 @@ def _leaving_state(k: Tensor, v: Tensor, piece: Piece, entering: Tensor | None, 
     return state if entering is None else state.addcmul_(entering, decays.over(length))
 
 
-def _entering_states(
-    k: Tensor, v: Tensor, initial_state: Tensor | None, chunks: list[Chunk], decays: Decays, dtype: torch.dtype
-) -> list[list[Tensor | None]]:
-    """The state with which each piece of each chunk begins, None where that is zero."""
-    states: list[list[Tensor | None]] = []
-    state: Tensor | None = None
-    for chunk in chunks:
-        k_chunk, v_chunk = _head_major(k, chunk, dtype), _head_major(v, chunk, dtype)
-        states.append([])
-        for piece in chunk.pieces:
-            if piece.is_first:
-                state = None if initial_state is None else initial_state[piece.document]
-            states[-1].append(state)
-            if not piece.is_last:
-                state = _leaving_state(k_chunk, v_chunk, piece, state, decays)
-    return states
+def _state_entering(piece: Piece, carried: Tensor | None, initial_state: Tensor | None) -> Tensor | None:
+    """The state [H, Dk, Dv] with which a piece begins, `carried` being the one before it; None where it is zero."""
+    if not piece.is_first:
+        return carried
+    return None if initial_state is None else initial_state[piece.document]
 
 
 class _ChunkLightningAttention(torch.autograd.Function):
@@ -156,8 +145,7 @@ class _ChunkLightningAttention(torch.autograd.Function):
             o_chunk = scores @ v_chunk  # [H, m, Dv]
             for piece in chunk.pieces:
                 rows = slice(piece.start, piece.end)
-                if piece.is_first:
-                    state = None if initial_state is None else initial_state[piece.document]
+                state = _state_entering(piece, state, initial_state)
                 if state is not None:
                     o_chunk[:, rows].baddbmm_(q_chunk[:, rows] * decays.entering(piece.end - piece.start), state)
                 if output_final_state or not piece.is_last:
@@ -174,55 +162,79 @@ class _ChunkLightningAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, slopes, initial_state = ctx.saved_tensors
-        dtype = state_dtype(q.dtype)
+        chunks, dtype = ctx.chunks, state_dtype(q.dtype)
         grad_output = torch.zeros_like(v) if grads[0] is None else grads[0]
-        scan = _ReverseScan(Decays(slopes, ctx.chunk_size, dtype), grads[1], initial_state)
-        entering = _entering_states(k, v, initial_state, ctx.chunks, scan.decays, dtype)
-        dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for chunk in reversed(ctx.chunks):
+        decays = Decays(slopes, ctx.chunk_size, dtype)
+        dq = _grad_q_from_states(k, v, grad_output, initial_state, chunks, decays)
+        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+        scan = _ReverseScan(decays, grads[1], initial_state)
+        for chunk in reversed(chunks):
             q_chunk, k_chunk, v_chunk, do_chunk = (_head_major(x, chunk, dtype) for x in (q, k, v, grad_output))
-            chunk_grads = scan.step(chunk, q_chunk, k_chunk, v_chunk, do_chunk, entering.pop())
-            for grad, chunk_grad in zip((dq, dk, dv), chunk_grads, strict=True):
-                grad[chunk.start : chunk.end] = chunk_grad.transpose(0, 1)  # [H, m, D] -> [m, H, D]
-        return dq, dk, dv, None, scan.grad_initial_state, None, None, None
+            dq_chunk, dk_chunk, dv_chunk = scan.step(chunk, q_chunk, k_chunk, v_chunk, do_chunk)
+            rows = slice(chunk.start, chunk.end)
+            dq[rows] += dq_chunk.transpose(0, 1)  # [H, m, D] -> [m, H, D]
+            dk[rows], dv[rows] = dk_chunk.transpose(0, 1), dv_chunk.transpose(0, 1)
+        return dq.to(q.dtype), dk, dv, None, scan.grad_initial_state, None, None, None
+
+
+def _grad_q_from_states(
+    k: Tensor, v: Tensor, grad_output: Tensor, initial_state: Tensor | None, chunks: list[Chunk], decays: Decays
+) -> Tensor:
+    """What the states entering the chunks add to dq: [T, H, Dk] in the states' dtype.
+
+    Only dq needs those states, so adding their part while they are recomputed in order spares keeping them.
+    """
+    dtype = state_dtype(k.dtype)
+    dq = torch.zeros(k.shape, dtype=dtype, device=k.device)
+    state: Tensor | None = None
+    for chunk in chunks:
+        k_chunk, v_chunk, do_chunk = (_head_major(x, chunk, dtype) for x in (k, v, grad_output))
+        dq_chunk = _head_major(dq, chunk, dtype)
+        for piece in chunk.pieces:
+            state = _state_entering(piece, state, initial_state)
+            if state is not None:
+                rows = slice(piece.start, piece.end)
+                dq_chunk[:, rows] = (do_chunk[:, rows] * decays.entering(piece.end - piece.start)) @ state.mT
+            if not piece.is_last:
+                state = _leaving_state(k_chunk, v_chunk, piece, state, decays)
+    return dq
 
 
 class _ReverseScan:
     """Gradients chunk by chunk, from the last to the first, carrying the gradient of the state."""
 
     def __init__(self, decays: Decays, grad_final_state: Tensor | None, initial_state: Tensor | None) -> None:
-        self.decays = decays
-        self.grad_final_state = grad_final_state
+        self._decays = decays
+        self._grad_final_state = grad_final_state
         self.grad_initial_state = None if initial_state is None else torch.empty_like(initial_state)
         self._grad_state: Tensor | None = None
 
-    def step(
-        self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, do: Tensor, entering: list[Tensor | None]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk [H, m, Dk] and dv [H, m, Dv] of one chunk, whose pieces begin with the states `entering`."""
-        decay = self.decays.within(chunk)
+    def step(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq without the entering states' part, dk [H, m, Dk], and dv [H, m, Dv] of one chunk."""
+        decay = self._decays.within(chunk)
         grad_scores = (do @ v.mT).mul_(decay)  # [H, m, m]
         scores = (q @ k.mT).mul_(decay)  # [H, m, m]
         dq, dk, dv = grad_scores @ k, grad_scores.mT @ q, scores.mT @ do
-        for piece, state in zip(reversed(chunk.pieces), reversed(entering), strict=True):
+        for piece in reversed(chunk.pieces):
             rows, length = slice(piece.start, piece.end), piece.end - piece.start
-            grad_leaving = self._grad_state
-            if piece.is_last:
-                grad_leaving = None if self.grad_final_state is None else self.grad_final_state[piece.document]
-            self._grad_state = None
-            if state is not None:
-                decayed_do = do[:, rows] * self.decays.entering(length)
-                dq[:, rows].baddbmm_(decayed_do, state.mT)
-                self._grad_state = q[:, rows].mT @ decayed_do  # [H, Dk, Dv]
+            grad_leaving = self._grad_leaving(piece)
             if grad_leaving is not None:
-                leaving = self.decays.leaving(length)
+                leaving = self._decays.leaving(length)
                 dk[:, rows].baddbmm_(v[:, rows] * leaving, grad_leaving.mT)
                 dv[:, rows].baddbmm_(k[:, rows] * leaving, grad_leaving)
-                if self._grad_state is not None:
-                    self._grad_state.addcmul_(grad_leaving, self.decays.over(length))
+            self._grad_state = None
+            if not piece.is_first or self.grad_initial_state is not None:
+                self._grad_state = q[:, rows].mT @ (do[:, rows] * self._decays.entering(length))  # [H, Dk, Dv]
+                if grad_leaving is not None:
+                    self._grad_state.addcmul_(grad_leaving, self._decays.over(length))
             if piece.is_first and self.grad_initial_state is not None:
                 self.grad_initial_state[piece.document] = self._grad_state
         return dq, dk, dv
+
+    def _grad_leaving(self, piece: Piece) -> Tensor | None:
+        if not piece.is_last:
+            return self._grad_state
+        return None if self._grad_final_state is None else self._grad_final_state[piece.document]
 
 
 def chunk_lightning_attention(
