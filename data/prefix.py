@@ -136,7 +136,7 @@ def _read_sidecar(prefix: str, documents: int, tokens: int) -> dict[str, Any]:
 
 
 def fingerprint(prefix: str) -> str:
-    """Hash of the sizes and of both ends of the .bin and .idx: tells a corpus that was made anew from the one before."""
+    """Hash of sizes and both ends of the .bin and .idx: tells a corpus that was made anew from the one before."""
     state = hashlib.sha256()
     for path in (bin_path(prefix), idx_path(prefix)):
         size = path.stat().st_size

@@ -1,0 +1,271 @@
+"""Documents from JSON lines, text files and Parquet, each plain or compressed as its kind allows.
+
+Reading (in one process) is kept apart from parsing (in many): a batch carries raw bytes, and :func:`document_text`
+makes text of them or says why not.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+_JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+_TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+_COMPRESSIONS = (".gz", ".zst")
+_SUPPORTED = f"{', '.join(_JSON_SUFFIXES + _TEXT_SUFFIXES)} (plain, .gz or .zst) and .parquet"
+_CHUNK_BYTES = 1 << 20
+_BATCH_BYTES = 1 << 19
+_BATCH_DOCUMENTS = 512
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class SkipReason(StrEnum):
+    """Why a document is left out."""
+
+    NOT_JSON = "not a JSON object"
+    KEY_MISSING = "key missing"
+    NOT_STRING = "not a string"
+    EMPTY = "empty"
+    BAD_UTF8 = "bad UTF-8"
+
+
+class BadDocumentError(Exception):
+    """A document that is skipped."""
+
+    def __init__(self, reason: SkipReason) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Consecutive documents of one file, not yet parsed."""
+
+    file: Path
+    kind: Literal["json", "text"]
+    """json: each payload is one line. text: each payload is the document itself."""
+    payloads: list[bytes | SkipReason]
+    """A reason stands for a document that could not even be read as bytes."""
+    file_bytes: int
+    """Bytes on disk that were read for it, for a progress bar."""
+
+
+def find_files(inputs: Sequence[str | Path]) -> list[Path]:
+    """Resolve files, folders (searched recursively) and globs to input files.
+
+    Inputs keep their order; what a folder or glob holds is sorted by path; no file comes twice. Hidden files, files of
+    other kinds inside folders, and the sidecars of tokenised corpora are passed over.
+
+    Raises:
+        FileNotFoundError: an input does not exist or a glob matches nothing.
+        ValueError: no input, a named file of an unknown kind, or a folder without any file of a known kind.
+    """
+    if not inputs:
+        raise ValueError("no input was given; name a file, a folder or a glob")
+    found: dict[Path, None] = {}
+    for item in inputs:
+        path = Path(item)
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob("*")) if _is_input(file.relative_to(path), file)]
+            if not files:
+                raise ValueError(f"{path} holds no document files; supported are {_SUPPORTED}")
+        elif path.exists():
+            files = [path]
+        else:
+            files = sorted(match for match in map(Path, glob.glob(str(item), recursive=True)) if match.is_file())
+            if not files:
+                raise FileNotFoundError(f"{item} does not exist and matches nothing; correct the path or the glob")
+        found.update(dict.fromkeys(files))
+    for file in found:
+        if _kind(file) is None:
+            raise ValueError(f"{file} is of no supported kind; supported are {_SUPPORTED}")
+    return list(found)
+
+
+def _is_input(relative: Path, file: Path) -> bool:
+    hidden = any(part.startswith(".") for part in relative.parts)
+    is_sidecar = file.suffix == ".json" and file.with_suffix(".idx").exists()
+    return not hidden and not is_sidecar and _kind(file) is not None and file.is_file()
+
+
+def _kind(file: Path) -> Literal["json", "text", "parquet"] | None:
+    name = file.with_suffix("") if file.suffix in _COMPRESSIONS else file
+    if name.suffix in _JSON_SUFFIXES:
+        return "json"
+    if name.suffix in _TEXT_SUFFIXES:
+        return "text"
+    return "parquet" if file.suffix == ".parquet" else None
+
+
+def read_batches(files: Sequence[Path], *, text_key: str) -> Iterator[RawBatch]:
+    """Read all documents in order, in batches of about half a megabyte.
+
+    Args:
+        files: from :func:`find_files`.
+        text_key: Parquet column of the text; JSON objects are parsed later, by :func:`document_text`.
+
+    Raises:
+        ValueError: a compressed or Parquet file is truncated or damaged; names the file.
+    """
+    for file in files:
+        kind = _kind(file)
+        if kind == "parquet":
+            yield from _parquet_batches(file, text_key)
+        elif kind == "text":
+            text = b"".join(chunk for chunk, _ in _chunks(file))
+            yield RawBatch(file, "text", [text], file.stat().st_size)
+        else:
+            yield from _line_batches(file)
+
+
+def document_text(kind: Literal["json", "text"], payload: bytes | SkipReason, *, text_key: str) -> str:
+    """Text of one document, valid Unicode that is not blank.
+
+    Raises:
+        BadDocumentError: with the reason to skip it.
+    """
+    if isinstance(payload, SkipReason):
+        raise BadDocumentError(payload)
+    try:
+        text = payload.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadDocumentError(SkipReason.BAD_UTF8) from error
+    if kind == "json":
+        text = _json_text(text, text_key)
+    if not text.strip():
+        raise BadDocumentError(SkipReason.EMPTY)
+    return text
+
+
+def _json_text(line: str, text_key: str) -> str:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadDocumentError(SkipReason.NOT_JSON) from error
+    if not isinstance(record, dict):
+        raise BadDocumentError(SkipReason.NOT_JSON)
+    if text_key not in record:
+        raise BadDocumentError(SkipReason.KEY_MISSING)
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise BadDocumentError(SkipReason.NOT_STRING)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        # JSON can spell half a surrogate pair, which is no character.
+        raise BadDocumentError(SkipReason.BAD_UTF8) from error
+    return text
+
+
+def _line_batches(file: Path) -> Iterator[RawBatch]:
+    """Batches of the non-blank lines of a file."""
+    lines: list[bytes | SkipReason] = []
+    pending: list[bytes] = []
+    size = position = reported = 0
+    for chunk, position in _chunks(file):
+        first, *others = chunk.split(b"\n")
+        pending.append(first)
+        if not others:
+            continue
+        for line in (b"".join(pending), *others[:-1]):
+            if line.strip():
+                lines.append(line)
+                size += len(line)
+            if size >= _BATCH_BYTES or len(lines) >= _BATCH_DOCUMENTS:
+                yield RawBatch(file, "json", lines, position - reported)
+                lines, size, reported = [], 0, position
+        pending = [others[-1]]
+    last = b"".join(pending)
+    if last.strip():
+        lines.append(last)
+    yield RawBatch(file, "json", lines, position - reported)
+
+
+def _chunks(file: Path) -> Iterator[tuple[bytes, int]]:
+    """Uncompressed content piece by piece, with the number of bytes read from disk so far."""
+    if file.suffix == ".gz":
+        yield from _gzip_chunks(file)
+    elif file.suffix == ".zst":
+        yield from _zstandard_chunks(file)
+    else:
+        with file.open("rb") as stream:
+            while chunk := stream.read(_CHUNK_BYTES):
+                yield chunk, stream.tell()
+
+
+def _gzip_chunks(file: Path) -> Iterator[tuple[bytes, int]]:
+    with file.open("rb") as stream, gzip.GzipFile(fileobj=stream) as plain:
+        try:
+            while chunk := plain.read(_CHUNK_BYTES):
+                yield chunk, stream.tell()
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise _damaged(file, error) from error
+        if stream.tell() == 0:
+            raise _damaged(file, "it is empty")
+
+
+def _zstandard_chunks(file: Path) -> Iterator[tuple[bytes, int]]:
+    # zstandard's stream reader takes the end of a truncated file for the end of the data; this object tells.
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame = decompressor.decompressobj()
+    inside_frame = True
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            while chunk:
+                if not inside_frame:
+                    frame, inside_frame = decompressor.decompressobj(), True
+                try:
+                    plain = frame.decompress(chunk)
+                except zstandard.ZstdError as error:
+                    raise _damaged(file, error) from error
+                chunk = frame.unused_data if frame.eof else b""
+                inside_frame = not frame.eof
+                if plain:
+                    yield plain, stream.tell()
+    if inside_frame:
+        raise _damaged(file, "it ends in the middle of a frame")
+
+
+def _damaged(file: Path, why: object) -> ValueError:
+    return ValueError(f"{file} is truncated or damaged ({why}); fetch or compress it again")
+
+
+def _parquet_batches(file: Path, column: str) -> Iterator[RawBatch]:
+    try:
+        table = pq.ParquetFile(file)
+        rows = max(1, table.metadata.num_rows)
+        if column not in table.schema_arrow.names:
+            missing: list[bytes | SkipReason] = [SkipReason.KEY_MISSING] * table.metadata.num_rows
+            yield RawBatch(file, "text", missing, file.stat().st_size)
+            return
+        done = 0
+        for batch in table.iter_batches(batch_size=_BATCH_DOCUMENTS, columns=[column]):
+            share = (done + batch.num_rows) * file.stat().st_size // rows - done * file.stat().st_size // rows
+            done += batch.num_rows
+            yield RawBatch(file, "text", _parquet_payloads(batch.column(0)), share)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _parquet_payloads(values: pa.Array) -> list[bytes | SkipReason]:
+    """Rows as bytes: Arrow does not check that its strings are UTF-8."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if pa.types.is_large_string(values.type):
+        values = values.cast(pa.large_binary())
+    elif pa.types.is_string(values.type) or pa.types.is_string_view(values.type):
+        values = values.cast(pa.binary())
+    else:
+        return [SkipReason.NOT_STRING] * len(values)
+    return [SkipReason.NOT_STRING if value is None else value for value in values.to_pylist()]
