@@ -30,13 +30,13 @@ def resolve(config: Config, world_size: int, *, has_gpu: bool) -> Config:
     """
     config = copy.deepcopy(config)
     check_model(config.model)
+    _check_train(config)
     _fill_in(config, has_gpu=has_gpu)
     check_mesh(config.parallel, world_size)
     check_split(config)
     check_batch(config, world_size)
     _check_recompute(config.train, plan_stages(config.model, config.parallel))
     check_optimizer(config.optimizer)
-    _check_train(config)
     _check_software(config, has_gpu=has_gpu)
     return config
 
