@@ -9,6 +9,13 @@ import pytest
 from tests.harness import WorkerPool, nan_filled_empty
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what runs several processes."""
+    for item in items:
+        if "workers" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+
+
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:
     """Worker processes shared by all tests: ``workers.run(function, *arguments, world_size=2)``."""

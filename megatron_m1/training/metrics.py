@@ -87,7 +87,7 @@ class MetricsLog:
         self._open = ExitStack()
         path = folder / "metrics.jsonl"
         rewind(path, start_step)
-        self._file = self._open.enter_context(open(path, "a", encoding="utf-8"))
+        self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
         self._tensorboard = _tensorboard_writer(folder, start_step) if tensorboard else None
         if self._tensorboard is not None:
             self._open.callback(self._tensorboard.close)
@@ -117,7 +117,7 @@ class MetricsLog:
         loss = record.get("loss")
         broken = loss is not None and not math.isfinite(loss)
         if step % self._log_interval == 0 or step == self._total_steps or broken:
-            self.note(self._line(record))
+            self.note(self._line(record) + self._remaining(step))
         if self._live is not None:
             self._live.update(self._live.task_ids[0], completed=step, shown=_shown(record))
             self._live.refresh()
@@ -150,11 +150,13 @@ class MetricsLog:
     def _line(self, record: Record) -> str:
         step = int(record["step"] or 0)
         width = len(str(self._total_steps))
-        line = f"step {step:>{width}}/{self._total_steps} | {_shown(record)}"
+        return f"step {step:>{width}}/{self._total_steps} | {_shown(record)}"
+
+    def _remaining(self, step: int) -> str:
         done, left = step - self._start_step, self._total_steps - step
-        if done > 0 and left > 0:
-            line += f" | {_duration((time.monotonic() - self._started) / done * left)} left"
-        return line
+        if done <= 0 or left <= 0:
+            return ""
+        return f" | {_duration((time.monotonic() - self._started) / done * left)} left"
 
 
 def rewind(path: Path, step: int) -> None:

@@ -14,8 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 class ProfilerWindow:
     """Profiles the steps ``start`` to ``end - 1``.
 
-    Writes ``<folder>/profile/steps_<first>_to_<last>_rank_<rank>.json``, complete or not at all. A run that resumes inside the window profiles what is left of it. Open it with
-    Perfetto or chrome://tracing.
+    Writes ``<folder>/profile/steps_<first>_to_<last>_rank_<rank>.json``, complete or not at all. A run that
+    resumes inside the window profiles what is left of it. Open it with Perfetto or chrome://tracing.
     """
 
     def __init__(self, folder: Path, *, rank: int, start: int | None, end: int | None) -> None:

@@ -25,8 +25,8 @@ GRACE_SECONDS = 30.0
 """By how much one of the two nets waits longer than the other."""
 FIRST_STEP_SECONDS = 600.0
 """Added to the first step's allowance: kernels are compiled and communicators built in it."""
-COLLECTIVE_MARKS = ("gloo", "nccl", "timed out", "connection closed by peer", "connection reset", "broken pipe")
-"""What a RuntimeError of a collective says, in lower case; gloo raises no type of its own."""
+COLLECTIVE_MARKS = ("gloo", "nccl", "timeout caused pair closure")
+"""What a RuntimeError of a collective says, in lower case; gloo raises no type of its own, mostly its source path."""
 
 
 class CollectiveError(RuntimeError):

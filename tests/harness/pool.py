@@ -15,7 +15,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
+import torch.distributed as dist
 
 from tests.harness.messages import RELEASE, Answer, Call
 from tests.harness.worker import STACK_SIGNAL, serve
@@ -60,9 +60,8 @@ class Worker:
         self.process.join()
         self.connection.close()
 
-    def close(self) -> None:
-        """Let the process end by itself, or end it after a while."""
-        self.connection.close()
+    def join(self) -> None:
+        """Wait for the process, which ends by itself once its connection is closed, or end it after a while."""
         self.process.join(timeout=5.0)
         if self.process.is_alive():
             self.process.kill()
@@ -105,7 +104,8 @@ class WorkerPool:
         """
         if not 1 <= world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"world_size is {world_size}; the pool runs 1 to {MAX_WORLD_SIZE} ranks")
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        # Public, but torch's own type information does not say so.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
         call = Call(function, arguments, world_size, store.port, timeout, process_group)
         payload = pickle.dumps((list(sys.path), pickle.dumps(call)))
         while len(self._workers) < world_size:
@@ -118,7 +118,9 @@ class WorkerPool:
     def close(self) -> None:
         """End all workers."""
         for worker in self._workers:
-            worker.close()
+            worker.connection.close()
+        for worker in self._workers:
+            worker.join()
         self._workers.clear()
         self._folder.cleanup()
 

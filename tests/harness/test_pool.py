@@ -15,7 +15,7 @@ from tests.harness import WorkerPool
 def rank_sum(rank: int, world_size: int, factor: float) -> tuple[int, torch.Tensor]:
     total = torch.tensor([factor * rank])
     dist.all_reduce(total)
-    assert dist.get_world_size() == world_size and int(os.environ["WORLD_SIZE"]) == world_size
+    assert dist.get_world_size() == int(os.environ["WORLD_SIZE"]) == world_size
     return os.getpid(), total
 
 
@@ -73,7 +73,8 @@ def test_exception_keeps_type_rank_traceback_and_the_workers(workers: WorkerPool
     with pytest.raises(KeyError, match="planted") as caught:
         workers.run(fail_on_last, world_size=2)
     (note,) = caught.value.__notes__
-    assert "rank 1 of 2" in note and "fail_on_last" in note
+    assert "rank 1 of 2" in note
+    assert "fail_on_last" in note
     assert workers.run(os_pid, world_size=2) == before
 
 
@@ -82,7 +83,7 @@ def test_death_is_named_and_the_rank_replaced(workers: WorkerPool) -> None:
     with pytest.raises(RuntimeError, match="rank 0 ended with exit code 7"):
         workers.run(die_on_first, world_size=2)
     after = workers.run(os_pid, world_size=2)
-    assert after[0] != before[0] and after[1] == before[1]
+    assert [now == then for now, then in zip(after, before, strict=True)] == [False, True]
 
 
 def test_hang_names_ranks_and_stacks(workers: WorkerPool) -> None:
@@ -91,7 +92,7 @@ def test_hang_names_ranks_and_stacks(workers: WorkerPool) -> None:
         workers.run(hang_on_last, world_size=2, timeout=1.0)
     assert "hang_on_last" in str(caught.value)
     after = workers.run(os_pid, world_size=2)
-    assert after[0] == before[0] and after[1] != before[1]
+    assert [now == then for now, then in zip(after, before, strict=True)] == [True, False]
 
 
 def test_parallel_state_does_not_reach_the_next_call(workers: WorkerPool) -> None:

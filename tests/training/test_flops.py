@@ -10,12 +10,12 @@ from megatron_m1.config import ModelConfig
 from megatron_m1.presets import m1_456b
 from megatron_m1.training.flops import peak_bf16_flops, training_flops
 
-DOCUMENTS = [5, 1, 9]
+DOCUMENTS = [3, 1, 4]
 
 
 def small_model() -> ModelConfig:
     return ModelConfig(
-        num_layers=4,
+        num_layers=3,
         hidden_size=24,
         num_attention_heads=6,
         kv_channels=10,
@@ -93,8 +93,8 @@ def test_m1_is_six_flops_per_active_parameter() -> None:
 
 def test_documents_cost_less_than_one_sequence() -> None:
     config = small_model()
-    saved = 2 * config.num_attention_heads * config.kv_channels * 4 * 3 * (15 * 16 // 2 - (15 + 1 + 45))
-    assert training_flops(config, [15]) - training_flops(config, DOCUMENTS) == saved
+    saved = config.num_attention_heads * config.kv_channels * 4 * 3 * (8 * 9 // 2 - (6 + 1 + 10))
+    assert training_flops(config, [8]) - training_flops(config, DOCUMENTS) == saved
 
 
 def test_empty_document_is_refused() -> None:

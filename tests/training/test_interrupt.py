@@ -28,7 +28,9 @@ def train_until_stopped(rank: int, world_size: int, number: signal.Signals) -> t
 
 def stop_within_pairs(rank: int, world_size: int) -> bool:
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-    return any_rank(rank == 2, pairs[rank // 2])
+    group = pairs[rank // 2]
+    assert isinstance(group, dist.ProcessGroup)
+    return any_rank(rank == 2, group)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -51,7 +53,8 @@ def test_alone_and_earlier_handler_restored() -> None:
             assert not interrupt.should_stop()
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert interrupt.should_stop() and interrupt.received == "SIGUSR1"
+            assert interrupt.should_stop()
+            assert interrupt.received == "SIGUSR1"
         os.kill(os.getpid(), signal.SIGUSR1)
         assert seen == [signal.SIGUSR1]
     finally:
