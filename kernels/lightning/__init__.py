@@ -1,6 +1,6 @@
 """Lightning attention, the linear attention of MiniMax-M1: causal, without softmax, with a fixed decay per head.
 
-README.md has the math, `naive.py` the truth, `chunk.py` the form that is fast on CPUs.
+README.md has the math, ``naive.py`` the truth, ``chunk.py`` the form that is fast on CPUs.
 """
 
 from collections.abc import Sequence
@@ -66,17 +66,17 @@ def lightning_attention(
         q: queries [T, H, Dk], T the tokens of the pack; float64, float32, bfloat16 or float16. Any strides.
         k: keys [T, H, Dk], q's dtype.
         v: values [T, H, Dv], q's dtype; Dv may differ from Dk.
-        slopes: [H] float32 (float64 allowed), >= 0, natural-log decay per token, see `layer_slopes`. Constant: no
+        slopes: [H] float32 (float64 allowed), >= 0, natural-log decay per token, see ``layer_slopes``. Constant: no
             gradient.
         cu_seqlens: the N documents' bounds, [N + 1] int32 or int64 (or ints): 0, then each document's end, the last
             being T; strictly rising, any lengths. Best on the CPU: its values are read. Default: one document.
         initial_state: the state before each document's first token, [N, H, Dk, Dv] float32 (float64 for float64
             inputs). Default: zero.
         output_final_state: also return the state after each document's last token.
-        backend: "naive" (token by token, for comparison) or "chunk"; default `choose_backend(q.device)`.
+        backend: "naive" (token by token, for comparison) or "chunk"; default ``choose_backend(q.device)``.
 
     Returns:
-        o [T, H, Dv] in v's dtype, contiguous; with `output_final_state` the pair (o, final_state), final_state being
+        o [T, H, Dv] in v's dtype, contiguous; with ``output_final_state`` the pair (o, final_state), final_state being
         [N, H, Dk, Dv] in initial_state's dtype. States, decays and sums are float32 (float64 for float64 inputs)
         whatever the inputs' dtype. Differentiable in q, k, v and initial_state, through o and final_state, once.
 
@@ -109,12 +109,12 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, st
         q: queries [B, H, Dk]; float64, float32, bfloat16 or float16.
         k: keys [B, H, Dk], q's dtype.
         v: values [B, H, Dv], q's dtype.
-        slopes: [H] float32 (float64 allowed), >= 0, as in `lightning_attention`.
+        slopes: [H] float32 (float64 allowed), >= 0, as in ``lightning_attention``.
         state: the state after each sequence's tokens so far, [B, H, Dk, Dv] float32 (float64 for float64 inputs):
-            zeros, or a final_state of `lightning_attention`. It is not written to.
+            zeros, or a final_state of ``lightning_attention``. It is not written to.
 
     Returns:
-        o [B, H, Dv] in v's dtype, and the new state, shape and dtype as `state`. Differentiable in all but slopes.
+        o [B, H, Dv] in v's dtype, and the new state, shape and dtype as ``state``. Differentiable in all but slopes.
 
     Raises:
         ValueError: shapes, dtypes, devices or slopes not as above.

@@ -12,7 +12,7 @@ from megatron_m1.kernels.lightning.naive import naive_lightning_attention
 
 
 class Backend(Protocol):
-    """An implementation. It gets checked arguments, and returns the output and the final states (None unless asked)."""
+    """An implementation of ``lightning_attention``."""
 
     def __call__(
         self,
@@ -23,7 +23,9 @@ class Backend(Protocol):
         cu_seqlens: Sequence[int],
         initial_state: Tensor | None,
         output_final_state: bool,
-    ) -> tuple[Tensor, Tensor | None]: ...
+    ) -> tuple[Tensor, Tensor | None]:
+        """Take checked arguments; return the output, and the final states or None if they are not asked for."""
+        ...
 
 
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
@@ -34,7 +36,7 @@ _FASTEST: Mapping[str, str] = MappingProxyType({"cpu": "chunk", "cuda": "chunk"}
 
 
 def choose_backend(device: torch.device) -> str:
-    """Name of the fastest implementation on `device`.
+    """Name of the fastest implementation on ``device``.
 
     Raises:
         ValueError: no implementation is known for this type of device.
@@ -45,7 +47,7 @@ def choose_backend(device: torch.device) -> str:
 
 
 def find_backend(name: str | None, device: torch.device) -> Backend:
-    """The implementation called `name`, or the fastest one on `device` when `name` is None.
+    """The implementation called ``name``, or the fastest one on ``device`` when ``name`` is None.
 
     Raises:
         ValueError: no implementation has this name, or none is known for this type of device.

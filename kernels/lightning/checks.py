@@ -1,5 +1,6 @@
 """What lightning attention accepts: each check raises a ValueError that names the bad value and the fix."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -38,7 +39,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> None:
 
 
 def check_state(state: Tensor, name: str, q: Tensor, v: Tensor, count: int) -> None:
-    """Check that `state` is [count, H, Dk, Dv] in the dtype of states for q and v, on their device.
+    """Check that ``state`` is [count, H, Dk, Dv] in the dtype of states for q and v, on their device.
 
     Raises:
         ValueError: another shape, dtype or device.
@@ -53,7 +54,7 @@ def check_state(state: Tensor, name: str, q: Tensor, v: Tensor, count: int) -> N
 
 
 def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int] | None, num_tokens: int) -> list[int]:
-    """The document bounds of a pack of `num_tokens` as ints; None is one document.
+    """The document bounds of a pack of ``num_tokens`` as ints; None is one document.
 
     Raises:
         ValueError: not one-dimensional integers, not from 0, not strictly rising, or not ending at num_tokens.
@@ -70,7 +71,7 @@ def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int] | None, num_tokens: int)
         bounds = list(cu_seqlens)
     if len(bounds) < 2 or bounds[0] != 0:
         raise ValueError(f"cu_seqlens begins {bounds[:2]}: give N + 1 bounds of N >= 1 documents, beginning with 0")
-    for document, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for document, (start, end) in enumerate(itertools.pairwise(bounds)):
         if end <= start:
             raise ValueError(f"cu_seqlens puts document {document} at [{start}, {end}): bounds must rise strictly")
     if bounds[-1] != num_tokens:

@@ -1,6 +1,6 @@
 """Lightning attention by chunks of the pack, in torch: linear in tokens, all work in matrix products.
 
-The pack is cut every `CHUNK_SIZE` tokens, whatever its documents are, so nothing is padded and nothing is gathered.
+The pack is cut every ``CHUNK_SIZE`` tokens, whatever its documents are, so nothing is padded and nothing is gathered.
 Inside a chunk of m tokens, with D_rc = exp(-s (r - c)) where r >= c and r, c belong to one document,
 
     O = ((Q K^T) * D) V
@@ -49,7 +49,7 @@ class Chunk:
 
 
 def cut_into_chunks(cu_seqlens: Sequence[int], chunk_size: int) -> list[Chunk]:
-    """Cut a pack every `chunk_size` tokens and list each chunk's pieces of documents."""
+    """Cut a pack every ``chunk_size`` tokens and list each chunk's pieces of documents."""
     chunks, document = [], 0
     for start in range(0, cu_seqlens[-1], chunk_size):
         end = min(start + chunk_size, cu_seqlens[-1])
@@ -65,7 +65,7 @@ def cut_into_chunks(cu_seqlens: Sequence[int], chunk_size: int) -> list[Chunk]:
 
 
 class Decays:
-    """The powers of exp(-slope) that chunks of at most `chunk_size` tokens need, all in [0, 1]."""
+    """The powers of exp(-slope) that chunks of at most ``chunk_size`` tokens need, all in [0, 1]."""
 
     def __init__(self, slopes: Tensor, chunk_size: int, dtype: torch.dtype) -> None:
         rates = -slopes.to(dtype)[:, None]  # [H, 1]
@@ -113,7 +113,7 @@ def _leaving_state(k: Tensor, v: Tensor, piece: Piece, entering: Tensor | None, 
 
 
 def _state_entering(piece: Piece, carried: Tensor | None, initial_state: Tensor | None) -> Tensor | None:
-    """The state [H, Dk, Dv] with which a piece begins, `carried` being the one before it; None where it is zero."""
+    """The state [H, Dk, Dv] with which a piece begins, ``carried`` being the one before it; None where it is zero."""
     if not piece.is_first:
         return carried
     return None if initial_state is None else initial_state[piece.document]
@@ -148,10 +148,10 @@ class _ChunkLightningAttention(torch.autograd.Function):
                 state = _state_entering(piece, state, initial_state)
                 if state is not None:
                     o_chunk[:, rows].baddbmm_(q_chunk[:, rows] * decays.entering(piece.end - piece.start), state)
-                if output_final_state or not piece.is_last:
+                if final_state is not None or not piece.is_last:
                     state = _leaving_state(k_chunk, v_chunk, piece, state, decays)
-                if final_state is not None and piece.is_last:
-                    final_state[piece.document] = state
+                    if final_state is not None and piece.is_last:
+                        final_state[piece.document] = state
             output[chunk.start : chunk.end] = o_chunk.transpose(0, 1)  # [H, m, Dv] -> [m, H, Dv]
         ctx.save_for_backward(q, k, v, slopes, initial_state)
         ctx.chunks, ctx.chunk_size = chunks, chunk_size
@@ -224,11 +224,12 @@ class _ReverseScan:
                 dv[:, rows].baddbmm_(k[:, rows] * leaving, grad_leaving)
             self._grad_state = None
             if not piece.is_first or self.grad_initial_state is not None:
-                self._grad_state = q[:, rows].mT @ (do[:, rows] * self._decays.entering(length))  # [H, Dk, Dv]
+                grad_entering = q[:, rows].mT @ (do[:, rows] * self._decays.entering(length))  # [H, Dk, Dv]
                 if grad_leaving is not None:
-                    self._grad_state.addcmul_(grad_leaving, self._decays.over(length))
-            if piece.is_first and self.grad_initial_state is not None:
-                self.grad_initial_state[piece.document] = self._grad_state
+                    grad_entering.addcmul_(grad_leaving, self._decays.over(length))
+                self._grad_state = grad_entering
+                if piece.is_first and self.grad_initial_state is not None:
+                    self.grad_initial_state[piece.document] = grad_entering
         return dq, dk, dv
 
     def _grad_leaving(self, piece: Piece) -> Tensor | None:
@@ -247,12 +248,12 @@ def chunk_lightning_attention(
     output_final_state: bool,
     chunk_size: int = CHUNK_SIZE,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the chunked form; arguments as in `lightning_attention`, already checked. `chunk_size` is in tokens.
+    """Run the chunked form; arguments as in ``lightning_attention``, already checked. ``chunk_size`` is in tokens.
 
     Differentiable once, in q, k, v and initial_state. Only the inputs are kept for the backward pass.
 
     Returns:
-        The output [T, H, Dv] in v's dtype; the final states [N, H, Dk, Dv] in `state_dtype(q.dtype)`, or None.
+        The output [T, H, Dv] in v's dtype; the final states [N, H, Dk, Dv] in ``state_dtype(q.dtype)``, or None.
     """
     size = min(chunk_size, q.shape[0])
     return _ChunkLightningAttention.apply(q, k, v, slopes, initial_state, cu_seqlens, output_final_state, size)

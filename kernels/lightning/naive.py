@@ -5,6 +5,7 @@
 One document after the other, one token after the other, differentiated by autograd alone.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of states, decays and sums for inputs of `dtype`: float64 for float64, else float32."""
+    """The dtype of states, decays and sums for inputs of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -25,15 +26,15 @@ def naive_lightning_attention(
     initial_state: Tensor | None,
     output_final_state: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the recurrence over every token; arguments as in `lightning_attention`, already checked.
+    """Run the recurrence over every token; arguments as in ``lightning_attention``, already checked.
 
     Returns:
-        The output [T, H, Dv] in v's dtype; the final states [N, H, Dk, Dv] in `state_dtype(q.dtype)`, or None.
+        The output [T, H, Dv] in v's dtype; the final states [N, H, Dk, Dv] in ``state_dtype(q.dtype)``, or None.
     """
     dtype = state_dtype(q.dtype)
     decay = torch.exp(-slopes.to(dtype))[:, None, None]  # [H, 1, 1]
     outputs, final_states = [], []
-    for document, (start, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+    for document, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
         if initial_state is None:
             state = torch.zeros(q.shape[1], q.shape[2], v.shape[2], dtype=dtype, device=q.device)
         else:
