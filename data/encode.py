@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
 from megatron_m1.data.readers import BadDocumentError, RawBatch, SkipReason, document_text
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
 

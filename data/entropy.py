@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.data.prefix import open_tokens, parse_blend
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
 from megatron_m1.data.files import file_lock
 from megatron_m1.data.prefix import check_prefix, fingerprint, parse_blend
 

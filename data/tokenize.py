@@ -18,13 +18,14 @@ from time import perf_counter
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
 from megatron_m1.data.encode import EncodedBatch, encode_batch, encode_batch_in_worker, prepare_worker
 from megatron_m1.data.files import file_lock, write_atomically
 from megatron_m1.data.prefix import bin_path, idx_path, sidecar_path
 from megatron_m1.data.readers import RawBatch, find_files, read_batches
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 _BATCHES_AHEAD = 4
 """Batches in flight per worker: bounds the memory however large the input is."""

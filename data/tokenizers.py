@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
+
 from megatron_m1.data.files import write_atomically
 
 _FOLDER_FILES = (
