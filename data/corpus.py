@@ -43,6 +43,12 @@ class PreparedCorpus:
     """Held-out blend."""
 
 
+def find_corpus(folder: str | Path, *, vocab_size: int) -> PreparedCorpus | None:
+    """Return what :func:`prepare_corpus` would with these arguments, or None when something of it is not there yet."""
+    prepared = _locate(Path(folder), vocab_size)
+    return None if _missing_prefixes(prepared) else prepared
+
+
 def prepare_corpus(folder: str | Path, *, vocab_size: int, workers: int = 1) -> PreparedCorpus:
     """Build the corpus, train a tokenizer on it, tokenise it. What a former call finished is reused.
 
@@ -59,23 +65,17 @@ def prepare_corpus(folder: str | Path, *, vocab_size: int, workers: int = 1) -> 
         OSError: the folder cannot be written.
     """
     folder = Path(folder)
-    pieces = min(vocab_size, MAX_VOCAB_SIZE)
-    tokenised = folder / f"bpe-{pieces}"
-    tokenizer = tokenised / "tokenizer.model"
-
-    def blend(split: str) -> list[str]:
-        return [item for source, share in SHARES.items() for item in (str(share), str(tokenised / f"{source}.{split}"))]
-
-    prepared = PreparedCorpus(tokenizer, blend("train"), blend("validation"))
+    prepared = _locate(folder, vocab_size)
+    tokenizer = prepared.tokenizer
     if not _missing_prefixes(prepared):
         return prepared
     folder.mkdir(parents=True, exist_ok=True)
     with file_lock(folder / "corpus.lock"):
         if not (folder / "corpus.json").exists():
             build_corpus(folder)
-        tokenised.mkdir(exist_ok=True)
+        tokenizer.parent.mkdir(exist_ok=True)
         if not tokenizer.exists():
-            train_sentencepiece(_training_texts(folder), tokenizer, vocab_size=pieces)
+            train_sentencepiece(_training_texts(folder), tokenizer, vocab_size=min(vocab_size, MAX_VOCAB_SIZE))
         if missing := _missing_prefixes(prepared):
             # megatron-core takes seconds to import, which a finished corpus need not cost.
             from megatron_m1.data.tokenize import tokenize_corpus
@@ -85,6 +85,16 @@ def prepare_corpus(folder: str | Path, *, vocab_size: int, workers: int = 1) -> 
                 processes = workers if name.endswith(".train") else 1
                 tokenize_corpus([folder / f"{name}.jsonl"], prefix, tokenizer, workers=processes)
     return prepared
+
+
+def _locate(folder: Path, vocab_size: int) -> PreparedCorpus:
+    """Paths of a corpus, whether or not it is there."""
+    tokenised = folder / f"bpe-{min(vocab_size, MAX_VOCAB_SIZE)}"
+
+    def blend(split: str) -> list[str]:
+        return [item for source, share in SHARES.items() for item in (str(share), str(tokenised / f"{source}.{split}"))]
+
+    return PreparedCorpus(tokenised / "tokenizer.model", blend("train"), blend("validation"))
 
 
 def _missing_prefixes(prepared: PreparedCorpus) -> list[str]:

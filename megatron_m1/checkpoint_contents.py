@@ -94,10 +94,17 @@ def _read_metadata(folder: Path) -> tuple[list[StoredTensor], dict[str, int]]:
                 tensors.append(StoredTensor(name, shape, str(dtype)[6:], math.prod(shape) * dtype.itemsize))
         extents: dict[str, int] = {}
         for storage in (metadata.storage_data or {}).values():
-            extents[storage.relative_path] = max(
-                extents.get(storage.relative_path, 0), storage.offset + storage.length
-            )
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+            extents[storage.relative_path] = max(extents.get(storage.relative_path, 0), storage.offset + storage.length)
+    except (
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:
         # These are what unpickling torn or flipped bytes raises.
         raise ValueError(f"checkpoint {folder} is damaged: .metadata can't be read ({type(error).__name__})") from error
     return tensors, extents

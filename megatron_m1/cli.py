@@ -1,9 +1,11 @@
-"""The console command ``megatron-m1``: one sub-command per file of ``megatron_m1.commands``, loaded when it is asked for."""
+"""The console command ``megatron-m1``: one file of ``megatron_m1.commands`` a sub-command, imported when asked for."""
 
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
 from megatron_m1.config_io import unknown
@@ -50,8 +52,16 @@ def run(arguments: Sequence[str]) -> int:
     return status
 
 
+def quiet_libraries() -> None:
+    """Silence what megatron-core and torch say on import about absent software: it would bury our own line."""
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def exit_status(command: Callable[[], int]) -> int:
     """Run ``command`` and return its status; wrong input ends in one line on stderr and status 2."""
+    quiet_libraries()
     try:
         return command()
     except ValueError as error:

@@ -230,7 +230,9 @@ def _typed(values: Mapping[str, Any], base: Config) -> Config:
 def tree_parser() -> jsonargparse.ArgumentParser:
     """Return a parser that holds one typed and documented option for every field."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False, default_env=False, usage=argparse.SUPPRESS)
+    parser = jsonargparse.ArgumentParser(
+        exit_on_error=False, add_help=False, default_env=False, usage=argparse.SUPPRESS
+    )
     parser.add_class_arguments(Config)
     return parser
 

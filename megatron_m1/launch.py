@@ -85,7 +85,9 @@ def launch_from_environment(environ: Mapping[str, str], *, processes: int | None
         raise ValueError(f"NODE_RANK = {node_rank} with NNODES = {nodes}: nodes are numbered from 0 to {nodes - 1}")
     tasks = environ.get("SLURM_NTASKS_PER_NODE", "1")
     if "SLURM_STEP_ID" in environ and tasks != "1":
-        raise ValueError(f"SLURM starts {tasks} tasks a node: use srun --ntasks-per-node=1, each starts its own processes")
+        raise ValueError(
+            f"SLURM starts {tasks} tasks a node: use srun --ntasks-per-node=1, each starts its own processes"
+        )
     per_node = processes or _integer(environ, ["GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"], minimum=1) or default_processes
     port = _integer(environ, ["MASTER_PORT"], minimum=1)
     address = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_JOB_NODELIST", ""))
@@ -103,7 +105,7 @@ def worker_world_size(environ: Mapping[str, str]) -> int | None:
 
 
 def count_gpus() -> int:
-    """Return the number of CUDA devices that this process may use; without a device file, torch is not even imported."""
+    """Return the number of CUDA devices that this process may use; without a device file, don't even import torch."""
     if not list(Path("/dev").glob("nvidia[0-9]*")) and not Path("/dev/dxg").exists():
         return 0
     torch = importlib.import_module("torch")
@@ -126,7 +128,7 @@ def torchrun_arguments(launch: Launch) -> list[str]:
 
 
 def start_workers(launch: Launch, arguments: Sequence[str]) -> int:
-    """Run ``megatron-m1 ARGUMENTS`` in this node's processes, pass SIGTERM and SIGUSR1 on to them, return the status."""
+    """Run ``megatron-m1 ARGUMENTS`` in this node's processes, pass SIGTERM and SIGUSR1 on, return the status."""
     command = [sys.executable, "-m", "megatron_m1.launch", *torchrun_arguments(launch), "-m", "megatron_m1.cli"]
     threads = max(1, (os.cpu_count() or 1) // launch.processes_per_node)
     environment = {"OMP_NUM_THREADS": str(threads), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}

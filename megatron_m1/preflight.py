@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_m1.config import Config, RunConfig
+from megatron_m1.data.corpus import PreparedCorpus, find_corpus, prepare_corpus
 from megatron_m1.data.prefix import PrefixSummary, check_blend
 from megatron_m1.data.tokenizers import load_tokenizer
 
@@ -77,26 +78,42 @@ def check_run_folder(run: RunConfig) -> None:
             f"run.folder = {folder} can't be written: {existing}: {error.strerror}; choose another folder"
         ) from error
     if not run.resume and any(folder.glob("checkpoints/step_*")):
-        raise ValueError(f"run.folder = {folder} holds checkpoints and run.resume is false: choose another folder, or resume")
+        raise ValueError(
+            f"run.folder = {folder} holds checkpoints and run.resume is false: choose another folder, or resume"
+        )
 
 
-def use_embedded_corpus(config: Config) -> Config:
-    """Build the embedded corpus when ``data.embedded_corpus`` asks for one, and return the configuration that reads it.
+def find_embedded_corpus(config: Config) -> Config | None:
+    """Return the configuration that reads ``data.embedded_corpus``, or None when that one has to be built first.
+
+    Raises:
+        ValueError: its tokenizer is damaged.
+    """
+    if config.data.embedded_corpus is None:
+        return config
+    corpus = find_corpus(config.data.embedded_corpus, vocab_size=config.model.vocab_size)
+    return None if corpus is None else _read_from(config, corpus)
+
+
+def build_embedded_corpus(config: Config) -> Config:
+    """Build the embedded corpus if ``data.embedded_corpus`` asks for one, and return the configuration that reads it.
 
     Every process may call this: one builds, the others wait for it, and a finished corpus is only checked.
 
     Raises:
-        ValueError: the folder can't be written.
+        ValueError: the folder can't be written, or this Python has too little text.
     """
     folder = config.data.embedded_corpus
     if folder is None:
         return config
-    from megatron_m1.data.corpus import prepare_corpus
-
     try:
-        corpus = prepare_corpus(Path(folder), vocab_size=config.model.vocab_size, workers=os.cpu_count() or 1)
+        corpus = prepare_corpus(folder, vocab_size=config.model.vocab_size, workers=os.cpu_count() or 1)
     except OSError as error:
         raise ValueError(f"data.embedded_corpus = {folder} can't be written: {error.strerror or error}") from error
+    return _read_from(config, corpus)
+
+
+def _read_from(config: Config, corpus: PreparedCorpus) -> Config:
     data = dataclasses.replace(
         config.data,
         train=config.data.train or corpus.train,

@@ -53,8 +53,8 @@ def plan_stages(model: ModelConfig, parallel: ParallelConfig) -> Stages:
         return _place(_parse_layout(layout, model, parallel), pipeline)
     if model.num_layers % (pipeline * virtual):
         raise ValueError(
-            f"model.num_layers = {model.num_layers} does not split evenly into pipeline {pipeline} x virtual {virtual} = "
-            f"{pipeline * virtual} stages: change them or give parallel.pipeline_model_parallel_layout"
+            f"model.num_layers = {model.num_layers} does not split evenly into pipeline {pipeline} x virtual {virtual} "
+            f"= {pipeline * virtual} stages: change them or give parallel.pipeline_model_parallel_layout"
         )
     each = "t" * (model.num_layers // (pipeline * virtual))
     texts = [each] * (pipeline * virtual)
@@ -85,8 +85,8 @@ def _parse_layout(layout: str, model: ModelConfig, parallel: ParallelConfig) -> 
     virtual = parallel.virtual_pipeline_model_parallel_size
     if virtual is not None and virtual * pipeline != len(stages):
         raise ValueError(
-            f"{name} has {len(stages)} stages, but pipeline {pipeline} x virtual {virtual} = {pipeline * virtual}: leave "
-            "out virtual_pipeline_model_parallel_size, the layout gives it"
+            f"{name} has {len(stages)} stages, but pipeline {pipeline} x virtual {virtual} = {pipeline * virtual}: "
+            "leave out virtual_pipeline_model_parallel_size, the layout gives it"
         )
     if pipeline == 1 and len(stages) > 1:
         raise ValueError(f"{name} has {len(stages)} stages, but parallel.pipeline_model_parallel_size = 1")

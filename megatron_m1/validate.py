@@ -112,7 +112,8 @@ def check_model(model: ModelConfig) -> None:
         )
     if model.moe_router_topk > model.num_moe_experts:
         raise ValueError(
-            f"model.moe_router_topk = {model.moe_router_topk} is more than model.num_moe_experts = {model.num_moe_experts}"
+            f"model.moe_router_topk = {model.moe_router_topk} is more than model.num_moe_experts = "
+            f"{model.num_moe_experts}: lower it"
         )
     rotated = model.kv_channels * model.rotary_percent
     if model.rotary_percent > 1 or rotated % 2:
@@ -136,8 +137,8 @@ def check_mesh(parallel: ParallelConfig, world_size: int) -> None:
     product = tensor * context * pipeline
     if world_size % product:
         raise ValueError(
-            f"the mesh does not divide the world: tensor {tensor} x context {context} x pipeline {pipeline} = {product} "
-            f"ranks, but there are {world_size} processes; start a multiple of {product} or make the mesh smaller"
+            f"the mesh does not divide the world: tensor {tensor} x context {context} x pipeline {pipeline} = "
+            f"{product} ranks, but there are {world_size} processes; start a multiple of {product} or make the mesh smaller"
         )
     stage_ranks = world_size // pipeline
     if stage_ranks % (expert * expert_tensor):
@@ -195,17 +196,19 @@ def check_batch(config: Config, world_size: int) -> None:
     pipeline, samples = parallel.pipeline_model_parallel_size, train.global_batch_size
     if samples % replicas:
         raise ValueError(
-            f"train.global_batch_size = {samples} is not divisible by the data-parallel size {replicas} (world {world_size} "
-            f"/ tensor {parallel.tensor_model_parallel_size} / pipeline {pipeline}): use a multiple of {replicas}"
+            f"train.global_batch_size = {samples} is not divisible by the data-parallel size {replicas} (world "
+            f"{world_size} / tensor {parallel.tensor_model_parallel_size} / pipeline {pipeline}): use a multiple of {replicas}"
         )
     if parallel.virtual_pipeline_model_parallel_size and samples // replicas % pipeline:
         raise ValueError(
-            f"train.global_batch_size = {samples} gives each rank {samples // replicas} micro-batches, but interleaved stages "
-            f"need a multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a multiple of {replicas * pipeline}"
+            f"train.global_batch_size = {samples} gives each rank {samples // replicas} micro-batches, but interleaved "
+            f"stages need a multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a multiple of "
+            f"{replicas * pipeline}"
         )
     if config.data.train_samples is not None and config.data.train_samples < train.global_batch_size:
         raise ValueError(
-            f"data.train_samples = {config.data.train_samples} is less than one global batch of {train.global_batch_size}"
+            f"data.train_samples = {config.data.train_samples} is less than train.global_batch_size = "
+            f"{train.global_batch_size}: raise it"
         )
 
 
@@ -213,8 +216,8 @@ def _check_recompute(train: TrainConfig, stages: Stages) -> None:
     strange = [name for name in train.recompute_modules if name not in RECOMPUTABLE]
     if "layernorm" in strange:
         raise ValueError(
-            "train.recompute_modules has layernorm: this layer's residual is the norm's output, which recomputing frees "
-            f"too early; use {' or '.join(RECOMPUTABLE)}"
+            "train.recompute_modules has layernorm: this layer's residual is the norm's output, which recomputing "
+            f"frees too early; use {' or '.join(RECOMPUTABLE)}"
         )
     if strange:
         raise ValueError(f"train.recompute_modules has {strange[0]!r}: choose from {', '.join(RECOMPUTABLE)}")
@@ -223,8 +226,8 @@ def _check_recompute(train: TrainConfig, stages: Stages) -> None:
     _check_positive("train", train, ["recompute_num_layers"])
     if train.recompute_granularity == "full" and train.recompute_num_layers > stages.most_layers:
         raise ValueError(
-            f"train.recompute_num_layers = {train.recompute_num_layers} is more than the {stages.most_layers} layers of "
-            "the largest stage"
+            f"train.recompute_num_layers = {train.recompute_num_layers} is more than the {stages.most_layers} layers "
+            "of the largest stage: lower it"
         )
 
 
@@ -235,7 +238,9 @@ def check_optimizer(optimizer: OptimizerConfig) -> None:
         ValueError: with one line that names the value and the fix.
     """
     _check_positive("optimizer", optimizer, ["lr", "adam_eps"])
-    _check_not_negative("optimizer", optimizer, [f.name for f in dataclasses.fields(optimizer) if f.name != "lr_decay_style"])
+    _check_not_negative(
+        "optimizer", optimizer, [f.name for f in dataclasses.fields(optimizer) if f.name != "lr_decay_style"]
+    )
     for name in ("adam_beta1", "adam_beta2"):
         if getattr(optimizer, name) >= 1:
             raise ValueError(f"optimizer.{name} = {getattr(optimizer, name)}: it must be below 1")
@@ -261,7 +266,9 @@ def _check_train(config: Config) -> None:
     if not run.folder:
         raise ValueError("run.folder is empty: give the folder of the run")
     if run.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"run.wandb_project = {run.wandb_project!r} needs the wandb package: pip install 'megatron-m1[wandb]'")
+        raise ValueError(
+            f"run.wandb_project = {run.wandb_project!r} needs the wandb package: pip install 'megatron-m1[wandb]'"
+        )
 
 
 def _check_software(config: Config, *, has_gpu: bool) -> None:
@@ -270,7 +277,9 @@ def _check_software(config: Config, *, has_gpu: bool) -> None:
         raise ValueError("parallel.distributed_backend = nccl needs GPUs, and there are none: use gloo or auto")
     if model.transformer_impl == "transformer_engine":
         if not has_gpu:
-            raise ValueError("model.transformer_impl = transformer_engine needs GPUs, and there are none: use local or auto")
+            raise ValueError(
+                "model.transformer_impl = transformer_engine needs GPUs, and there are none: use local or auto"
+            )
         if importlib.util.find_spec("transformer_engine") is None:
             raise ValueError(
                 "model.transformer_impl = transformer_engine, but that package is not installed: see GPU extras in the "
@@ -278,7 +287,8 @@ def _check_software(config: Config, *, has_gpu: bool) -> None:
             )
     if model.fp8 is not None and model.transformer_impl != "transformer_engine":
         raise ValueError(
-            f"model.fp8 = {model.fp8} needs model.transformer_impl transformer_engine, but it is {model.transformer_impl}"
+            f"model.fp8 = {model.fp8} needs model.transformer_impl transformer_engine, but it is "
+            f"{model.transformer_impl}"
         )
     if model.fp8 is not None and config.train.precision != "bf16":
         raise ValueError(f"model.fp8 = {model.fp8} needs train.precision bf16, but it is {config.train.precision}")

@@ -54,7 +54,11 @@ def test_later_files_win(tmp_path: Path) -> None:
         (["--model.residual_alpha", "none"], "model.residual_alpha", None),
         (["--optimizer.adam_eps", "1e-15"], "optimizer.adam_eps", 1e-15),
         (["--run.folder", "123"], "run.folder", "123"),
-        (["--parallel.pipeline_model_parallel_layout=Et*3|t*5L"], "parallel.pipeline_model_parallel_layout", "Et*3|t*5L"),
+        (
+            ["--parallel.pipeline_model_parallel_layout=Et*3|t*5L"],
+            "parallel.pipeline_model_parallel_layout",
+            "Et*3|t*5L",
+        ),
     ],
 )
 def test_flag_values(flags: list[str], path: str, value: object) -> None:
@@ -87,7 +91,10 @@ def test_a_wrong_flag_is_one_line(flags: list[str], parts: list[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("parallel: {tensor_model_paralel_size: 2}", ["tensor_model_paralel_size", "parallel.tensor_model_parallel_size"]),
+        (
+            "parallel: {tensor_model_paralel_size: 2}",
+            ["tensor_model_paralel_size", "parallel.tensor_model_parallel_size"],
+        ),
         ("paralel: {}", ["paralel", "did you mean parallel"]),
         ("train: 5", ["train must hold fields", "5"]),
         ("train: {max_steps: abc}", ["train.max_steps = 'abc'"]),

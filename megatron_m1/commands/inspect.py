@@ -101,8 +101,8 @@ def _layer_table(model: ModelConfig) -> list[str]:
         counts = layer_counts(model, index)
         kind = "softmax" if counts.softmax_attention else "lightning"
         lines.append(
-            f"{index:>5}  {kind:<10}{_attention(counts):>16,}{counts.router:>12,}{counts.experts:>18,}{counts.norms:>10,}"
-            f"{counts.total:>18,}"
+            f"{index:>5}  {kind:<10}{_attention(counts):>16,}{counts.router:>12,}{counts.experts:>18,}"
+            f"{counts.norms:>10,}{counts.total:>18,}"
         )
     return lines
 
@@ -123,8 +123,8 @@ def describe_checkpoint(contents: CheckpointContents) -> list[str]:
         f"checkpoint {contents.folder}",
         f"step {contents.step:,}, {contents.tokens:,} tokens, {_gib(contents.bytes_on_disk)} on disk",
         f"preset {config.preset}, {model_counts(config.model).total:,} parameters, {config.train.precision}",
-        f"written by tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}, expert "
-        f"{parallel.expert_model_parallel_size} x expert tensor {parallel.expert_tensor_parallel_size}",
+        f"written by tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}, "
+        f"expert {parallel.expert_model_parallel_size} x expert tensor {parallel.expert_tensor_parallel_size}",
         f"{len(contents.tensors)} tensors:",
         *(f"  {t.name:<{width}}  {t.dtype:<9} {list(t.shape)}  {t.size:,} bytes" for t in contents.tensors),
     ]

@@ -86,7 +86,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     world_size = launch.world_size if launch else workers or 1
     config = _prepare(resolve(config, world_size, has_gpu=gpus > 0))
     if launch is not None and launch.world_size > 1:
-        return start_workers(launch, ["pretrain", *_without_launch_options(arguments)])
+        return start_workers(launch, ["pretrain", *without_launch_options(arguments)])
     if launch is None:
         prepare_worker()
     importlib.import_module("megatron_m1.training.loop").pretrain(config)
@@ -95,10 +95,10 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
 
 def _prepare(config: Config) -> Config:
     """Check the run folder and the data (the embedded corpus is built if it is missing) and return the final config."""
-    from megatron_m1.preflight import check_data, check_run_folder, use_embedded_corpus
+    from megatron_m1.preflight import build_embedded_corpus, check_data, check_run_folder
 
     check_run_folder(config.run)
-    config = use_embedded_corpus(config)
+    config = build_embedded_corpus(config)
     check_data(config)
     return config
 
@@ -106,10 +106,12 @@ def _prepare(config: Config) -> Config:
 def _check_gpus(gpus: int, launch: Launch | None) -> None:
     local = launch.processes_per_node if launch else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if 0 < gpus < local:
-        raise ValueError(f"{local} processes on this node, but it has {gpus} GPUs: start at most {gpus} (GPUS_PER_NODE)")
+        raise ValueError(
+            f"{local} processes on this node, but it has {gpus} GPUs: start at most {gpus} (GPUS_PER_NODE)"
+        )
 
 
-def _without_launch_options(arguments: Sequence[str]) -> list[str]:
+def without_launch_options(arguments: Sequence[str]) -> list[str]:
     """Drop ``--nproc-per-node``: the workers must not see it."""
     kept: list[str] = []
     rest = list(arguments)

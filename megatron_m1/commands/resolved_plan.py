@@ -8,7 +8,7 @@ from megatron_m1.config import Config, ParallelConfig
 from megatron_m1.counts import model_counts, rank_counts
 from megatron_m1.data.prefix import PrefixSummary, parse_blend
 from megatron_m1.launch import Launch
-from megatron_m1.preflight import check_data, check_run_folder, embedded_corpus_is_missing, use_embedded_corpus
+from megatron_m1.preflight import check_data, check_run_folder, find_embedded_corpus
 from megatron_m1.stages import Chunk, plan_stages
 from megatron_m1.validate import data_parallel_size
 
@@ -59,10 +59,10 @@ def _mesh_lines(parallel: ParallelConfig, world_size: int) -> list[str]:
     replicas = data_parallel_size(parallel, world_size)
     expert_replicas = world_size // (pipeline * expert * expert_tensor)
     return [
-        f"mesh        tensor {parallel.tensor_model_parallel_size} x context {parallel.context_parallel_size} x pipeline "
-        f"{pipeline} x data {replicas} = {world_size}",
-        f"experts     expert {expert} x expert tensor {expert_tensor} x pipeline {pipeline} x expert data {expert_replicas} "
-        f"= {world_size}",
+        f"mesh        tensor {parallel.tensor_model_parallel_size} x context {parallel.context_parallel_size} "
+        f"x pipeline {pipeline} x data {replicas} = {world_size}",
+        f"experts     expert {expert} x expert tensor {expert_tensor} x pipeline {pipeline} "
+        f"x expert data {expert_replicas} = {world_size}",
     ]
 
 
@@ -91,9 +91,10 @@ def _describe_chunk(chunk: Chunk) -> str:
 
 
 def _data_lines(config: Config) -> list[str]:
-    if embedded_corpus_is_missing(config):
+    found = find_embedded_corpus(config)
+    if found is None:
         return [f"data        embedded corpus, to be built in {config.data.embedded_corpus}"]
-    config = use_embedded_corpus(config)
+    config = found
     summary = check_data(config)
     return [
         f"tokenizer   {config.data.tokenizer}, {summary.tokenizer_vocab_size:,} tokens",

@@ -1,0 +1,56 @@
+"""``megatron-m1 tokenize``: from JSONL, text or Parquet to ``.bin``/``.idx``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_m1.commands.options import CommandParser, positive_integer
+
+
+def command_parser() -> CommandParser:
+    """Return the parser of the command's options."""
+    parser = CommandParser(
+        "tokenize",
+        "Turn documents into PREFIX.bin, .idx and .json. An earlier output stays until the new one is whole.",
+        "INPUT [INPUT ...] --tokenizer PATH --output PREFIX",
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="file, folder or glob: .jsonl, .txt (also .gz, .zst), .parquet"
+    )
+    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the output without .bin")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model or Hugging Face tokenizer folder"
+    )
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="JSON key or Parquet column of the text (default: text)"
+    )
+    parser.add_argument(
+        "--workers", type=positive_integer, metavar="N", help="processes (default: one per usable core)"
+    )
+    parser.add_argument("--no-eod", action="store_true", help="do not end documents with the tokenizer's end mark")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command.
+
+    Raises:
+        ValueError: wrong input, in one line.
+    """
+    options = command_parser().parse_all(arguments)
+    from megatron_m1.data.tokenize import tokenize_corpus
+
+    try:
+        report = tokenize_corpus(
+            options.inputs,
+            options.output,
+            options.tokenizer,
+            text_key=options.text_key,
+            workers=options.workers,
+            append_eod=not options.no_eod,
+        )
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        raise ValueError(f"{place}{error.strerror or error}") from error
+    print(report)
+    return 0
