@@ -40,7 +40,7 @@ class ModelConfig:
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
     """How tokens travel to experts on other ranks."""
     vocab_size: int = 200_064
-    """Rows of the embedding and of the untied head, before padding to what tensor parallelism divides."""
+    """Rows of the embedding and of the untied head, a multiple of tensor_model_parallel_size."""
     rotary_base: float = 10_000.0
     """RoPE base of the softmax layers; 1e7 in the released checkpoints."""
     rotary_percent: float = 0.5
@@ -83,8 +83,6 @@ class ParallelConfig:
     """Ranks that share one expert's matrices; none means 1."""
     sequence_parallel: bool | None = None
     """Split activations outside the matrices over the tensor ranks; none turns it on when there are any."""
-    use_distributed_optimizer: bool = True
-    """Shard optimizer state over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False

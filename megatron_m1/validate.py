@@ -138,7 +138,8 @@ def check_mesh(parallel: ParallelConfig, world_size: int) -> None:
     if world_size % product:
         raise ValueError(
             f"the mesh does not divide the world: tensor {tensor} x context {context} x pipeline {pipeline} = "
-            f"{product} ranks, but there are {world_size} processes; start a multiple of {product} or make the mesh smaller"
+            f"{product} ranks, but there are {world_size} processes; start a multiple of {product} or "
+            "make the mesh smaller"
         )
     stage_ranks = world_size // pipeline
     if stage_ranks % (expert * expert_tensor):
@@ -197,7 +198,8 @@ def check_batch(config: Config, world_size: int) -> None:
     if samples % replicas:
         raise ValueError(
             f"train.global_batch_size = {samples} is not divisible by the data-parallel size {replicas} (world "
-            f"{world_size} / tensor {parallel.tensor_model_parallel_size} / pipeline {pipeline}): use a multiple of {replicas}"
+            f"{world_size} / tensor {parallel.tensor_model_parallel_size} / pipeline {pipeline}): use a "
+            f"multiple of {replicas}"
         )
     if parallel.virtual_pipeline_model_parallel_size and samples // replicas % pipeline:
         raise ValueError(

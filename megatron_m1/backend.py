@@ -1,0 +1,45 @@
+"""The one adapter to what transformer-engine and NVIDIA apex offer, found at run time."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Literal
+
+import torch
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+
+from megatron_m1.layers.norm import NormBuilder, RMSNorm
+
+Implementation = Literal["local", "transformer_engine"]
+
+
+class LocalProvider(LocalSpecProvider):
+    """megatron-core's own torch modules, with a norm that works under sequence parallelism."""
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> NormBuilder:
+        """The block norm's class."""
+        return RMSNorm
+
+
+def choose_implementation(asked: Literal["auto", "local", "transformer_engine"]) -> Implementation:
+    """Resolve ``model.transformer_impl``: auto takes transformer-engine when it is installed and a GPU is there.
+
+    Raises:
+        ValueError: transformer_engine is asked for and can't be used.
+    """
+    usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+    if asked == "transformer_engine" and not usable:
+        raise ValueError(
+            "model.transformer_impl transformer_engine needs a GPU and the transformer-engine package; "
+            "install it (see README, GPU extras) or use local"
+        )
+    return "transformer_engine" if usable and asked != "local" else "local"
+
+
+def spec_provider(implementation: Implementation) -> BackendSpecProvider:
+    """Return the classes of linears, norms and experts for ``implementation``."""
+    if implementation == "local":
+        return LocalProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()

@@ -1,0 +1,128 @@
+"""Lightning attention block of MiniMax-M1 (linear attention with a fixed decay per head)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from megatron_m1.engine import EngineConfig
+from megatron_m1.kernels.lightning import lightning_attention, layer_slopes
+from megatron_m1.layers.norm import FullWidthRMSNorm
+from megatron_m1.packed import layout_of
+from megatron_m1.parallel.layout import SequenceLayout
+
+PARTS = 4
+"""q, k, v and the output gate, interleaved per head in one projection."""
+
+
+@dataclass
+class LightningAttentionSubmodules:
+    """The linears of the block: column-parallel in, row-parallel out."""
+
+    linear_qkvg: type
+    linear_proj: type
+
+
+class LightningAttention(MegatronModule):
+    """Self-attention of 7 layers in 8: ``out_proj(sigmoid(gate(x)) * norm(lightning(silu(q), silu(k), silu(v))))``.
+
+    One projection holds, for each head in turn, its q, k, v and gate rows: tensor parallelism then splits by heads, and
+    sequence parallelism gathers the input once. No rotary embedding, no scale, no softmax. Decay slopes depend on the
+    global layer index and on the rank's heads; they are a plain fp32 attribute, since a buffer would be cast to bf16.
+    Source: MiniMax-01 paper (arXiv 2501.08313), section 2.2, and the released modeling file.
+
+    Args:
+        config: engine configuration.
+        submodules: linear classes.
+        layer_number: global index over all layers, from 1.
+        pg_collection: process groups; ``tp`` splits the heads.
+        cp_comm_type, pp_layer_offset, name: part of megatron-core's attention interface, not needed here.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        submodules: LightningAttentionSubmodules,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection | None = None,
+        cp_comm_type: str | None = None,
+        pp_layer_offset: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None
+        self.tp_group = pg_collection.tp
+        width = config.num_attention_heads * config.kv_channels
+        self.head_dim = config.kv_channels
+        self.local_heads = config.num_attention_heads // self.tp_group.size()
+        self.recompute = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
+        self.backend = None if config.lightning_backend == "auto" else config.lightning_backend
+        self.linear_qkvg = submodules.linear_qkvg(
+            config.hidden_size,
+            PARTS * width,
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=self.tp_group,
+        )
+        self.linear_proj = submodules.linear_proj(
+            width,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_group=self.tp_group,
+        )
+        self.norm = FullWidthRMSNorm(config, width, config.lightning_norm_epsilon, self.tp_group)
+        with torch.device("cpu"):
+            slopes = layer_slopes(config.num_attention_heads, layer_number - 1, config.num_layers)
+        first = self.tp_group.rank() * self.local_heads
+        self.slopes = slopes[first : first + self.local_heads]
+
+    def _core(self, qkvg: Tensor, layout: SequenceLayout) -> Tensor:
+        # [n, 1, heads * 4 * dim] -> [n, heads, 4, dim]
+        tokens = qkvg.shape[0]
+        parts = qkvg.view(tokens, self.local_heads, PARTS, self.head_dim)
+        q, k, v = nn.functional.silu(parts[:, :, :3]).unbind(dim=2)  # each [n, heads, dim]
+        gate = parts[:, :, 3].reshape(tokens, 1, -1)
+        self.slopes = self.slopes.to(q.device)
+        attended = lightning_attention(
+            q, k, v, self.slopes, cu_seqlens=layout.local_cu_seqlens, backend=self.backend
+        )  # [n, heads, dim]
+        return torch.sigmoid(gate) * self.norm(attended.reshape(tokens, 1, -1))
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Any, **unused: Any
+    ) -> tuple[Tensor, None]:
+        """Attend within each document of the pack.
+
+        Args:
+            hidden_states: [n (/ tp with sequence parallel), 1, hidden], the normalised block input.
+            attention_mask: unused; documents come from ``packed_seq_params``.
+            packed_seq_params: carries the ``SequenceLayout``.
+            unused: what megatron-core's layer passes to every attention (rotary embedding, inference context).
+
+        Returns:
+            The block's output, shaped and typed as ``hidden_states``, and no bias.
+        """
+        layout = layout_of(packed_seq_params)
+        qkvg, _ = self.linear_qkvg(hidden_states)
+        if self.recompute and self.training:
+            core = tensor_parallel.checkpoint(partial(self._core, layout=layout), False, qkvg)
+        else:
+            core = self._core(qkvg, layout)
+        output, _ = self.linear_proj(core)
+        return output, None

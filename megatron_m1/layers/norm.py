@@ -1,0 +1,102 @@
+"""RMSNorms of M1: the block norm, whose output is also the residual, and the lightning layer's full-width norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+NormBuilder = Callable[..., nn.Module]
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension, with the mark that sequence parallelism needs to sum its gradient.
+
+    Args:
+        config: gives ``params_dtype`` and ``sequence_parallel``.
+        hidden_size: width of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device(config)))
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` [..., hidden_size]; returns its shape and dtype."""
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def parameter_device(config: TransformerConfig) -> Any:
+    """Where new parameters are allocated: the default device with ``use_cpu_initialization`` (meta, say), else the GPU."""
+    return None if config.use_cpu_initialization else torch.cuda.current_device()
+
+
+def _output_and_residual(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> tuple[Tensor, Tensor]:
+    return output, output
+
+
+def residual_norm(build: NormBuilder) -> NormBuilder:
+    """Make the builder of a norm return one that answers ``(y, y)``: M1's residual is the normalised tensor.
+
+    megatron-core's ``TransformerLayer`` takes the second entry as the residual. A forward hook keeps the norm's class and
+    parameter names as they are, whichever implementation builds it.
+    """
+
+    def built(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **named: Any) -> nn.Module:
+        norm = build(config=config, hidden_size=hidden_size, eps=eps, **named)
+        norm.register_forward_hook(_output_and_residual)
+        return norm
+
+    return built
+
+
+class FullWidthRMSNorm(nn.Module):
+    """RMSNorm over a width that tensor parallelism splits: the mean square is summed over the tensor ranks.
+
+    MiniMax-M1 normalises the concatenation of all heads (64 x 128), not each head (m1: modeling file, RMSNorm(8192)).
+
+    Args:
+        config: gives ``params_dtype``.
+        width: full width, over all tensor ranks.
+        eps: added to the mean square.
+        tp_group: tensor-parallel group; its size divides ``width``.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, width: int, eps: float, tp_group: torch.distributed.ProcessGroup
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.width = width
+        self.tp_group = tp_group
+        local = width // tp_group.size()
+        self.weight = nn.Parameter(torch.ones(local, dtype=config.params_dtype, device=parameter_device(config)))
+        set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise ``x`` [..., width / tp]; statistics in fp32, result in ``x``'s dtype."""
+        if self.tp_group.size() == 1:
+            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.float()
+        square = wide.square().sum(dim=-1, keepdim=True)
+        # Every rank's output depends on the total, so its gradient is summed over the ranks as well.
+        square = reduce_from_tensor_model_parallel_region(square, group=self.tp_group)
+        square = copy_to_tensor_model_parallel_region(square, group=self.tp_group)
+        normal = wide * torch.rsqrt(square / self.width + self.eps)
+        return (normal * self.weight.float()).to(x.dtype)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The weight's shard of the full width, for dist_checkpointing."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets)

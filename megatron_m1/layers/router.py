@@ -1,0 +1,59 @@
+"""The top-k router, its weight kept in fp32, with counts of how the experts are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from megatron_m1.engine import EngineConfig
+
+
+class Router(TopKRouter):
+    """``TopKRouter`` whose weight stays fp32 and which adds up its aux loss and the tokens of each expert."""
+
+    config: EngineConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokens_per_expert: Tensor | None = None
+        self.aux_loss_sum: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """Keep the weight in fp32 (the released checkpoint stores it so), marked for sequence parallelism."""
+        self.weight.data = self.weight.data.to(dtype=torch.float32)
+        setattr(self.weight, "sequence_parallel", self.config.sequence_parallel)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Choose experts; see ``TopKRouter.routing``. Counts the choices of passes that will be differentiated."""
+        probs, routing_map = super().routing(logits, padding_mask)
+        if torch.is_grad_enabled():
+            counts = routing_map.detach().sum(dim=0)
+            self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
+        return probs, routing_map
+
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation: Tensor,
+        aux_loss_coeff: float,
+        aux_loss: Tensor,
+        aux_loss_name: str,
+        reduce_group: torch.distributed.ProcessGroup,
+        needs_dp_avg: bool = True,
+        valid_token_count: int | Tensor | None = None,
+    ) -> Tensor:
+        """Attach the aux loss to ``activation`` and add it up; see ``TopKRouter``."""
+        if torch.is_grad_enabled():
+            value = aux_loss.detach() / aux_loss_coeff
+            self.aux_loss_sum = value if self.aux_loss_sum is None else self.aux_loss_sum + value
+        return super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, needs_dp_avg, valid_token_count
+        )
+
+    def take_counts(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return and forget this rank's tokens per expert [num_experts] and summed, unweighted aux loss (scalar)."""
+        taken = self.tokens_per_expert, self.aux_loss_sum
+        self.tokens_per_expert, self.aux_loss_sum = None, None
+        return taken

@@ -1,0 +1,140 @@
+"""Core of the softmax layers: rotary positions by document, then causal attention inside each document (GQA)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_m1.engine import EngineConfig
+from megatron_m1.packed import layout_of
+from megatron_m1.parallel.layout import SequenceLayout
+
+GROUP_TOKENS = 256
+"""On a CPU, neighbouring documents are attended together, under a mask, up to this many tokens."""
+
+
+def rotate(x: Tensor, positions: Tensor, rotary_dim: int, base: float) -> Tensor:
+    """Rotate the first ``rotary_dim`` dimensions of every head by its token's position (halves paired, as GPT-NeoX).
+
+    Args:
+        x: [n, heads, dim].
+        positions: int64 [n], position within the document.
+        rotary_dim: even, at most ``dim``; the other dimensions pass through.
+        base: angle i is ``position * base ** (-2 i / rotary_dim)``, in fp32.
+
+    Returns:
+        A tensor of ``x``'s shape and dtype.
+    """
+    half = rotary_dim // 2
+    exponents = torch.arange(half, device=x.device, dtype=torch.float32) * (2.0 / rotary_dim)
+    angles = positions.to(device=x.device, dtype=torch.float32)[:, None] * base**-exponents  # [n, half]
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # [n, 1, half]
+    first, second, rest = x[..., :half].float(), x[..., half:rotary_dim].float(), x[..., rotary_dim:]
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    return torch.cat((turned, rest), dim=-1)
+
+
+def document_groups(cu_seqlens: list[int], limit: int = GROUP_TOKENS) -> list[tuple[int, int]]:
+    """Cut a pack into runs of whole documents, as (first, last + 1) document indices.
+
+    A run holds as many neighbouring documents as fit in ``limit`` tokens, or one longer document alone.
+    """
+    groups: list[tuple[int, int]] = []
+    first = 0
+    for document in range(len(cu_seqlens) - 1):
+        if document > first and cu_seqlens[document + 1] - cu_seqlens[first] > limit:
+            groups.append((first, document))
+            first = document
+    groups.append((first, len(cu_seqlens) - 1))
+    return groups
+
+
+def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+    cu_seqlens = [int(bound) for bound in layout.local_cu_seqlens]
+    lengths = torch.tensor(cu_seqlens).diff()
+    documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    outputs = []
+    for first, end in document_groups(cu_seqlens):
+        tokens = slice(cu_seqlens[first], cu_seqlens[end])
+        mask = None
+        if end - first > 1:
+            ids = documents[tokens]
+            mask = (ids[:, None] == ids[None, :]).tril_()
+        # [m, heads, dim] -> [1, heads, m, dim]
+        part = [x[tokens].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+        out = scaled_dot_product_attention(*part, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        outputs.append(out.squeeze(0).transpose(0, 1))  # [m, heads, dim]
+    return torch.cat(outputs)
+
+
+def _attend_on_gpu(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds = layout.local_cu_seqlens.to(q.device)
+    longest = layout.max_document_length
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=True)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def packed_softmax_attention(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+    """Causal softmax attention of every document with itself, scaled by 1/sqrt(dim).
+
+    Args:
+        q: [n, heads, dim].
+        k, v: [n, groups, dim], ``groups`` divides ``heads``.
+        layout: document bounds of the ``n`` tokens.
+
+    Returns:
+        [n, heads, dim] in ``q``'s dtype.
+    """
+    return _attend_on_gpu(q, k, v, layout) if q.is_cuda else _attend_on_cpu(q, k, v, layout)
+
+
+class PackedCoreAttention(MegatronModule):
+    """Core attention for megatron-core's ``SelfAttention``, whose own refuses packs.
+
+    It rotates queries and keys by the layout's positions: megatron-core's packed rotary embedding assumes Transformer
+    Engine's padded documents. Holds no parameters.
+    """
+
+    def __init__(self, config: EngineConfig, **interface: Any) -> None:
+        super().__init__(config=config)
+        self.rotary_dim = int(config.kv_channels * config.rotary_percent)
+        self.rotary_base = config.rotary_base
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        packed_seq_params: Any,
+        **interface: Any,
+    ) -> Tensor:
+        """Attend within each document.
+
+        Args:
+            query: [n, 1, heads, dim].
+            key, value: [n, 1, groups, dim].
+            attention_mask: unused.
+            packed_seq_params: carries the ``SequenceLayout``.
+            interface: mask type and bias, which megatron-core passes to every core attention; unused.
+
+        Returns:
+            [n, 1, heads * dim].
+        """
+        layout = layout_of(packed_seq_params)
+        q = rotate(query.squeeze(1), layout.positions, self.rotary_dim, self.rotary_base)
+        k = rotate(key.squeeze(1), layout.positions, self.rotary_dim, self.rotary_base)
+        out = packed_softmax_attention(q, k, value.squeeze(1), layout)
+        return out.reshape(out.shape[0], 1, -1)
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Nothing to save."""
+        return {}

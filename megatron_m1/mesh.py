@@ -1,0 +1,88 @@
+"""The rank grid: process groups of a run, set up once and passed on."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import distributed as dist
+
+from megatron_m1 import cpu
+from megatron_m1.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the grid."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    groups: ProcessGroupCollection
+    data_parallel_rank: int
+    data_parallel_size: int
+    is_last_stage: bool
+    """Holds the head (of its last virtual chunk)."""
+    counts_loss: bool
+    """The one tensor-parallel rank of each last stage that reports the loss."""
+
+
+def _initialise_torch(parallel: ParallelConfig) -> torch.device:
+    on_gpu = torch.cuda.is_available()
+    backend = parallel.distributed_backend
+    if backend == "auto":
+        backend = "nccl" if on_gpu else "gloo"
+    device = torch.device("cpu")
+    if on_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group(backend, timeout=timedelta(seconds=parallel.distributed_timeout_seconds))
+    return device
+
+
+def initialise(parallel: ParallelConfig, *, seed: int) -> Mesh:
+    """Start torch.distributed (unless it is running) and megatron-core's process groups.
+
+    Args:
+        parallel: resolved mesh.
+        seed: of megatron-core's generators, which nothing in M1 draws from (no dropout) but recompute saves.
+    """
+    cpu.install()
+    device = _initialise_torch(parallel)
+    # Order follows Megatron: tensor ranks are neighbours, then context, expert, data, pipeline.
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or 1,
+        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_seconds / 60)),
+        create_gloo_process_groups=True,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
+    return Mesh(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        is_last_stage=last,
+        counts_loss=last and parallel_state.get_tensor_model_parallel_rank() == 0,
+    )
+
+
+def shut_down() -> None:
+    """Tear down megatron-core's groups and torch.distributed."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,39 @@
+"""What a micro-batch tells every layer: where its documents begin and end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from megatron_m1.parallel.layout import SequenceLayout
+
+
+@dataclass
+class PackedBatchParams(PackedSeqParams):
+    """The one argument of megatron-core's layers that describes a pack, carrying our layout.
+
+    ``qkv_format`` stays "sbhd" although the pack is one long row: "thd" would squeeze the batch dimension and bring
+    Transformer Engine's rotary embedding, which assumes padded documents.
+    """
+
+    layout: SequenceLayout | None = None
+
+    @classmethod
+    def of(cls, layout: SequenceLayout) -> PackedBatchParams:
+        """Wrap ``layout`` for the forward pass of one micro-batch."""
+        return cls(qkv_format="sbhd", layout=layout)
+
+
+def layout_of(packed_seq_params: Any) -> SequenceLayout:
+    """Return the layout that travels in ``packed_seq_params``.
+
+    Raises:
+        ValueError: the model was called without one.
+    """
+    if not isinstance(packed_seq_params, PackedBatchParams) or packed_seq_params.layout is None:
+        raise ValueError(
+            f"the model needs packed_seq_params=PackedBatchParams.of(layout), got {type(packed_seq_params).__name__}"
+        )
+    return packed_seq_params.layout

@@ -1,0 +1,181 @@
+"""What the mesh tests run on every rank: one global batch on some mesh, and every gradient of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+from megatron_m1 import mesh
+from megatron_m1.config import Config, ModelConfig
+from megatron_m1.training.build import build_trainer
+from megatron_m1.training.step import Trainer, train_step
+from megatron_m1.validate import resolve
+
+SEQ_LENGTH = 48
+"""Divisible by 2 tensor ranks; no multiple of a chunk."""
+PACKS = [
+    [0, 1, 20, 37, 48],
+    [0, 48],
+    [0, 5, 6, 7, 44, 48],
+    [0, 24, 48],
+]
+"""Document bounds of the four micro-batches."""
+
+
+@dataclass
+class Pack:
+    """A sample as the data room yields it."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    cu_seqlens: Tensor
+
+
+@dataclass
+class Part:
+    """One rank's piece of a parameter's gradient, and where it lies."""
+
+    value: Tensor
+    tp_rank: int
+    tp_size: int
+    dim: int
+    """Dimension that tensor (or expert-tensor) parallelism splits; -1 for a replicated parameter."""
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    """Eight layers 7:1 with odd widths, four experts."""
+    values: dict[str, Any] = dict(
+        num_layers=8,
+        hidden_size=40,
+        num_attention_heads=4,
+        kv_channels=16,
+        num_query_groups=2,
+        moe_ffn_hidden_size=36,
+        num_moe_experts=4,
+        vocab_size=102,
+        moe_aux_loss_coeff=0.02,
+    )
+    return ModelConfig(**(values | changes))
+
+
+def run_config(parallel: dict[str, Any], train: dict[str, Any] | None = None, **model: Any) -> Config:
+    """A configuration of the mesh tests."""
+    config = Config()
+    config.model = model_config(**model)
+    for name, value in parallel.items():
+        setattr(config.parallel, name, value)
+    for name, value in (train or {}).items():
+        setattr(config.train, name, value)
+    config.train.global_batch_size = len(PACKS)
+    config.data.seq_length = SEQ_LENGTH
+    return config
+
+
+def packs(step: int = 0, vocab: int = 102) -> list[Pack]:
+    """The global batch of ``step``: targets across a document's end are masked, and a few more."""
+    generator = torch.Generator().manual_seed(100 + step)
+    batch = []
+    for bounds in PACKS:
+        text = torch.randint(0, vocab, (SEQ_LENGTH + 1,), generator=generator)
+        mask = torch.ones(SEQ_LENGTH)
+        mask[torch.tensor(bounds[1:]) - 1] = 0.0
+        batch.append(Pack(text[:-1], text[1:], mask, torch.tensor(bounds, dtype=torch.int32)))
+    return batch
+
+
+def start(config: Config, world_size: int) -> Trainer:
+    """Resolve ``config`` and build a trainer on this rank."""
+    resolved = resolve(config, world_size, has_gpu=False)
+    grid = mesh.initialise(resolved.parallel, seed=resolved.train.seed)
+    return build_trainer(resolved, grid)
+
+
+def my_share(trainer: Trainer, batch: list[Pack]) -> list[Pack]:
+    """This data-parallel rank's micro-batches, dealt in turn."""
+    return batch[trainer.mesh.data_parallel_rank :: trainer.mesh.data_parallel_size]
+
+
+def global_name(trainer: Trainer, chunk: Any, name: str) -> str:
+    """Name with the layer's and the expert's index over the whole model."""
+    parts = name.removeprefix("module.").split(".")
+    if "layers" in parts:
+        at = parts.index("layers") + 1
+        parts[at] = str(chunk.module.decoder.layers[int(parts[at])].layer_number - 1)
+    if "local_experts" in parts:
+        at = parts.index("local_experts") + 1
+        held = chunk.config.num_moe_experts // trainer.mesh.groups.ep.size()
+        parts[at] = str(int(parts[at]) + held * trainer.mesh.groups.ep.rank())
+    return ".".join(parts)
+
+
+def local_parts(trainer: Trainer, read: str) -> dict[str, Part]:
+    """Every parameter of this rank ("data") or its reduced gradient ("main_grad"), by global name."""
+    parts = {}
+    for chunk in trainer.chunks:
+        for name, parameter in chunk.named_parameters():
+            group = trainer.mesh.groups.expt_tp if ".experts." in name else trainer.mesh.groups.tp
+            split = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
+            value = getattr(parameter, read).detach().float().clone()
+            dim = parameter.partition_dim if split else -1
+            parts[global_name(trainer, chunk, name)] = Part(value, group.rank(), group.size(), dim)
+    return parts
+
+
+def assemble(by_rank: list[dict[str, Part]]) -> dict[str, Tensor]:
+    """Put the ranks' parts together; copies of the same part must agree exactly enough to be the same part."""
+    pieces: dict[str, dict[int, Part]] = {}
+    for parts in by_rank:
+        for name, part in parts.items():
+            slot = part.tp_rank if part.dim >= 0 else 0
+            known = pieces.setdefault(name, {}).setdefault(slot, part)
+            torch.testing.assert_close(part.value, known.value, rtol=1e-5, atol=1e-7)
+    whole = {}
+    for name, slots in pieces.items():
+        values = [slots[rank].value for rank in sorted(slots)]
+        dim = slots[0].dim
+        if dim < 0:
+            whole[name] = values[0]
+        elif name.endswith("linear_fc1.weight"):
+            # each part is its rows of w1, then its rows of w3
+            whole[name] = torch.cat([v.chunk(2)[0] for v in values] + [v.chunk(2)[1] for v in values])
+        else:
+            whole[name] = torch.cat(values, dim=dim)
+    return whole
+
+
+def gradients(rank: int, world_size: int, config: Config, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
+    """One forward and backward; returns loss, aux loss, gradient norm and this rank's gradients."""
+    trainer = start(config, world_size)
+    if weights is not None:
+        load_weights(trainer, weights)
+    samples = my_share(trainer, packs())
+    # Otherwise only the shard that the distributed optimizer owns is reduced.
+    for chunk in trainer.chunks:
+        chunk.config.finalize_model_grads_func = _finalize_with_all_reduce
+    result = train_step(trainer, samples, lr=0.0)
+    return {"parts": local_parts(trainer, "main_grad"), "result": result}
+
+
+def _finalize_with_all_reduce(
+    model: list[Any], num_tokens: Tensor | None, pg_collection: Any = None, force_all_reduce: bool = False
+) -> None:
+    finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=True)
+
+
+def load_weights(trainer: Trainer, weights: dict[str, Tensor]) -> None:
+    """Copy full weights into this rank's parts (single-process tensors only)."""
+    for chunk in trainer.chunks:
+        for name, parameter in chunk.named_parameters():
+            parameter.data.copy_(weights[global_name(trainer, chunk, name)])
+    trainer.optimizer.reload_model_params()
+
+
+def train(rank: int, world_size: int, config: Config, steps: int) -> list[Any]:
+    """``steps`` optimizer steps; returns each step's figures."""
+    trainer = start(config, world_size)
+    return [train_step(trainer, my_share(trainer, packs(step)), lr=3e-3) for step in range(steps)]
