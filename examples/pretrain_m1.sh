@@ -3,7 +3,8 @@
 # This file is bash and Python at once, so that both of these work:
 #   bash examples/pretrain_m1.sh [overrides]
 #   torchrun --nproc-per-node N examples/pretrain_m1.sh [overrides]
-# To bash the line above is the command ":" (do nothing); to Python it opens a text that ends below the exec.
+# To bash the line above is the command ":" (do nothing); to Python it opens a text that ends below the exec. The Python
+# part is a here-document to bash.
 #
 # bash starts this node's processes as NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE say, else as SLURM's
 # variables say, else one per GPU, else 2 on the CPU. Overrides are those of "megatron-m1 pretrain --help"; without
@@ -17,6 +18,7 @@ if [ -z "$python" ] || ! "$python" -c "import megatron_m1" 2>/dev/null; then
     exit 2
 fi
 exec "$python" "${BASH_SOURCE[0]}" "$@"
+: <<'# end of the Python part'
 '''
 
 import sys
@@ -35,3 +37,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+# end of the Python part

@@ -1,0 +1,160 @@
+"""From the environment to a launch, and the example script as bash, as Python and under torchrun."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_m1.config_io import field_types
+from megatron_m1.launch import Launch, first_host, launch_from_environment, torchrun_arguments, worker_world_size
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "pretrain_m1.sh"
+
+
+def test_nothing_set_is_one_node() -> None:
+    launch = launch_from_environment({}, processes=None, default_processes=2)
+    assert launch == Launch(1, 0, 2, "127.0.0.1", None)
+    assert torchrun_arguments(launch) == ["--nproc-per-node=2", "--standalone", "--local-addr=127.0.0.1"]
+
+
+def test_the_environment_of_a_cluster() -> None:
+    environ = {
+        "NNODES": "4",
+        "NODE_RANK": "3",
+        "MASTER_ADDR": "head",
+        "MASTER_PORT": "1234",
+        "GPUS_PER_NODE": "8",
+        "SLURM_NNODES": "9",
+        "SLURM_NODEID": "8",
+    }
+    launch = launch_from_environment(environ, processes=None, default_processes=1)
+    assert launch == Launch(4, 3, 8, "head", 1234)
+    assert launch.world_size == 32
+    assert torchrun_arguments(launch) == [
+        *["--nproc-per-node=8", "--nnodes=4", "--node-rank=3"],
+        *["--master-addr=head", "--master-port=1234"],
+    ]
+
+
+def test_the_command_line_wins_over_gpus_per_node() -> None:
+    assert launch_from_environment({"GPUS_PER_NODE": "8"}, processes=3, default_processes=1).processes_per_node == 3
+
+
+def test_the_environment_of_slurm() -> None:
+    environ = {
+        "SLURM_NNODES": "2",
+        "SLURM_NODEID": "1",
+        "SLURM_JOB_NODELIST": "gpu[07-08]",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_STEP_ID": "0",
+        "SLURM_NTASKS_PER_NODE": "1",
+    }
+    launch = launch_from_environment(environ, processes=None, default_processes=1)
+    assert launch == Launch(2, 1, 4, "gpu07", 20_000 + 123456 % 20_000)
+
+
+@pytest.mark.parametrize(
+    ("node_list", "host"),
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[007-012,20],cpu1", "gpu007"),
+        ("rack[2-3]n[4,6]", "rack2n4"),
+        ("", ""),
+    ],
+)
+def test_first_host_of_a_node_list(node_list: str, host: str) -> None:
+    assert first_host(node_list) == host
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"NNODES": "two"}, "NNODES = 'two'"),
+        ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE = '0'"),
+        ({"NNODES": "2"}, "NODE_RANK is not set"),
+        ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK = 2 with NNODES = 2"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "8"}, "8 tasks a node"),
+    ],
+)
+def test_a_wrong_environment_is_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        launch_from_environment(environ, processes=None, default_processes=1)
+
+
+def test_the_world_of_a_worker() -> None:
+    assert worker_world_size({"RANK": "1", "WORLD_SIZE": "4"}) == 4
+    assert worker_world_size({"WORLD_SIZE": "4"}) is None
+
+
+def test_torchrun_leaves_every_option_to_the_script() -> None:
+    from torch.distributed.run import parse_args
+
+    own = ["--config", "--preset", "--nproc-per-node", "--dry-run", "--world-size", "--device", "--help"]
+    ours = own + [f"--{path}" for path in field_types()]
+    for before in (["--nproc-per-node=2", str(SCRIPT)], ["--standalone", "-m", "megatron_m1.cli", "pretrain"]):
+        arguments = [word for option in ours for word in (option, "x")]
+        parsed = parse_args([*before, *arguments])
+        assert parsed.training_script_args[-len(arguments) :] == arguments
+
+
+def run_script(*command: object, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the checkout, outside of any launcher, with the environment of a machine without GPUs."""
+    inherited = {
+        k: v for k, v in os.environ.items() if not re.match("SLURM_|(NNODES|NODE_RANK|MASTER_.*|WORLD_SIZE|RANK)$", k)
+    }
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=inherited | {"OMP_NUM_THREADS": "1"} | environ,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_the_script_is_valid_bash_and_valid_python() -> None:
+    header, *python = ast.parse(SCRIPT.read_text()).body
+    assert isinstance(header, ast.Expr)
+    assert python
+    assert run_script("bash", "-n", SCRIPT).stderr == ""
+    assert run_script("bash", "-n", ROOT / "examples" / "pretrain_m1.sbatch").stderr == ""
+
+
+def test_bash_plans_two_cpu_processes_by_itself(tmp_path: Path) -> None:
+    flags = ["--dry-run", "--train.max_steps", 5, "--run.folder", tmp_path / "run", "--device", "cpu"]
+    done = run_script("bash", SCRIPT, *flags, CUDA_VISIBLE_DEVICES="")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "world       2 processes (1 node x 2)" in done.stdout
+    assert "steps       5 =" in done.stdout
+    assert f"run folder  {tmp_path / 'run'}" in done.stdout
+
+
+def test_bash_refuses_before_any_worker_starts(tmp_path: Path) -> None:
+    flags = ["--parallel.tensor_model_parallel_size", 2, "--run.folder", tmp_path]
+    done = run_script("bash", SCRIPT, *flags, CUDA_VISIBLE_DEVICES="", GPUS_PER_NODE="3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("megatron-m1: error: the mesh does not divide the world: tensor 2 x")
+    assert done.stderr.count("\n") == 1
+
+
+def test_under_torchrun_one_rank_speaks_and_all_leave_with_2(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    flags = ["--run.folder", tmp_path, "--train.max_steps", 5, "--parallel.tensor_model_parallel_size", 3]
+    done = run_script(*torchrun, "--nproc-per-node", 2, SCRIPT, *flags, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode != 0
+    assert re.findall("megatron-m1: error: .*", done.stderr) == [
+        "megatron-m1: error: the mesh does not divide the world: tensor 3 x context 1 x pipeline 1 = 3 ranks, "
+        "but there are 2 processes; start a multiple of 3 or make the mesh smaller"
+    ]
+    assert re.findall(r"exitcode  : (\d+)", done.stderr) == ["2", "2"]
