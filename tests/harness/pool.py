@@ -1,4 +1,8 @@
-"""A pool of spawned worker processes that are kept between tests: importing torch and megatron-core costs seconds."""
+"""A pool of worker processes that are kept between tests.
+
+Importing torch and megatron-core costs ten seconds of processor time, so that it is done once, in a server from which
+the workers are forked.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ from tests.harness.messages import RELEASE, Answer, Call
 from tests.harness.worker import STACK_SIGNAL, serve
 
 MAX_WORLD_SIZE = 8
+PRELOADED = ["megatron_m1.training.build", "megatron_m1.data.packed"]
+"""Imported once, before the workers are forked."""
 FAILURE_GRACE = 5.0
 """Seconds that the other ranks have for their own answer after one rank failed; most wait in a collective for it."""
 STACK_WAIT = 3.0
@@ -32,11 +38,11 @@ class Worker:
 
     def __init__(self, rank: int, folder: Path) -> None:
         self.stack_path = folder / f"stack_{rank}_{time.monotonic_ns()}.txt"
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self.connection: Connection
         self.connection, far_end = context.Pipe()
         # Not a daemon: those may have no children, and dist_checkpointing starts some.
-        self.process: SpawnProcess = context.Process(
+        self.process: ForkServerProcess = context.Process(
             target=serve, args=(far_end, rank, str(self.stack_path)), name=f"worker-{rank}"
         )
         self.process.start()
@@ -72,6 +78,7 @@ class WorkerPool:
     """Runs functions on ranks. Workers start when a call first needs them; worker i is rank i of every call."""
 
     def __init__(self) -> None:
+        multiprocessing.set_forkserver_preload(PRELOADED)
         self._workers: list[Worker] = []
         self._folder = tempfile.TemporaryDirectory(prefix="megatron_m1_workers_")
 
