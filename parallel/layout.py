@@ -24,9 +24,9 @@ class SequenceLayout:
     """[N + 1] bounds of the pack's documents in global tokens: 0, then each document's end."""
     segments: tuple[tuple[int, int], ...]
     """The ranges [start, end) of global tokens that this rank holds, in the order in which it holds them."""
-    context_parallel_size: int = 1
-    context_parallel_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    context_parallel_size: int
+    context_parallel_rank: int
+    device: torch.device
     """Where ``positions`` and ``local_cu_seqlens`` are."""
 
     @classmethod
@@ -51,7 +51,7 @@ class SequenceLayout:
             raise ValueError(f"context_parallel_size is {context_parallel_size}: not supported yet, give 1")
         if not 0 <= context_parallel_rank < context_parallel_size:
             raise ValueError(f"context_parallel_rank is {context_parallel_rank} of {context_parallel_size}: give 0")
-        return cls(bounds, ((0, bounds[-1]),), context_parallel_size, context_parallel_rank)
+        return cls(bounds, ((0, bounds[-1]),), context_parallel_size, context_parallel_rank, torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> SequenceLayout:
         """The same layout with its tensors on ``device``; itself if they are there already."""

@@ -1,4 +1,4 @@
-"""What lightning attention accepts: each check raises a ValueError that names the bad value and the fix."""
+"""What lightning attention accepts; each check raises a ValueError that names the bad value and the fix."""
 
 import itertools
 from collections.abc import Sequence
@@ -15,7 +15,8 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> None:
     """Check q, k [X, H, Dk], v [X, H, Dv] (X tokens or sequences) and slopes [H].
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not go together, or slopes that are negative or want a gradient.
+        ValueError: shapes, dtypes or devices that do not go together; slopes that are negative, not finite, or want a
+            gradient.
     """
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 3 or q.shape != k.shape or v.dim() != 3 or v.shape[:2] != q.shape[:2]:
@@ -34,8 +35,8 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor) -> None:
     if len(devices) > 1:
         raise ValueError(f"q, k, v and slopes are on {sorted(devices)}: move them to one device")
     # Reading a value from another device would wait for it, so only slopes on the CPU are looked at.
-    if slopes.device.type == "cpu" and not bool((slopes >= 0).all()):
-        raise ValueError(f"slopes go down to {slopes.min().item()}: give slopes >= 0, the decay is exp(-slope)")
+    if slopes.device.type == "cpu" and not bool(((slopes >= 0) & slopes.isfinite()).all()):
+        raise ValueError(f"slopes are {slopes.tolist()}: give finite slopes >= 0, the decay is exp(-slope)")
 
 
 def check_state(state: Tensor, name: str, q: Tensor, v: Tensor, count: int) -> None:

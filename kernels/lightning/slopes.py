@@ -33,7 +33,7 @@ def head_slopes(num_heads: int) -> Tensor:
 
 
 def layer_slopes(num_heads: int, layer_index: int, num_layers: int) -> Tensor:
-    """Slopes of one layer: ``head_slopes`` times 1 - layer_index / (num_layers - 1) + 1e-5, so deeper layers forget less.
+    """Slopes of one layer: ``head_slopes`` times 1 - layer_index / (num_layers - 1) + 1e-5. Deeper layers forget less.
 
     Args:
         num_heads: lightning heads of the whole layer; a tensor-parallel rank takes its slice of the result.

@@ -1,0 +1,109 @@
+"""Inputs, tolerances and comparisons of the lightning attention tests."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_m1.kernels.lightning import layer_slopes, lightning_attention
+
+HEADS, KEY_DIM, VALUE_DIM = 3, 6, 5
+NAMES = ("o", "final_state", "dq", "dk", "dv", "d_initial_state")
+
+
+@dataclass
+class Case:
+    """One call: its arguments, and the gradients that reach its two results."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    slopes: Tensor
+    lengths: list[int]
+    initial_state: Tensor | None
+    grad_o: Tensor
+    grad_final_state: Tensor | None
+
+    @property
+    def cu_seqlens(self) -> list[int]:
+        return [0, *itertools.accumulate(self.lengths)]
+
+    def upcast(self) -> Case:
+        """The same numbers in float64: what a form in lower precision is measured against."""
+        tensors = (self.q, self.k, self.v, self.initial_state, self.grad_o, self.grad_final_state)
+        q, k, v, state, grad_o, grad_final = (x if x is None else x.double() for x in tensors)
+        assert q is not None and k is not None and v is not None and grad_o is not None
+        return Case(q, k, v, self.slopes, self.lengths, state, grad_o, grad_final)
+
+
+def make_case(
+    lengths: list[int],
+    *,
+    dtype: torch.dtype = torch.float64,
+    slopes: Tensor | None = None,
+    initial: bool = True,
+    final: bool = True,
+) -> Case:
+    """Random inputs for documents of the given lengths; states in float64 for float64, else float32."""
+    generator = torch.Generator().manual_seed(sum(lengths) + len(lengths))
+    slopes = layer_slopes(HEADS, 1, 8) if slopes is None else slopes
+
+    def normal(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(of)
+
+    tokens, heads = sum(lengths), slopes.numel()
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    state_shape = (len(lengths), heads, KEY_DIM, VALUE_DIM)
+    q, k = normal(tokens, heads, KEY_DIM), normal(tokens, heads, KEY_DIM)
+    v, grad_o = normal(tokens, heads, VALUE_DIM), normal(tokens, heads, VALUE_DIM)
+    state, grad_final = normal(*state_shape, of=state_dtype), normal(*state_shape, of=state_dtype)
+    return Case(q, k, v, slopes, lengths, state if initial else None, grad_o, grad_final if final else None)
+
+
+def run(case: Case, backend: str) -> dict[str, Tensor]:
+    """Results and all gradients of the public op, by the names in ``NAMES``."""
+    leaves = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v)]
+    if case.initial_state is not None:
+        leaves.append(case.initial_state.detach().clone().requires_grad_())
+    q, k, v = leaves[:3]
+    state = leaves[3] if len(leaves) == 4 else None
+    options: dict[str, Any] = dict(cu_seqlens=case.cu_seqlens, initial_state=state, backend=backend)
+    if case.grad_final_state is None:
+        o = lightning_attention(q, k, v, case.slopes, **options)
+        results, grads = {"o": o}, [case.grad_o]
+    else:
+        o, final_state = lightning_attention(q, k, v, case.slopes, output_final_state=True, **options)
+        results, grads = {"o": o, "final_state": final_state}, [case.grad_o, case.grad_final_state]
+    gradients = torch.autograd.grad(list(results.values()), leaves, grads)
+    return {name: x.detach() for name, x in results.items()} | dict(zip(NAMES[2:], gradients, strict=False))
+
+
+def tolerance(dtype: torch.dtype, num_tokens: int) -> float:
+    """The relative error, root mean square over a head, that rounding can explain.
+
+    A result sums at most T D products, each rounded; as a random walk that is sqrt(T D) units of rounding u. In float64
+    both sides round, and the recurrence multiplies up to T rounded decays: T u more. In bfloat16 the sums are float32,
+    and a result is rounded once, by u at most.
+    """
+    walk = max(8.0, (num_tokens * max(KEY_DIM, VALUE_DIM)) ** 0.5)
+    if dtype == torch.float64:
+        return (walk + num_tokens) * 2.0**-53
+    if dtype == torch.float32:
+        return walk * 2.0**-24
+    return walk * 2.0**-24 + 2.0**-8
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, relative: float) -> None:
+    """Compare head by head (dim 1), so that a head with small numbers counts as much as one with large ones."""
+    assert actual.shape == expected.shape, f"{name}: shape {actual.shape}, expected {expected.shape}"
+    error = (actual.double() - expected.double()).transpose(0, 1).flatten(1).norm(dim=1)
+    scale = expected.double().transpose(0, 1).flatten(1).norm(dim=1)
+    underflow = 0.0 if actual.dtype == torch.float64 else torch.finfo(torch.float32).tiny * actual.numel()
+    # A NaN fails too, which "error > bound" would let pass.
+    assert bool((error <= relative * scale + underflow).all()), (
+        f"{name}: relative errors by head {(error / scale).tolist()}"
+    )
