@@ -95,12 +95,16 @@ def load_config(path: str | Path) -> Config:
     return parse_config([path], [])
 
 
+def config_text(config: Config) -> str:
+    """Return ``config`` as the YAML that ``load_config`` reads."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None, width=120)
+
+
 def write_config(config: Config, path: str | Path) -> None:
     """Write ``config`` as YAML, atomically: the file is complete or is not there."""
     path = Path(path)
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None, width=120)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(config_text(config), encoding="utf-8")
     temporary.replace(path)
 
 

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
+import psutil
+
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that mean: save and exit cleanly."""
 PR_SET_PDEATHSIG = 1
@@ -127,16 +129,19 @@ def torchrun_arguments(launch: Launch) -> list[str]:
     ]
 
 
-def start_workers(launch: Launch, arguments: Sequence[str]) -> int:
-    """Run ``megatron-m1 ARGUMENTS`` in this node's processes, pass SIGTERM and SIGUSR1 on, return the status."""
-    command = [sys.executable, "-m", "megatron_m1.launch", *torchrun_arguments(launch), "-m", "megatron_m1.cli"]
+def start_workers(launch: Launch, program: Sequence[str]) -> int:
+    """Run ``program`` in this node's processes, pass SIGTERM and SIGUSR1 on to them, return torchrun's status.
+
+    Args:
+        launch: how many processes run where.
+        program: what torchrun runs: a script, or ``-m`` and a module, and its arguments.
+    """
+    command = [sys.executable, "-m", "megatron_m1.launch", *torchrun_arguments(launch), *program]
     threads = max(1, (os.cpu_count() or 1) // launch.processes_per_node)
     environment = {"OMP_NUM_THREADS": str(threads), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
-    agent = subprocess.Popen([*command, *arguments], env=environment | os.environ)
+    agent = subprocess.Popen(command, env=environment | os.environ)
 
     def forward(number: int, _frame: FrameType | None) -> None:
-        import psutil
-
         workers = psutil.Process(agent.pid).children() if agent.poll() is None else []
         for worker in workers:
             worker.send_signal(number)

@@ -7,8 +7,11 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_m1.config_io import field_types
@@ -148,6 +151,7 @@ def test_bash_refuses_before_any_worker_starts(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_rank_speaks_and_all_leave_with_2(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
     flags = ["--run.folder", tmp_path, "--train.max_steps", 5, "--parallel.tensor_model_parallel_size", 3]
@@ -158,3 +162,51 @@ def test_under_torchrun_one_rank_speaks_and_all_leave_with_2(tmp_path: Path) -> 
         "but there are 2 processes; start a multiple of 3 or make the mesh smaller"
     ]
     assert re.findall(r"exitcode  : (\d+)", done.stderr) == ["2", "2"]
+
+
+LAUNCH_TWO = (
+    "import sys; from megatron_m1.launch import Launch, start_workers;"
+    "sys.exit(start_workers(Launch(1, 0, 2, '127.0.0.1', None), sys.argv[1:]))"
+)
+
+
+@pytest.fixture
+def two_waiting_workers(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
+    """A launcher, and its two workers that wait for SIGTERM."""
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH_TWO, str(ROOT / "tests" / "waiting_worker.py"), str(tmp_path)]
+    )
+    ready = [tmp_path / f"{rank}.ready" for rank in range(2)]
+    deadline = time.monotonic() + 120
+    while not all(file.exists() for file in ready):
+        assert launcher.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    workers = [psutil.Process(int(file.read_text())) for file in ready]
+    yield launcher, workers
+    for process in workers:
+        if process.is_running():
+            process.kill()
+    launcher.kill()
+    launcher.wait()
+
+
+@pytest.mark.slow
+def test_sigterm_reaches_the_workers_and_they_leave_in_peace(
+    two_waiting_workers: tuple[subprocess.Popen[bytes], list[psutil.Process]], tmp_path: Path
+) -> None:
+    launcher, _ = two_waiting_workers
+    launcher.terminate()
+    assert launcher.wait(60) == 0
+    assert sorted(file.name for file in tmp_path.glob("*.saved")) == ["0.saved", "1.saved"]
+
+
+@pytest.mark.slow
+def test_workers_die_with_a_killed_launcher(
+    two_waiting_workers: tuple[subprocess.Popen[bytes], list[psutil.Process]], tmp_path: Path
+) -> None:
+    launcher, workers = two_waiting_workers
+    launcher.kill()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
+    assert list(tmp_path.glob("*.saved")) == []

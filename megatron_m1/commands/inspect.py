@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_m1.checkpoint_contents import CheckpointContents, complete_checkpoints, read_checkpoint
 from megatron_m1.commands.options import CommandParser
 from megatron_m1.config import Config, ModelConfig
-from megatron_m1.config_io import parse_config
+from megatron_m1.config_io import config_text, parse_config
 from megatron_m1.counts import Counts, layer_counts, model_counts
 from megatron_m1.validate import check_model
 
@@ -125,6 +125,8 @@ def describe_checkpoint(contents: CheckpointContents) -> list[str]:
         f"preset {config.preset}, {model_counts(config.model).total:,} parameters, {config.train.precision}",
         f"written by tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}, "
         f"expert {parallel.expert_model_parallel_size} x expert tensor {parallel.expert_tensor_parallel_size}",
+        "config:",
+        *(f"  {line}" for line in config_text(config).splitlines()),
         f"{len(contents.tensors)} tensors:",
         *(f"  {t.name:<{width}}  {t.dtype:<9} {list(t.shape)}  {t.size:,} bytes" for t in contents.tensors),
     ]

@@ -86,7 +86,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     world_size = launch.world_size if launch else workers or 1
     config = _prepare(resolve(config, world_size, has_gpu=gpus > 0))
     if launch is not None and launch.world_size > 1:
-        return start_workers(launch, ["pretrain", *without_launch_options(arguments)])
+        return start_workers(launch, ["-m", "megatron_m1.cli", "pretrain", *without_launch_options(arguments)])
     if launch is None:
         prepare_worker()
     importlib.import_module("megatron_m1.training.loop").pretrain(config)
