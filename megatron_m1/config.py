@@ -1,8 +1,8 @@
 """The configuration tree of a run: one dataclass per concern, every field with its unit.
 
-Field names are Megatron's where Megatron has one. ``docs in the field`` is what ``--help`` prints. A field whose default
-is ``None`` is derived by ``megatron_m1.validate`` from the others. Presets (``megatron_m1.presets``) are instances of
-``ModelConfig``.
+Field names are Megatron's where Megatron has one. ``docs in the field`` is what ``--help`` prints. A field whose
+default is ``None`` is derived by ``megatron_m1.validate`` from the others. Presets (``megatron_m1.presets``) are
+instances of ``ModelConfig``.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ class ParallelConfig:
     virtual_pipeline_model_parallel_size: int | None = None
     """Model chunks per stage (interleaved 1F1B); none means one."""
     pipeline_model_parallel_layout: str | None = None
-    """Layers by stage in Megatron's notation, e.g. "Et*3|t*5L": E embedding, t layer, L head and loss; none splits evenly."""
+    """Layers by stage in Megatron's notation, e.g. "Et*3|t*5L": E embedding, t layer, L head and loss; none splits
+    evenly."""
     context_parallel_size: int = 1
     """Ranks that share one packed sequence."""
     expert_model_parallel_size: int = 1
@@ -98,10 +99,12 @@ class DataConfig:
     """Where tokens come from and how they are packed."""
 
     embedded_corpus: str | None = None
-    """Folder of the embedded corpus (Python's own sources and documentation): built there when it is missing, and what train,
+    """Folder of the embedded corpus (Python's own sources and documentation): built there when it is missing, and what
+    train,
     validation and tokenizer are taken from when they are empty; none uses only what they name."""
     train: list[str] = field(default_factory=list)
-    """Blend of tokenised corpora: .bin/.idx prefixes, each optionally preceded by its weight, e.g. [0.7, code, 0.3, prose]."""
+    """Blend of tokenised corpora: .bin/.idx prefixes, each optionally preceded by its weight, e.g. [0.7, code, 0.3,
+    prose]."""
     validation: list[str] = field(default_factory=list)
     """Held-out blend, same form; empty means no validation."""
     tokenizer: str = ""
@@ -113,7 +116,8 @@ class DataConfig:
     cache_folder: str | None = None
     """Where sample indices are cached; none means <run.folder>/data_cache."""
     train_samples: int | None = None
-    """Packs in one pass over the shuffled data, fixed for the life of a run; none means max_steps x global_batch_size."""
+    """Packs in one pass over the shuffled data, fixed for the life of a run; none means max_steps x
+    global_batch_size."""
 
 
 @dataclass
@@ -141,7 +145,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay, not applied to norms."""
     clip_grad: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 turns clipping off. Our default: M1 publishes none."""
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off. Our default: M1 publishes
+    none."""
 
 
 @dataclass

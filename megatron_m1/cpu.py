@@ -1,8 +1,9 @@
 """What megatron-core takes from ``torch.cuda``, for processes without a GPU.
 
-megatron-core reads the current device, streams, events and generators from ``torch.cuda`` and spells some devices as the
-literal "cuda". ``install`` answers all of that with the CPU, so that the same schedules, optimizer and checkpoints run on
-gloo. It does nothing where CUDA is available. It is process-wide: keep it away from code that counts on the meta device.
+megatron-core reads the current device, streams, events and generators from ``torch.cuda`` and spells some devices as
+the literal "cuda". ``install`` answers all of that with the CPU, so that the same schedules, optimizer and checkpoints
+run on gloo. It does nothing where CUDA is available. It is process-wide: keep it away from code that counts on the meta
+device.
 """
 
 from __future__ import annotations
@@ -179,14 +180,18 @@ def _patch_torch() -> None:
     torch.cuda.random.set_rng_state = _set_rng_state
     for name in FACTORIES:
         setattr(torch, name, _redirected(getattr(torch, name)))
-    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign, assignment]
+    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _patch_megatron() -> None:
     replacements: dict[str, Callable[[Any], Any]] = {
-        "_get_cuda_rng_state": lambda original: lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state(),
-        "_set_cuda_rng_state": lambda original: lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state),
+        "_get_cuda_rng_state": lambda original: (
+            lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+        ),
+        "_set_cuda_rng_state": lambda original: (
+            lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+        ),
         "maybe_move_tensor_to_cpu": lambda original: _splits_as_numpy,
         "_gather_along_first_dim": _padded_gather,
         "_reduce_scatter_along_first_dim": _sliced_reduce_scatter,
@@ -198,7 +203,7 @@ def _patch_megatron() -> None:
 
 def is_installed() -> bool:
     """Whether ``install`` has replaced ``torch.cuda``'s functions in this process."""
-    return torch.cuda.Stream is _Stream
+    return issubclass(torch.cuda.Stream, _Stream)
 
 
 def install() -> None:

@@ -38,8 +38,8 @@ class EngineConfig(TransformerConfig):
 
 
 def _leave_uninitialised(weight: Tensor) -> Tensor:
-    # initialise.py fills every parameter by its global name, so that no mesh changes the initial weights; megatron-core's
-    # own call still has to happen because it marks tensor-parallel parameters.
+    # initialise.py fills every parameter by its global name, so that no mesh changes the initial weights;
+    # megatron-core's own call still has to happen because it marks tensor-parallel parameters.
     return weight
 
 

@@ -1,8 +1,8 @@
 """Initial weights that no mesh changes: Xavier with DeepNorm's gain, drawn by global name.
 
-Every logical matrix (q, k, v and gate apart, w1 and w3 apart, each expert) has its own random stream, keyed by the seed,
-its global name and a block of rows. A rank draws the blocks that it holds and keeps its slice, so TP, PP, EP, ETP and DP
-never change a weight. (A GPU and a CPU draw different numbers.)
+Every logical matrix (q, k, v and gate apart, w1 and w3 apart, each expert) has its own random stream, keyed by the
+seed, its global name and a block of rows. A rank draws the blocks that it holds and keeps its slice, so TP, PP, EP, ETP
+and DP never change a weight. (A GPU and a CPU draw different numbers.)
 
 Source: MiniMax-01 paper, section 4.2 (Xavier for all parameters, beta = (8N)^(-1/4)); DeepNet (arXiv 2203.00555), which
 puts beta on the value and output projections and on the FFN, and 1 on queries and keys.
@@ -14,10 +14,11 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_m1.engine import EngineConfig
 from megatron_m1.layers.lightning import LightningAttention
@@ -92,7 +93,7 @@ def _lightning(attention: LightningAttention, prefix: str, config: EngineConfig)
     yield out, Matrix(f"{prefix}.out", config.hidden_size, width, first_column=offset, gain=beta)
 
 
-def _softmax(attention: nn.Module, prefix: str, config: EngineConfig) -> Iterator[tuple[Tensor, Matrix]]:
+def _softmax(attention: Any, prefix: str, config: EngineConfig) -> Iterator[tuple[Tensor, Matrix]]:
     assert config.num_query_groups is not None and config.kv_channels is not None
     dim, hidden, rank = config.kv_channels, config.hidden_size, attention.tp_group.rank()
     groups = attention.num_query_groups_per_partition
@@ -108,7 +109,7 @@ def _softmax(attention: nn.Module, prefix: str, config: EngineConfig) -> Iterato
     yield attention.linear_proj.weight.data, Matrix(f"{prefix}.out", hidden, width, first_column=query_row, gain=beta)
 
 
-def _expert_weights(experts: nn.Module, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _expert_weights(experts: Any, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     if hasattr(experts, "local_experts"):
         for expert in experts.local_experts:
             yield expert.linear_fc1.weight.data, expert.linear_fc2.weight.data
@@ -120,7 +121,7 @@ def _expert_weights(experts: nn.Module, count: int) -> Iterator[tuple[Tensor, Te
             )
 
 
-def _moe(moe: nn.Module, prefix: str, config: EngineConfig, etp_rank: int) -> Iterator[tuple[Tensor, Matrix]]:
+def _moe(moe: Any, prefix: str, config: EngineConfig, etp_rank: int) -> Iterator[tuple[Tensor, Matrix]]:
     hidden, inner = config.hidden_size, config.moe_ffn_hidden_size
     assert inner is not None and config.num_moe_experts is not None
     beta = deepnorm_gain(config.num_layers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -13,6 +12,7 @@ from torch import distributed as dist
 
 from megatron_m1 import cpu
 from megatron_m1.config import ParallelConfig
+from megatron_m1.training.watchdog import process_group_timeout
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,11 @@ def _initialise_torch(parallel: ParallelConfig) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
-            os.environ.setdefault(name, value)
-        dist.init_process_group(backend, timeout=timedelta(seconds=parallel.distributed_timeout_seconds))
+        timeout = process_group_timeout(backend, parallel.distributed_timeout_seconds)
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     return device
 
 
@@ -64,7 +66,10 @@ def initialise(parallel: ParallelConfig, *, seed: int) -> Mesh:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or 1,
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_seconds / 60)),
+        distributed_timeout_minutes=process_group_timeout(
+            dist.get_backend(), parallel.distributed_timeout_seconds
+        ).total_seconds()
+        / 60,
         create_gloo_process_groups=True,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)

@@ -1,7 +1,7 @@
 """MiniMax-M1 on megatron-core's GPTModel: one layer spec per layer, no subclass of the layer or the model.
 
-This is the only file that knows how the model is put together, so that megatron-core's successor of ``GPTModel`` can take
-its place.
+This is the only file that knows how the model is put together, so that megatron-core's successor of ``GPTModel`` can
+take its place.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -21,7 +22,6 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
-from megatron.core.models.backends import BackendSpecProvider
 
 from megatron_m1.backend import Implementation, spec_provider
 from megatron_m1.engine import EngineConfig

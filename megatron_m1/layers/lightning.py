@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megatron_m1.engine import EngineConfig
-from megatron_m1.kernels.lightning import lightning_attention, layer_slopes
+from megatron_m1.kernels.lightning import layer_slopes, lightning_attention
 from megatron_m1.layers.norm import FullWidthRMSNorm
 from megatron_m1.packed import layout_of
 from megatron_m1.parallel.layout import SequenceLayout
@@ -100,7 +100,7 @@ class LightningAttention(MegatronModule):
         gate = parts[:, :, 3].reshape(tokens, 1, -1)
         self.slopes = self.slopes.to(q.device)
         attended = lightning_attention(
-            q, k, v, self.slopes, cu_seqlens=layout.local_cu_seqlens, backend=self.backend
+            q, k, v, self.slopes, cu_seqlens=layout.local_document_bounds, backend=self.backend
         )  # [n, heads, dim]
         return torch.sigmoid(gate) * self.norm(attended.reshape(tokens, 1, -1))
 

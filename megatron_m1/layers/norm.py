@@ -28,7 +28,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=parameter_device(config)))
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., hidden_size]; returns its shape and dtype."""
@@ -36,7 +36,8 @@ class RMSNorm(nn.Module):
 
 
 def parameter_device(config: TransformerConfig) -> Any:
-    """Where new parameters are allocated: the default device with ``use_cpu_initialization`` (meta, say), else the GPU."""
+    """Where new parameters are allocated: the default device with ``use_cpu_initialization`` (meta, say), else the
+    GPU."""
     return None if config.use_cpu_initialization else torch.cuda.current_device()
 
 
@@ -47,8 +48,8 @@ def _output_and_residual(module: nn.Module, args: tuple[Any, ...], output: Tenso
 def residual_norm(build: NormBuilder) -> NormBuilder:
     """Make the builder of a norm return one that answers ``(y, y)``: M1's residual is the normalised tensor.
 
-    megatron-core's ``TransformerLayer`` takes the second entry as the residual. A forward hook keeps the norm's class and
-    parameter names as they are, whichever implementation builds it.
+    megatron-core's ``TransformerLayer`` takes the second entry as the residual. A forward hook keeps the norm's class
+    and parameter names as they are, whichever implementation builds it.
     """
 
     def built(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **named: Any) -> nn.Module:

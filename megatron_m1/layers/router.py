@@ -24,7 +24,7 @@ class Router(TopKRouter):
     def reset_parameters(self) -> None:
         """Keep the weight in fp32 (the released checkpoint stores it so), marked for sequence parallelism."""
         self.weight.data = self.weight.data.to(dtype=torch.float32)
-        setattr(self.weight, "sequence_parallel", self.config.sequence_parallel)
+        self.weight.sequence_parallel = self.config.sequence_parallel
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts; see ``TopKRouter.routing``. Counts the choices of passes that will be differentiated."""

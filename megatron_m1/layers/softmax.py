@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def rotate(x: Tensor, positions: Tensor, rotary_dim: int, base: float) -> Tensor
     return torch.cat((turned, rest), dim=-1)
 
 
-def document_groups(cu_seqlens: list[int], limit: int = GROUP_TOKENS) -> list[tuple[int, int]]:
+def document_groups(cu_seqlens: Sequence[int], limit: int = GROUP_TOKENS) -> list[tuple[int, int]]:
     """Cut a pack into runs of whole documents, as (first, last + 1) document indices.
 
     A run holds as many neighbouring documents as fit in ``limit`` tokens, or one longer document alone.
@@ -54,7 +55,7 @@ def document_groups(cu_seqlens: list[int], limit: int = GROUP_TOKENS) -> list[tu
 
 
 def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
-    cu_seqlens = [int(bound) for bound in layout.local_cu_seqlens]
+    cu_seqlens = layout.local_document_bounds
     lengths = torch.tensor(cu_seqlens).diff()
     documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     outputs = []
@@ -65,8 +66,10 @@ def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> T
             ids = documents[tokens]
             mask = (ids[:, None] == ids[None, :]).tril_()
         # [m, heads, dim] -> [1, heads, m, dim]
-        part = [x[tokens].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
-        out = scaled_dot_product_attention(*part, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        q_part, k_part, v_part = (x[tokens].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        out = scaled_dot_product_attention(
+            q_part, k_part, v_part, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
         outputs.append(out.squeeze(0).transpose(0, 1))  # [m, heads, dim]
     return torch.cat(outputs)
 

@@ -22,7 +22,8 @@ from megatron_m1.training.adam import use_fused_adam
 
 
 def wrap_chunks(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
-    """Give every chunk megatron-core's DDP: contiguous fp32 gradient buffers, reduced and sharded over data parallel ranks.
+    """Give every chunk megatron-core's DDP: contiguous fp32 gradient buffers, reduced and sharded over data parallel
+    ranks.
 
     Expert parameters are marked first, so that the number of optimizers (dense, expert) is the same on every mesh and a
     checkpoint of one can be loaded by another.
@@ -30,7 +31,7 @@ def wrap_chunks(chunks: list[GPTModel], config: Config) -> list[DistributedDataP
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             if ".mlp.experts." in name:
-                setattr(parameter, "allreduce", False)
+                parameter.allreduce = False
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -17,21 +18,13 @@ from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_m1.data.packed import PackedSample
 from megatron_m1.mesh import Mesh
 from megatron_m1.packed import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.training.optimizer import step_if_finite
 
-Chunk = DistributedDataParallel | GPTModel
-
-
-class Sample(Protocol):
-    """A pack, as ``megatron_m1.data.packed`` yields it."""
-
-    tokens: Tensor  # int64 [n]
-    labels: Tensor  # int64 [n]
-    loss_mask: Tensor  # float32 [n]
-    cu_seqlens: Tensor  # int32 [documents + 1]
+type Chunk = DistributedDataParallel | GPTModel
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class StepResult:
     """Most loaded expert over the mean, averaged over layers."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trainer:
     """The pieces that a step needs, built once by the loop."""
 
@@ -60,6 +53,8 @@ class Trainer:
     chunks: list[DistributedDataParallel]
     optimizer: ChainedOptimizer
     seq_length: int
+    heartbeat: Callable[[], None] = lambda: None
+    """Called before every micro-batch's forward pass."""
 
     def connect(self) -> None:
         """Give megatron-core's schedules the functions that they call on the wrapped chunks."""
@@ -78,16 +73,19 @@ class Trainer:
                 config.param_sync_func = gather if many else None
 
 
-def _device_batch(sample: Sample, device: torch.device) -> tuple[Tensor, Tensor, Tensor, PackedBatchParams]:
+def _device_batch(sample: PackedSample, device: torch.device) -> tuple[Tensor, Tensor, Tensor, PackedBatchParams]:
     # [n] -> [1, n]: megatron-core's models take a batch dimension
-    tokens, labels, mask = (x.to(device, non_blocking=True)[None] for x in (sample.tokens, sample.labels, sample.loss_mask))
+    tokens, labels, mask = (
+        x.to(device, non_blocking=True)[None] for x in (sample.tokens, sample.labels, sample.loss_mask)
+    )
     layout = SequenceLayout.build(sample.cu_seqlens)
     return tokens, labels, mask, PackedBatchParams.of(layout.to(device))
 
 
 def _forward_step(
-    samples: Iterator[Sample], model: Chunk
+    samples: Iterator[PackedSample], model: Chunk, *, heartbeat: Callable[[], None]
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    heartbeat()
     device = next(get_attr_wrapped_model(model, "parameters")()).device
     tokens, labels, mask, params = _device_batch(next(samples), device)
     output = model(tokens, None, None, labels=labels, packed_seq_params=params)
@@ -101,12 +99,12 @@ def _forward_step(
     return output, loss_sum
 
 
-def _run_schedule(trainer: Trainer, samples: list[Sample], *, forward_only: bool) -> list[dict[str, Tensor]]:
+def _run_schedule(trainer: Trainer, samples: list[PackedSample], *, forward_only: bool) -> list[dict[str, Tensor]]:
     run = get_forward_backward_func()
     # Every virtual chunk reads the same micro-batches through an iterator of its own.
     iterators = [iter(samples) for _ in trainer.chunks]
     return run(
-        forward_step_func=_forward_step,
+        forward_step_func=partial(_forward_step, heartbeat=trainer.heartbeat),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=trainer.chunks if len(trainer.chunks) > 1 else trainer.chunks[0],
         num_microbatches=len(samples),
@@ -116,7 +114,7 @@ def _run_schedule(trainer: Trainer, samples: list[Sample], *, forward_only: bool
     )
 
 
-def _routers(trainer: Trainer) -> Iterator[tuple[int, torch.nn.Module]]:
+def _routers(trainer: Trainer) -> Iterator[tuple[int, Any]]:
     for chunk in trainer.chunks:
         for layer in get_attr_wrapped_model(chunk, "decoder").layers:
             yield layer.layer_number - 1, layer.mlp.router
@@ -147,13 +145,13 @@ def _reduce_report(trainer: Trainer, reports: list[dict[str, Tensor]], packs: in
     return float(record[0]), int(record[1]), aux, load
 
 
-def _count_loss_tokens(trainer: Trainer, samples: list[Sample]) -> float:
+def _count_loss_tokens(trainer: Trainer, samples: list[PackedSample]) -> float:
     count = torch.stack([s.loss_mask.sum() for s in samples]).sum().to(trainer.mesh.device)
     dist.all_reduce(count, group=trainer.mesh.groups.dp)
     return float(count)
 
 
-def _scale_aux_loss(trainer: Trainer, samples: list[Sample]) -> None:
+def _scale_aux_loss(trainer: Trainer, samples: list[PackedSample]) -> None:
     """Correct the aux loss for masked targets.
 
     megatron-core multiplies it by the routed tokens and later divides all gradients by the predicted tokens, which are
@@ -165,7 +163,7 @@ def _scale_aux_loss(trainer: Trainer, samples: list[Sample]) -> None:
         chunk.config.moe_grad_scale_func = lambda: share
 
 
-def compute_gradients(trainer: Trainer, samples: list[Sample]) -> list[dict[str, Tensor]]:
+def compute_gradients(trainer: Trainer, samples: list[PackedSample]) -> list[dict[str, Tensor]]:
     """Forward and backward over this rank's micro-batches; gradients end up in the DDP buffers, per predicted token.
 
     Args:
@@ -183,7 +181,7 @@ def compute_gradients(trainer: Trainer, samples: list[Sample]) -> list[dict[str,
     return _run_schedule(trainer, samples, forward_only=False)
 
 
-def train_step(trainer: Trainer, samples: list[Sample], lr: float) -> StepResult:
+def train_step(trainer: Trainer, samples: list[PackedSample], lr: float) -> StepResult:
     """One optimizer step on a global batch.
 
     Args:
@@ -203,7 +201,7 @@ def train_step(trainer: Trainer, samples: list[Sample], lr: float) -> StepResult
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, samples: list[Sample]) -> StepResult:
+def evaluate(trainer: Trainer, samples: list[PackedSample]) -> StepResult:
     """Loss of a batch without gradients or update."""
     for chunk in trainer.chunks:
         chunk.eval()

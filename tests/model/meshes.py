@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_m1 import mesh
 from megatron_m1.config import Config, ModelConfig
+from megatron_m1.data.packed import PackedSample
 from megatron_m1.training.build import build_trainer
 from megatron_m1.training.step import Trainer, train_step
 from megatron_m1.validate import resolve
@@ -24,16 +25,6 @@ PACKS = [
     [0, 24, 48],
 ]
 """Document bounds of the four micro-batches."""
-
-
-@dataclass
-class Pack:
-    """A sample as the data room yields it."""
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    cu_seqlens: Tensor
 
 
 @dataclass
@@ -76,7 +67,7 @@ def run_config(parallel: dict[str, Any], train: dict[str, Any] | None = None, **
     return config
 
 
-def packs(step: int = 0, vocab: int = 102) -> list[Pack]:
+def packs(step: int = 0, vocab: int = 102) -> list[PackedSample]:
     """The global batch of ``step``: targets across a document's end are masked, and a few more."""
     generator = torch.Generator().manual_seed(100 + step)
     batch = []
@@ -84,7 +75,7 @@ def packs(step: int = 0, vocab: int = 102) -> list[Pack]:
         text = torch.randint(0, vocab, (SEQ_LENGTH + 1,), generator=generator)
         mask = torch.ones(SEQ_LENGTH)
         mask[torch.tensor(bounds[1:]) - 1] = 0.0
-        batch.append(Pack(text[:-1], text[1:], mask, torch.tensor(bounds, dtype=torch.int32)))
+        batch.append(PackedSample(text[:-1], text[1:], mask, torch.tensor(bounds, dtype=torch.int32)))
     return batch
 
 
@@ -95,7 +86,7 @@ def start(config: Config, world_size: int) -> Trainer:
     return build_trainer(resolved, grid)
 
 
-def my_share(trainer: Trainer, batch: list[Pack]) -> list[Pack]:
+def my_share(trainer: Trainer, batch: list[PackedSample]) -> list[PackedSample]:
     """This data-parallel rank's micro-batches, dealt in turn."""
     return batch[trainer.mesh.data_parallel_rank :: trainer.mesh.data_parallel_size]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def _qkvg(attention: nn.Module, read: str, heads: int) -> Tensor:
+def _qkvg(attention: Any, read: str, heads: int) -> Tensor:
     qkv, gate = _of(attention.qkv_proj, read), _of(attention.output_gate, read)
     hidden = qkv.shape[1]
     dim = gate.shape[0] // heads
@@ -17,20 +18,20 @@ def _qkvg(attention: nn.Module, read: str, heads: int) -> Tensor:
     return rows.reshape(-1, hidden)
 
 
-def _grouped_qkv(attention: nn.Module, read: str, groups: int) -> Tensor:
+def _grouped_qkv(attention: Any, read: str, groups: int) -> Tensor:
     q, k, v = (_of(getattr(attention, f"{part}_proj"), read) for part in "qkv")
     hidden = q.shape[1]
     rows = [x.reshape(groups, -1, hidden) for x in (q, k, v)]
     return torch.cat(rows, dim=1).reshape(-1, hidden)
 
 
-def _of(module: nn.Module, read: str) -> Tensor:
-    weight = module.weight if read == "data" else module.weight.grad
+def _of(module: Any, read: str) -> Tensor:
+    weight: Tensor | None = module.weight if read == "data" else module.weight.grad
     assert weight is not None
     return weight.detach()
 
 
-def expected(model: nn.Module, read: str = "data") -> Iterator[tuple[str, Tensor]]:
+def expected(model: Any, read: str = "data") -> Iterator[tuple[str, Tensor]]:
     """Yield (our global name, full tensor) for every parameter, its value ("data") or its gradient ("grad").
 
     Layers are numbered globally and experts by their global index: ``decoder.layers.3.mlp.experts.local_experts.5...``.

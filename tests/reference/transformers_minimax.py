@@ -1,4 +1,5 @@
-"""transformers' own MiniMax as the truth for the whole model: hub keys translated, its rotary fault patched in one place."""
+"""transformers' own MiniMax as the truth for the whole model: hub keys translated, its rotary fault patched in one
+place."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ def partial_rotary(rotary_dim: int) -> Iterator[None]:
     """
     full = modeling_minimax.apply_rotary_pos_emb
 
-    def first_dimensions(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    def first_dimensions(
+        q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, Tensor]:
         turned_q, turned_k = full(q[..., :rotary_dim], k[..., :rotary_dim], cos, sin, unsqueeze_dim)
         return torch.cat((turned_q, q[..., rotary_dim:]), -1), torch.cat((turned_k, k[..., rotary_dim:]), -1)
 
@@ -62,8 +65,8 @@ def build(
         full_attn_alpha_factor=alpha,
         linear_attn_alpha_factor=alpha,
         mlp_alpha_factor=alpha,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     model = MiniMaxForCausalLM(config).float().eval()
     rotary = model.model.rotary_emb
     rotary.inv_freq = 1.0 / (rope_theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim))

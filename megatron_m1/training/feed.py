@@ -1,0 +1,73 @@
+"""The packs of a run: training passes and the held-out set, and how many FLOPs a batch of them is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import distributed as dist
+
+from megatron_m1.config import Config
+from megatron_m1.data.loader import PackedLoader
+from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
+from megatron_m1.data.tokenizers import load_tokenizer
+from megatron_m1.mesh import Mesh
+from megatron_m1.training.flops import training_flops
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where a run's micro-batches come from."""
+
+    training: PackedLoader
+    validation: PackedLoader | None
+    held_out: PackedDataset | None
+    """All held-out packs, on every rank."""
+
+
+def open_feed(config: Config, mesh: Mesh, train_samples: int) -> Feed:
+    """Build the datasets (collective: rank 0 builds the indices).
+
+    Args:
+        config: resolved.
+        mesh: gives the data-parallel rank.
+        train_samples: packs of one pass, kept for the life of a run since their order depends on it. What goes past
+        them
+            is a further pass in another order.
+    """
+    data, seed = config.data, config.train.seed
+    tokenizer = load_tokenizer(data.tokenizer)
+    assert data.cache_folder is not None
+
+    def packs(blend: list[str], count: int, pass_seed: int) -> PackedDataset:
+        return build_packed_dataset(
+            blend,
+            sequence_length=data.seq_length,
+            num_samples=count,
+            seed=pass_seed,
+            tokenizer=tokenizer,
+            cache_folder=str(data.cache_folder),
+            reset_at_documents=data.reset_at_documents,
+        )
+
+    loader = partial(
+        PackedLoader, data_parallel_rank=mesh.data_parallel_rank, data_parallel_size=mesh.data_parallel_size
+    )
+    training = loader(
+        packs(data.train, train_samples, seed),
+        global_batch_size=config.train.global_batch_size,
+        next_pass=lambda index: packs(data.train, train_samples, seed + index),
+    )
+    if not data.validation or not config.train.eval_samples:
+        return Feed(training, None, None)
+    held_out = packs(data.validation, config.train.eval_samples, seed)
+    return Feed(training, loader(held_out, global_batch_size=len(held_out)), held_out)
+
+
+def global_flops(config: Config, mesh: Mesh, samples: list[PackedSample]) -> float:
+    """Useful FLOPs of forward and backward over the global batch of which ``samples`` is this rank's share."""
+    local = sum(training_flops(config.model, sample.cu_seqlens.diff().tolist()) for sample in samples)
+    total = torch.tensor(float(local), dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(total, group=mesh.groups.dp)
+    return float(total)

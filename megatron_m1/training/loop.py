@@ -1,0 +1,222 @@
+"""The training loop: batches in, steps, records, checkpoints, a clean end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_m1 import mesh as rank_grid
+from megatron_m1.config import Config
+from megatron_m1.config_io import config_text, write_config
+from megatron_m1.training.build import build_trainer
+from megatron_m1.training.checkpoint import Checkpoints
+from megatron_m1.training.feed import Feed, global_flops, open_feed
+from megatron_m1.training.interrupt import Interrupt, any_rank
+from megatron_m1.training.lr import learning_rate
+from megatron_m1.training.metrics import MetricsLog
+from megatron_m1.training.profile import ProfilerWindow
+from megatron_m1.training.step import StepResult, Trainer, evaluate, train_step
+from megatron_m1.training.steps_guard import StepsGuard
+from megatron_m1.training.summary import summarise
+from megatron_m1.training.watchdog import Watchdog
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds besides tensors, the same on every rank."""
+
+    step: int = 0
+    tokens: int = 0
+    consumed_samples: int = 0
+    train_samples: int = 0
+    """Packs in one pass, as the run began: their order depends on it."""
+    skipped_total: int = 0
+    skipped_in_row: int = 0
+
+
+class Run:
+    """One process's share of a run, between the start (or resume) and the end."""
+
+    def __init__(self, config: Config, mesh: rank_grid.Mesh, console: Any = None) -> None:
+        self.config = config
+        self.mesh = mesh
+        self.folder = Path(config.run.folder)
+        self.console = console
+        self.log: MetricsLog | None = None
+        self.trainer: Trainer = build_trainer(config, mesh)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints",
+            keep=config.run.keep_checkpoints,
+            async_save=config.run.async_save,
+            config_text=config_text(config),
+            note=self.note,
+        )
+        self.progress = self._start_or_resume()
+        self.guard = StepsGuard(config.train.max_skipped_steps)
+        self.guard.load_state_dict({"total": self.progress.skipped_total, "in_row": self.progress.skipped_in_row})
+        self.feed: Feed = open_feed(config, mesh, self.progress.train_samples)
+        self.last_save = time.monotonic()
+
+    def note(self, line: str) -> None:
+        """Show a line on rank 0's console."""
+        if self.mesh.rank != 0:
+            return
+        if self.log is not None:
+            self.log.note(line)
+        else:
+            print(line, flush=True)
+
+    def _start_or_resume(self) -> Progress:
+        state = self.checkpoints.load_newest(self.trainer) if self.config.run.resume else None
+        if state is None:
+            samples = self.config.data.train_samples
+            assert samples is not None
+            return Progress(train_samples=samples)
+        progress = Progress(**state)
+        self.note(f"resumed from step {progress.step} ({progress.tokens:,} tokens)")
+        return progress
+
+    def step(self, number: int) -> StepResult:
+        """Train on the next global batch and record it."""
+        config, progress = self.config, self.progress
+        began = time.perf_counter()
+        batch_tokens = config.train.global_batch_size * config.data.seq_length
+        samples = self.feed.training.microbatches(progress.consumed_samples)
+        lr = learning_rate(progress.tokens + batch_tokens, config.optimizer)
+        result = train_step(self.trainer, samples, lr)
+        progress.step = number
+        progress.tokens += batch_tokens
+        progress.consumed_samples += config.train.global_batch_size
+        flops = global_flops(config, self.mesh, samples)
+        seconds = time.perf_counter() - began
+        self.guard.accepts(number, result.loss, result.grad_norm)
+        progress.skipped_total, progress.skipped_in_row = self.guard.total, self.guard.in_row
+        if self.log is not None:
+            self.log.log_step(
+                {
+                    "step": number,
+                    "tokens": progress.tokens,
+                    "loss": result.loss,
+                    "aux_loss": result.aux_loss,
+                    "grad_norm": result.grad_norm,
+                    "lr": lr,
+                    "tokens_per_second": batch_tokens / seconds,
+                    "model_tflops_per_device": flops / seconds / self.mesh.world_size / 1e12,
+                    "expert_load_max_over_mean": result.expert_load,
+                    "skipped_steps": progress.skipped_total,
+                }
+            )
+        return result
+
+    def validate(self) -> float | None:
+        """Loss over the held-out packs in nats per token; None without any."""
+        if self.feed.validation is None:
+            return None
+        result = evaluate(self.trainer, self.feed.validation.microbatches(0))
+        if self.log is not None:
+            self.log.log_validation(self.progress.step, result.loss)
+        return result.loss
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step (collective)."""
+        self.checkpoints.save(self.trainer, asdict(self.progress))
+        self.last_save = time.monotonic()
+
+    def save_is_due(self) -> bool:
+        """Whether an interval in steps or minutes has passed; the same answer on every rank."""
+        run = self.config.run
+        if run.save_interval and self.progress.step % run.save_interval == 0:
+            return True
+        if not run.save_interval_minutes:
+            return False
+        return any_rank(time.monotonic() - self.last_save >= 60.0 * run.save_interval_minutes)
+
+
+def _train(run: Run, stack: ExitStack) -> str | None:
+    """Run the remaining steps; return the name of the signal that ended them early, if one did."""
+    config, progress = run.config, run.progress
+    train = config.train
+    watchdog = stack.enter_context(Watchdog(run.mesh.rank, config.parallel.distributed_timeout_seconds))
+    window = ProfilerWindow(run.folder, rank=run.mesh.rank, start=train.profile_step_start, end=train.profile_step_end)
+    stack.callback(window.close)
+    interrupt = stack.enter_context(Interrupt())
+    run.trainer.heartbeat = watchdog.progress
+    saved = progress.step
+    for number in range(progress.step + 1, train.max_steps + 1):
+        with watchdog.step(number):
+            with window.step(number):
+                run.step(number)
+            run.checkpoints.poll()
+            if train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps:
+                run.validate()
+            stop = interrupt.should_stop()
+            if stop or run.save_is_due() or number == train.max_steps:
+                run.save()
+                saved = number
+        if stop:
+            break
+    with watchdog.step(progress.step):
+        if saved != progress.step:
+            run.save()
+        run.checkpoints.wait()
+    return interrupt.received or ("signal on another rank" if progress.step < train.max_steps else None)
+
+
+def _open_log(run: Run) -> MetricsLog | None:
+    if run.mesh.rank != 0:
+        return None
+    config = run.config
+    return MetricsLog(
+        run.folder,
+        start_step=run.progress.step,
+        tensorboard=config.run.tensorboard,
+        wandb_project=config.run.wandb_project,
+        log_interval=config.run.log_interval,
+        total_steps=config.train.max_steps,
+        console=run.console,
+    )
+
+
+def pretrain(config: Config, console: Any = None) -> dict[str, Any]:
+    """Train as ``config`` says, on every rank of the world that torchrun (or nobody) started.
+
+    Args:
+        config: after ``validate.resolve``, data paths filled in.
+        console: rich console of rank 0; None prints to standard output.
+
+    Returns:
+        The summary, the same on every rank: step, tokens, losses, baselines, checkpoint, and ``interrupted``, the name
+        of the signal that ended the run early or None.
+
+    Raises:
+        CollectiveError: a collective failed or timed out.
+        NonFiniteError: too many steps in a row were not finite.
+        ValueError: the run folder's checkpoint does not fit the configuration.
+    """
+    logging.getLogger("megatron").setLevel(logging.ERROR)
+    mesh = rank_grid.initialise(config.parallel, seed=config.train.seed)
+    try:
+        folder = Path(config.run.folder)
+        if mesh.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(config, folder / "config.yaml")
+        run = Run(config, mesh, console)
+        with ExitStack() as stack:
+            run.log = _open_log(run)
+            if run.log is not None:
+                stack.enter_context(run.log)
+            interrupted = _train(run, stack)
+            validation_loss = None if interrupted else run.validate()
+            summary = summarise(config, run.feed, asdict(run.progress), validation_loss, interrupted)
+            if mesh.rank == 0:
+                part = folder / "summary.json.part"
+                part.write_text(json.dumps(summary, indent=2) + "\n")
+                part.replace(folder / "summary.json")
+        return summary
+    finally:
+        rank_grid.shut_down()
