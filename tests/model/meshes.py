@@ -139,17 +139,19 @@ def assemble(by_rank: list[dict[str, Part]]) -> dict[str, Tensor]:
     return whole
 
 
-def gradients(rank: int, world_size: int, config: Config, weights: dict[str, Tensor] | None = None) -> dict[str, Any]:
-    """One forward and backward; returns loss, aux loss, gradient norm and this rank's gradients."""
+def gradients_and_trace(rank: int, world_size: int, config: Config, steps: int) -> dict[str, Any]:
+    """Every gradient of one global batch, then ``steps`` optimizer steps on further batches."""
     trainer = start(config, world_size)
-    if weights is not None:
-        load_weights(trainer, weights)
-    samples = my_share(trainer, packs())
     # Otherwise only the shard that the distributed optimizer owns is reduced.
     for chunk in trainer.chunks:
         chunk.config.finalize_model_grads_func = _finalize_with_all_reduce
-    result = train_step(trainer, samples, lr=0.0)
-    return {"parts": local_parts(trainer, "main_grad"), "result": result}
+    first = train_step(trainer, my_share(trainer, packs()), lr=0.0)
+    parts = local_parts(trainer, "main_grad")
+    for chunk in trainer.chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+    # Two packs a step: enough for a trace, and half of the collectives.
+    trace = [train_step(trainer, my_share(trainer, packs(step)[:2]), lr=3e-3) for step in range(steps)]
+    return {"parts": parts, "first": first, "trace": trace}
 
 
 def _finalize_with_all_reduce(
@@ -158,15 +160,15 @@ def _finalize_with_all_reduce(
     finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=True)
 
 
-def load_weights(trainer: Trainer, weights: dict[str, Tensor]) -> None:
-    """Copy full weights into this rank's parts (single-process tensors only)."""
-    for chunk in trainer.chunks:
-        for name, parameter in chunk.named_parameters():
-            parameter.data.copy_(weights[global_name(trainer, chunk, name)])
-    trainer.optimizer.reload_model_params()
+def router_gradient(rank: int, world_size: int, config: Config, masked: int) -> Tensor:
+    """Gradient of the last layer's router after one batch whose packs have their first ``masked`` targets masked.
 
-
-def train(rank: int, world_size: int, config: Config, steps: int) -> list[Any]:
-    """``steps`` optimizer steps; returns each step's figures."""
+    The last router's: what follows it in the model does not depend on other routers' aux losses.
+    """
     trainer = start(config, world_size)
-    return [train_step(trainer, my_share(trainer, packs(step)), lr=3e-3) for step in range(steps)]
+    batch = my_share(trainer, packs())
+    for sample in batch:
+        sample.loss_mask[:masked] = 0.0
+    train_step(trainer, batch, lr=0.0)
+    gradient: Tensor = trainer.chunks[0].module.decoder.layers[-1].mlp.router.weight.main_grad.clone()
+    return gradient

@@ -1,0 +1,99 @@
+"""Every mesh against one process: loss, aux loss, gradient norm, every parameter's gradient, then 20 optimizer steps.
+
+The weights come from ``initialise_weights``, so that agreement also proves that no mesh changes them. Tolerance: fp32
+sums in another order differ by some 1e-7 of their size at each of the 8 layers, so gradients are held to 2e-6 relative
+to their norm. Twenty steps of AdamW amplify that: its first steps divide small gradients by their own size, hence 2e-4.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import WorkerPool
+from tests.model.meshes import assemble, gradients_and_trace, router_gradient, run_config
+
+GRADIENT_TOLERANCE = 2e-6
+TRACE_TOLERANCE = 2e-4
+STEPS = 20
+
+TP = "tensor_model_parallel_size"
+PP = "pipeline_model_parallel_size"
+VPP = "virtual_pipeline_model_parallel_size"
+EP = "expert_model_parallel_size"
+ETP = "expert_tensor_parallel_size"
+LAYOUT = "pipeline_model_parallel_layout"
+
+MESHES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
+    "tp2": (2, {TP: 2}, {}),
+    "pp2": (2, {PP: 2}, {}),
+    "pp2-interleaved": (2, {PP: 2, VPP: 2}, {}),
+    "pp2-uneven": (2, {PP: 2, LAYOUT: "Et*5|t*3L"}, {}),
+    "dp2": (2, {}, {}),
+    "dp2-overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {}),
+    "ep2": (2, {EP: 2}, {}),
+    "ep2-allgather": (2, {EP: 2}, {"moe_token_dispatcher_type": "allgather"}),
+    "etp2": (2, {TP: 2, ETP: 2}, {}),
+    "tp2-pp2": (4, {TP: 2, PP: 2}, {}),
+    "tp2-ep2": (4, {TP: 2, EP: 2}, {}),
+    "ep2-etp2": (4, {TP: 2, EP: 2, ETP: 2}, {}),
+    "tp2-pp2-dp2": (8, {TP: 2, PP: 2}, {}),
+    "recompute-full": (2, {PP: 2}, {"recompute_granularity": "full"}),
+    "recompute-selective": (
+        2,
+        {TP: 2},
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def one_process(workers: WorkerPool) -> dict[str, Any]:
+    """The truth of all meshes."""
+    (result,) = workers.run(gradients_and_trace, run_config({}), STEPS, world_size=1)
+    return result
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_a_mesh_computes_what_one_process_computes(name: str, workers: WorkerPool, one_process: dict[str, Any]) -> None:
+    world_size, parallel, rest = MESHES[name]
+    model = {key: value for key, value in rest.items() if key.startswith("moe_")}
+    train_values = {key: value for key, value in rest.items() if not key.startswith("moe_")}
+    config = run_config(parallel, train_values, **model)
+    results = workers.run(gradients_and_trace, config, STEPS, world_size=world_size)
+    expected = assemble([one_process["parts"]])
+    gradients = assemble([result["parts"] for result in results])
+    assert gradients.keys() == expected.keys()
+    errors = {key: ((gradients[key] - expected[key]).norm() / expected[key].norm()).item() for key in expected}
+    worst = max(errors, key=lambda key: errors[key])
+    assert errors[worst] < GRADIENT_TOLERANCE, f"{worst}: {errors[worst]}"
+    for result in results:
+        _assert_same(result["first"], one_process["first"], GRADIENT_TOLERANCE)
+        for step, truth in zip(result["trace"], one_process["trace"], strict=True):
+            _assert_same(step, truth, TRACE_TOLERANCE)
+
+
+def _assert_same(step: Any, truth: Any, tolerance: float) -> None:
+    assert step.updated and truth.updated
+    assert step.loss_tokens == truth.loss_tokens
+    for field in ("loss", "aux_loss", "grad_norm"):
+        assert getattr(step, field) == pytest.approx(getattr(truth, field), rel=tolerance), field
+
+
+def test_aux_loss_gradient_does_not_depend_on_masked_targets(workers: WorkerPool) -> None:
+    """It counts packs, not predicted tokens: masking 30 targets of every pack must not change the aux gradient."""
+
+    def aux_gradient(masked: int) -> torch.Tensor:
+        with_aux, without = (
+            workers.run(router_gradient, run_config({}, moe_aux_loss_coeff=coefficient), masked, world_size=1)[0]
+            for coefficient in (1.0, 0.0)
+        )
+        difference: torch.Tensor = with_aux - without
+        return difference
+
+    few, many = aux_gradient(1), aux_gradient(30)
+    assert few.norm() > 0
+    # The small difference of two larger gradients, hence an absolute tolerance on its scale.
+    torch.testing.assert_close(many, few, rtol=0.0, atol=1e-4 * few.abs().max().item())
