@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def quiet_libraries() -> None:
     """Silence what megatron-core and torch say on import about absent software: it would bury our own line."""
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
+import sys
 from collections.abc import Sequence
 
 from megatron_m1.commands.options import CommandParser, positive_integer
@@ -89,8 +89,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
         return start_workers(launch, ["-m", "megatron_m1.cli", "pretrain", *without_launch_options(arguments)])
     if launch is None:
         prepare_worker()
-    importlib.import_module("megatron_m1.training.loop").pretrain(config)
-    return 0
+    return _train(config)
 
 
 def _prepare(config: Config) -> Config:
@@ -101,6 +100,24 @@ def _prepare(config: Config) -> Config:
     config = build_embedded_corpus(config)
     check_data(config)
     return config
+
+
+def _train(config: Config) -> int:
+    """Train in this process, show the summary on one rank; a failure that we know is one line."""
+    from megatron_m1.training.checkpoint import CheckpointError
+    from megatron_m1.training.loop import pretrain
+    from megatron_m1.training.steps_guard import NonFiniteError
+    from megatron_m1.training.summary import show_summary
+    from megatron_m1.training.watchdog import CollectiveError
+
+    try:
+        summary = pretrain(config)
+    except (CheckpointError, CollectiveError, NonFiniteError) as error:
+        print(f"megatron-m1: error: {error}", file=sys.stderr, flush=True)
+        return 1
+    if os.environ.get("RANK", "0") == "0":
+        show_summary(summary)
+    return 0
 
 
 def _check_gpus(gpus: int, launch: Launch | None) -> None:

@@ -42,11 +42,10 @@ class Progress:
 class Run:
     """One process's share of a run, between the start (or resume) and the end."""
 
-    def __init__(self, config: Config, mesh: rank_grid.Mesh, console: Any = None) -> None:
+    def __init__(self, config: Config, mesh: rank_grid.Mesh) -> None:
         self.config = config
         self.mesh = mesh
         self.folder = Path(config.run.folder)
-        self.console = console
         self.log: MetricsLog | None = None
         self.trainer: Trainer = build_trainer(config, mesh)
         self.checkpoints = Checkpoints(
@@ -178,16 +177,14 @@ def _open_log(run: Run) -> MetricsLog | None:
         wandb_project=config.run.wandb_project,
         log_interval=config.run.log_interval,
         total_steps=config.train.max_steps,
-        console=run.console,
     )
 
 
-def pretrain(config: Config, console: Any = None) -> dict[str, Any]:
+def pretrain(config: Config) -> dict[str, Any]:
     """Train as ``config`` says, on every rank of the world that torchrun (or nobody) started.
 
     Args:
         config: after ``validate.resolve``, data paths filled in.
-        console: rich console of rank 0; None prints to standard output.
 
     Returns:
         The summary, the same on every rank: step, tokens, losses, baselines, checkpoint, and ``interrupted``, the name
@@ -205,7 +202,7 @@ def pretrain(config: Config, console: Any = None) -> dict[str, Any]:
         if mesh.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             write_config(config, folder / "config.yaml")
-        run = Run(config, mesh, console)
+        run = Run(config, mesh)
         with ExitStack() as stack:
             run.log = _open_log(run)
             if run.log is not None:

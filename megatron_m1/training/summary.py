@@ -46,8 +46,8 @@ def summarise(
     return summary
 
 
-def show_summary(summary: dict[str, Any], console: Console) -> None:
-    """Print ``summary`` as a table."""
+def show_summary(summary: dict[str, Any]) -> None:
+    """Print ``summary`` as a table on standard output."""
     table = Table(title="run", show_header=False)
     units = {"validation_loss": "nat/token", "unigram_entropy": "nat/token", "bigram_entropy": "nat/token"}
     for name, value in summary.items():
@@ -55,4 +55,4 @@ def show_summary(summary: dict[str, Any], console: Console) -> None:
             continue
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), f"{shown} {units.get(name, '')}".rstrip())
-    console.print(table)
+    Console().print(table)
