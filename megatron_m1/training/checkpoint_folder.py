@@ -1,0 +1,171 @@
+"""Checkpoint folders on disk: names, hashes, the commit by rename, the tracker, removal of old ones. No collectives.
+
+``<run>/checkpoints/step_00000020/`` is complete by being there under this name: it is written as ``step_00000020.tmp``,
+synced, and renamed. ``latest`` names the newest one. ``integrity.json`` is megatron-core's manifest (sha256 of every file).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+TRACKER = "latest"
+MANIFEST = "integrity.json"
+STATE = "state.json"
+CONFIG = "config.yaml"
+TEMPORARY = ".tmp"
+DAMAGED = ".damaged"
+
+
+def folder_name(step: int) -> str:
+    """Name of the checkpoint of ``step``."""
+    return f"step_{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """Step of a checkpoint folder."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Return the checkpoints below ``root``, newest first; an empty list when ``root`` does not exist."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def tracked_step(root: Path) -> int | None:
+    """Step that the tracker names; None without a (readable) tracker."""
+    path = root / TRACKER
+    if not path.is_file():
+        return None
+    match = re.fullmatch(r"step_(\d+)", path.read_text(errors="replace").strip())
+    return int(match[1]) if match else None
+
+
+def remove_temporary(root: Path) -> None:
+    """Remove what interrupted saves and removals have left."""
+    for path in root.glob(f"*{TEMPORARY}"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def start(root: Path, step: int, *, config_text: str, state_text: str) -> Path:
+    """Make the temporary folder of a checkpoint, with its configuration and state; return it."""
+    temporary = root / (folder_name(step) + TEMPORARY)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    (temporary / CONFIG).write_text(config_text)
+    (temporary / STATE).write_text(state_text)
+    return temporary
+
+
+def commit(temporary: Path, digests: dict[str, str]) -> Path:
+    """Turn a temporary folder into the newest checkpoint.
+
+    Args:
+        temporary: from ``start``, everything written.
+        digests: sha256 of data files that were hashed where they were written, by name; the rest is hashed here.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    final = temporary.with_name(temporary.name.removesuffix(TEMPORARY))
+    rest = [path.name for path in temporary.iterdir() if path.name not in digests]
+    files = digests | file_digests(temporary, rest)
+    manifest = {"algorithm": "sha256", "files": dict(sorted(files.items()))}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    for name in (*rest, MANIFEST):
+        _sync(temporary / name)
+    _sync(temporary)
+    if final.exists():
+        _remove(final)
+    temporary.rename(final)
+    _sync(final.parent)
+    move_tracker(final)
+    return final
+
+
+def move_tracker(checkpoint: Path) -> None:
+    """Let ``latest`` name ``checkpoint``."""
+    part = checkpoint.with_name(TRACKER + TEMPORARY)
+    part.write_text(checkpoint.name + "\n")
+    _sync(part)
+    part.replace(checkpoint.with_name(TRACKER))
+    _sync(checkpoint.parent)
+
+
+def remove_old(root: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest ``keep``; 0 keeps all."""
+    for path in checkpoint_folders(root)[keep:] if keep else []:
+        _remove(path)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Rename a damaged checkpoint to ``<name>.damaged``, so that it neither counts nor is tried again."""
+    target = checkpoint.with_name(checkpoint.name + DAMAGED)
+    if target.exists():
+        shutil.rmtree(target)
+    checkpoint.rename(target)
+
+
+def file_digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """sha256 of files of ``folder``, by name."""
+    digests = {}
+    for name in names:
+        with (folder / name).open("rb") as file:
+            digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def read_manifest(checkpoint: Path) -> dict[str, str]:
+    """sha256 of every file of a checkpoint, by name, as it was saved.
+
+    Raises:
+        ValueError: the manifest is missing or torn; says which.
+    """
+    path = checkpoint / MANIFEST
+    if not path.is_file():
+        raise ValueError(f"{MANIFEST} is missing")
+    try:
+        files = json.loads(path.read_bytes())["files"]
+        return {str(name): str(digest) for name, digest in files.items()}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} can't be read") from error
+
+
+def first_fault(checkpoint: Path, expected: dict[str, str]) -> str | None:
+    """Return what is wrong with the first bad one of the files in ``expected`` (sha256 by name), or None."""
+    for name, digest in expected.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        try:
+            if file_digests(checkpoint, [name])[name] != digest:
+                return f"{name} is not what was saved"
+        except OSError as error:
+            return f"{name} can't be read: {error.strerror}"
+    return None
+
+
+def _remove(folder: Path) -> None:
+    # Under its own name a half-removed folder would count as a checkpoint.
+    doomed = folder.with_name(f"{folder.name}.old{TEMPORARY}")
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

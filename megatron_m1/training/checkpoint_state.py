@@ -1,0 +1,127 @@
+"""What a checkpoint holds of a trainer: every mesh writes the same tensors under the same names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_m1.training.step import Trainer
+
+
+def _metadata(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        # Gather optimizer state in host memory. The other way puts whole gradient buckets on the GPU, and without
+        # overlap_grad_reduce a bucket is the whole model.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "non_homogeneous_layers": True,
+        "dp_cp_group": trainer.mesh.groups.dp_cp,
+    }
+
+
+def model_state(trainer: Trainer) -> dict[str, Any]:
+    """Sharded state dict of this rank's chunks, by chunk."""
+    return {
+        f"model{index}": chunk.module.sharded_state_dict(metadata=_metadata(trainer))
+        for index, chunk in enumerate(trainer.chunks)
+    }
+
+
+def _parts(optimizer: ChainedOptimizer) -> list[DistributedOptimizer]:
+    # A stage without layers has no parameters for the expert part.
+    return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+
+
+def _allocate(part: DistributedOptimizer) -> None:
+    """Give a part that has not stepped yet the state that it would begin with: zeros."""
+    if part.optimizer.state:
+        return
+    part.load_state_dict(part.state_dict())
+    for state in part.optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+
+
+def _adam_step(optimizer: ChainedOptimizer) -> int:
+    steps = {group["step"] for group in optimizer.param_groups if group["params"] and "step" in group}
+    assert len(steps) <= 1, steps
+    return int(steps.pop()) if steps else 0
+
+
+def _optimizer_state(trainer: Trainer, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    # Parameter groups differ between meshes, and their settings come from the configuration: only tensors and the step
+    # are kept. On save the first data-parallel rank holds them all, and the others none.
+    parts = {}
+    for index, part in enumerate(_parts(trainer.optimizer)):
+        if not is_loading:
+            _allocate(part)
+        state = part.sharded_state_dict(model, is_loading, metadata=_metadata(trainer))
+        if state["param_state"] is not None:
+            parts[f"part{index}"] = state["param_state"]
+    return parts
+
+
+def train_state(trainer: Trainer, *, detached: bool) -> dict[str, Any]:
+    """Everything to save: parameters, optimizer state and the optimizer's step count. Collective.
+
+    Args:
+        trainer: what is trained.
+        detached: parameters are copied, so that training may go on while they are written. (Optimizer state always is.)
+    """
+    for chunk in trainer.chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            # Updated parameters would reach the other ranks with the next forward pass only.
+            chunk.start_param_sync(force_sync=True)
+    model = model_state(trainer)
+    with torch.no_grad():
+        optimizer = _optimizer_state(trainer, model, is_loading=False)
+    if detached:
+        for entry in nested_values(model):
+            if isinstance(entry, ShardedTensor) and entry.data is not None and entry.data.is_cpu:
+                entry.data = entry.data.detach().clone()
+    return {**model, "optimizer": optimizer, "optimizer_step": _adam_step(trainer.optimizer)}
+
+
+def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    # Every rank reads for itself: megatron-core's parallel load holds all of the optimizer state on the GPU. A tensor that
+    # is asked for must be there; the stricter checks of megatron-core 0.19 fail with torch 2.15, whose TensorProperties
+    # have one more field.
+    return dist_checkpointing.load(wanted, str(folder))
+
+
+def _set_model(trainer: Trainer, loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(trainer.chunks):
+        chunk.module.load_state_dict(loaded[f"model{index}"])
+
+
+def load_train_state(trainer: Trainer, folder: Path) -> None:
+    """Overwrite parameters and optimizer state with what ``folder`` holds. Collective."""
+    with torch.no_grad():
+        model = model_state(trainer)
+        wanted = {**model, "optimizer": _optimizer_state(trainer, model, is_loading=True)}
+        loaded = _read(wanted, folder)
+        _set_model(trainer, loaded)
+        for index, part in enumerate(_parts(trainer.optimizer)):
+            state = part.state_dict()
+            for group in state["optimizer"]["param_groups"]:
+                group["step"] = loaded["optimizer_step"]
+            state["param_state"] = loaded["optimizer"][f"part{index}"]
+            state["param_state_sharding_type"] = "fully_reshardable"
+            part.load_state_dict(state)
+
+
+def load_model_state(trainer: Trainer, folder: Path) -> None:
+    """Overwrite the parameters, and the optimizer's copies of them, with what ``folder`` holds. Collective."""
+    with torch.no_grad():
+        _set_model(trainer, _read(model_state(trainer), folder))
+        trainer.optimizer.reload_model_params()
