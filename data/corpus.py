@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_m1.data.files import file_lock, write_atomically
 from megatron_m1.data.prefix import check_prefix
 from megatron_m1.data.sources import prose_texts, sections, standard_library
-from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
+from megatron_m1.data.tokenizers import check_vocab_size, load_tokenizer, train_sentencepiece
 
 SHARES = {"code": 0.7, "prose": 0.3}
 """Sources and their shares of packs."""
@@ -64,6 +64,7 @@ def prepare_corpus(folder: str | Path, *, vocab_size: int, workers: int = 1) -> 
         ValueError: too small a vocabulary, or a Python without the sources of its library.
         OSError: the folder cannot be written.
     """
+    check_vocab_size(vocab_size)
     folder = Path(folder)
     prepared = _locate(folder, vocab_size)
     tokenizer = prepared.tokenizer
@@ -134,11 +135,15 @@ def build_corpus(folder: Path) -> dict[str, int]:
         "prose": _new_prose([module.docstring for module in modules], seen),
     }
     counts = {}
+    written: set[bytes] = set()
     for source, documents in sources.items():
         split: dict[str, list[str]] = {"train": [], "validation": []}
         for document in documents:
-            held_out = int.from_bytes(_content_hash(document)) % _HELD_OUT == 0
-            split["validation" if held_out else "train"].append(document)
+            content = _content_hash(document)
+            if content not in written:
+                # Two texts with their paragraphs cut in other places become the same here.
+                written.add(content)
+                split["train" if int.from_bytes(content) % _HELD_OUT else "validation"].append(document)
         for part, texts in split.items():
             name = f"{source}.{part}.jsonl"
             if not texts:

@@ -182,7 +182,7 @@ def parse_blend(blend: Sequence[str]) -> tuple[list[str], list[float]]:
     else:
         prefixes = items[1::2]
         weights = [number for number in numbers[::2] if number is not None]
-        if len(prefixes) != len(weights) or any(number is not None for number in numbers[1::2]):
+        if 2 * len(weights) != len(items) or any(number is not None for number in numbers[1::2]):
             raise ValueError(f"blend {items} mixes prefixes with and without weight; write weight prefix weight prefix")
         if not all(0.0 < weight < float("inf") for weight in weights):
             raise ValueError(f"blend {items} has a weight that is not above 0 and finite; drop that prefix instead")

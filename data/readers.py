@@ -7,14 +7,13 @@ makes text of them or says why not.
 from __future__ import annotations
 
 import glob
-import gzip
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,7 +23,7 @@ _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 _COMPRESSIONS = (".gz", ".zst")
 _SUPPORTED = f"{', '.join(_JSON_SUFFIXES + _TEXT_SUFFIXES)} (plain, .gz or .zst) and .parquet"
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 18
 _BATCH_BYTES = 1 << 19
 _BATCH_DOCUMENTS = 512
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -108,7 +107,7 @@ def _kind(file: Path) -> Literal["json", "text", "parquet"] | None:
     return "parquet" if file.suffix == ".parquet" else None
 
 
-def read_batches(files: Sequence[Path], *, text_key: str) -> Iterator[RawBatch]:
+def read_batches(files: Sequence[Path], *, text_key: str) -> Generator[RawBatch]:
     """Read all documents in order, in batches of about half a megabyte.
 
     Args:
@@ -168,7 +167,7 @@ def _json_text(line: str, text_key: str) -> str:
     return text
 
 
-def _line_batches(file: Path) -> Iterator[RawBatch]:
+def _line_batches(file: Path) -> Generator[RawBatch]:
     """Batches of the non-blank lines of a file."""
     lines: list[bytes | SkipReason] = []
     pending: list[bytes] = []
@@ -192,56 +191,65 @@ def _line_batches(file: Path) -> Iterator[RawBatch]:
     yield RawBatch(file, "json", lines, position - reported)
 
 
-def _chunks(file: Path) -> Iterator[tuple[bytes, int]]:
+def _chunks(file: Path) -> Generator[tuple[bytes, int]]:
     """Uncompressed content piece by piece, with the number of bytes read from disk so far."""
     if file.suffix == ".gz":
-        yield from _gzip_chunks(file)
+        yield from _decompressed(file, lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
     elif file.suffix == ".zst":
-        yield from _zstandard_chunks(file)
+        yield from _decompressed(file, zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj)
     else:
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
-                yield chunk, stream.tell()
+        yield from _disk_chunks(file)
 
 
-def _gzip_chunks(file: Path) -> Iterator[tuple[bytes, int]]:
-    with file.open("rb") as stream, gzip.GzipFile(fileobj=stream) as plain:
-        try:
-            while chunk := plain.read(_CHUNK_BYTES):
-                yield chunk, stream.tell()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise _damaged(file, error) from error
-        if stream.tell() == 0:
-            raise _damaged(file, "it is empty")
-
-
-def _zstandard_chunks(file: Path) -> Iterator[tuple[bytes, int]]:
-    # zstandard's stream reader takes the end of a truncated file for the end of the data; this object tells.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame = decompressor.decompressobj()
-    inside_frame = True
+def _disk_chunks(file: Path) -> Generator[tuple[bytes, int]]:
+    position = 0
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
-            while chunk:
-                if not inside_frame:
-                    frame, inside_frame = decompressor.decompressobj(), True
-                try:
-                    plain = frame.decompress(chunk)
-                except zstandard.ZstdError as error:
-                    raise _damaged(file, error) from error
-                chunk = frame.unused_data if frame.eof else b""
-                inside_frame = not frame.eof
-                if plain:
-                    yield plain, stream.tell()
-    if inside_frame:
-        raise _damaged(file, "it ends in the middle of a frame")
+            position += len(chunk)
+            yield chunk, position
+
+
+class _Frame(Protocol):
+    """The decompressor of one gzip member or zstandard frame."""
+
+    @property
+    def eof(self) -> bool:
+        """The frame is complete."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """What follows it."""
+
+    def decompress(self, data: bytes, /) -> bytes:
+        """Next part of the content."""
+
+
+def _decompressed(file: Path, new_frame: Callable[[], _Frame]) -> Generator[tuple[bytes, int]]:
+    """Content of all frames. The stream readers of zstandard take a truncated file for a whole one; frames tell."""
+    frame = new_frame()
+    for compressed, position in _disk_chunks(file):
+        rest = compressed
+        while rest:
+            if frame.eof:
+                rest = rest.lstrip(b"\0")  # some writers pad between frames
+                frame = new_frame() if rest else frame
+                continue
+            try:
+                plain = frame.decompress(rest)
+            except (zlib.error, zstandard.ZstdError) as error:
+                raise _damaged(file, error) from error
+            rest = frame.unused_data if frame.eof else b""
+            if plain:
+                yield plain, position
+    if not frame.eof:
+        raise _damaged(file, "it ends before its content does")
 
 
 def _damaged(file: Path, why: object) -> ValueError:
     return ValueError(f"{file} is truncated or damaged ({why}); fetch or compress it again")
 
 
-def _parquet_batches(file: Path, column: str) -> Iterator[RawBatch]:
+def _parquet_batches(file: Path, column: str) -> Generator[RawBatch]:
     try:
         table = pq.ParquetFile(file)
         rows = max(1, table.metadata.num_rows)

@@ -25,7 +25,7 @@ _LEFT_OUT = frozenset(
 _PIECE_CHARACTERS = 900
 """A class or text that is longer is cut between its methods or paragraphs: a pack shall hold several documents."""
 _PROSE_FILE = re.compile(
-    r"(README|LICEN[CS]E|COPYING|NOTICE|CHANGES|CHANGELOG)[^/]*?(\.md|\.rst|\.txt)?", re.IGNORECASE
+    r"(README|LICEN[CS]E|COPYING|NOTICE|CHANGE(S|LOG))[\w-]*(\.(md|rst|txt|apache|bsd|mit))?", re.IGNORECASE
 )
 _PROSE_FILE_BYTES = 300_000
 _BLANK_LINES = re.compile(r"\n\s*\n")
@@ -105,9 +105,7 @@ def prose_texts() -> Iterator[str]:
     yield from _topics()
     packages = {package.metadata["Name"] or "": package for package in importlib.metadata.distributions()}
     for name in sorted(packages):
-        description = packages[name].metadata.get_payload()
-        if isinstance(description, str):
-            yield description
+        yield str(packages[name].metadata.json.get("description", ""))
         for file in sorted(packages[name].files or []):
             if not _PROSE_FILE.fullmatch(file.name):
                 continue

@@ -105,7 +105,7 @@ def tokenize_corpus(
             encoded = _encode_here(batches, tokenizer, text_key, append_eod)
         else:
             encoded = _encode_in_pool(batches, Path(tokenizer_path), text_key, append_eod, workers)
-        with closing(encoded):
+        with closing(batches), closing(encoded):
             for raw, result in encoded:
                 writer.add(result)
                 progress.update(task, advance=raw.file_bytes, documents=writer.documents)
@@ -208,6 +208,8 @@ def _encode_in_pool(
                 yield _finished(*waiting.popleft())
         while waiting:
             yield _finished(*waiting.popleft())
+    except BrokenProcessPool as error:
+        raise RuntimeError("a tokenising process was killed (out of memory?); use fewer workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -215,9 +217,7 @@ def _encode_in_pool(
 def _finished(batch: RawBatch, future: Future[EncodedBatch]) -> tuple[RawBatch, EncodedBatch]:
     try:
         return batch, future.result()
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            f"a tokenising process was killed near {batch.file} (out of memory?); use fewer workers"
-        ) from error
+    except BrokenProcessPool:
+        raise
     except Exception as error:
         raise RuntimeError(f"tokenising {batch.file} failed: {error!r}") from error

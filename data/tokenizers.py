@@ -153,6 +153,12 @@ class HuggingFaceTokenizer:
         return self._digest
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise ``ValueError`` if a SentencePiece model of that size has no room for pieces besides bytes and marks."""
+    if vocab_size <= 260:
+        raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and the marks leave no piece: take more than 260")
+
+
 def train_sentencepiece(documents: Iterable[str], path: Path, *, vocab_size: int) -> None:
     """Train a BPE model with byte fallback and write it to ``path``; it gives every text back exactly.
 
@@ -166,8 +172,7 @@ def train_sentencepiece(documents: Iterable[str], path: Path, *, vocab_size: int
     Raises:
         ValueError: ``vocab_size`` is too small for the bytes or too large for the texts.
     """
-    if vocab_size <= 260:
-        raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and the marks leave no piece: take more than 260")
+    check_vocab_size(vocab_size)
     lines = (line for document in documents for line in document.split("\n") if line)
     model = io.BytesIO()
     try:

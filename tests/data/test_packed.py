@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
 
+from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
 from tests.data.corpora import FakeTokenizer, unique_documents, write_corpus
 from tests.harness import WorkerPool
 

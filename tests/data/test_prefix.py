@@ -1,0 +1,125 @@
+"""Damaged, missing and mismatched corpora; blends."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from megatron_m1.data.prefix import check_blend, check_prefix, fingerprint, parse_blend
+from tests.data.corpora import unique_documents, write_corpus
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    return write_corpus(tmp_path / "corpus.v1", unique_documents([5, 1, 9]))
+
+
+def test_summary(prefix: str) -> None:
+    summary = check_prefix(prefix)
+    assert (summary.documents, summary.tokens, summary.dtype) == (3, 15, np.uint16)
+    assert (summary.tokenizer_digest, summary.vocab_size) == (None, None)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_missing_file(prefix: str, suffix: str) -> None:
+    os.remove(prefix + suffix)
+    with pytest.raises(FileNotFoundError, match=rf"corpus\.v1\{suffix} does not exist; make it"):
+        check_prefix(prefix)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_any_truncation(prefix: str, suffix: str) -> None:
+    size = os.path.getsize(prefix + suffix)
+    for kept in range(size):
+        os.truncate(prefix + suffix, kept)
+        with pytest.raises(ValueError, match=rf"corpus\.v1\{suffix} .*; tokenise"):
+            check_prefix(prefix)
+        os.truncate(prefix + suffix, 0)
+        write_corpus(Path(prefix), unique_documents([5, 1, 9]))
+    check_prefix(prefix)
+
+
+def test_files_of_two_corpora(prefix: str, tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other", unique_documents([5, 1, 8]))
+    shutil.copy(f"{other}.idx", f"{prefix}.idx")
+    with pytest.raises(ValueError, match=r"corpus\.v1\.bin has 30 bytes but its index says 28"):
+        check_prefix(prefix)
+
+
+def test_files_of_another_kind(prefix: str) -> None:
+    Path(f"{prefix}.idx").write_bytes(b"PK\x03\x04" * 100)
+    with pytest.raises(ValueError, match="is no Megatron index"):
+        check_prefix(prefix)
+
+
+def test_no_tokens(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no tokens"):
+        check_prefix(write_corpus(tmp_path / "c", []))
+
+
+def test_documents_of_several_sequences(tmp_path: Path) -> None:
+    """Then packs would be cut between sentences, and nothing would tell."""
+    builder = IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.int32)
+    for sentence in ([1, 2], [3, 4, 5]):
+        builder.add_item(torch.tensor(sentence))
+    builder.end_document()
+    builder.finalize(str(tmp_path / "c.idx"))
+    with pytest.raises(ValueError, match="2 sequences in 1 documents"):
+        check_prefix(str(tmp_path / "c"))
+
+
+def test_sidecar(prefix: str) -> None:
+    facts = {"documents": 3, "tokens": 15, "tokenizer_digest": "ab" * 32, "vocab_size": 70}
+    Path(f"{prefix}.json").write_text(json.dumps(facts))
+    summary = check_prefix(prefix, tokenizer_digest="ab" * 32)
+    assert summary.vocab_size == 70
+    with pytest.raises(ValueError, match="was tokenised with another tokenizer"):
+        check_prefix(prefix, tokenizer_digest="cd" * 32)
+    Path(f"{prefix}.json").write_text(json.dumps(facts | {"tokens": 16}))
+    with pytest.raises(ValueError, match="tells of 3 documents and 16 tokens"):
+        check_prefix(prefix)
+    for broken in ("{", "[]", "{}"):
+        Path(f"{prefix}.json").write_text(broken)
+        with pytest.raises(ValueError, match="is no sidecar"):
+            check_prefix(prefix)
+
+
+def test_fingerprint_follows_the_content(prefix: str, tmp_path: Path) -> None:
+    copy = write_corpus(tmp_path / "copy", unique_documents([5, 1, 9]))
+    same_sizes = write_corpus(tmp_path / "swapped", unique_documents([9, 1, 5]))
+    assert fingerprint(prefix) == fingerprint(copy) != fingerprint(same_sizes)
+
+
+def test_blends(prefix: str, tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other", unique_documents([45]))
+    assert parse_blend(["3", prefix, "1", other]) == ([prefix, other], [0.75, 0.25])
+    assert parse_blend([prefix]) == ([prefix], [1.0])
+    assert parse_blend([prefix, other]) == ([prefix, other], [0.25, 0.75])
+    assert [summary.tokens for summary in check_blend(["3", prefix, "1", other])] == [15, 45]
+
+
+@pytest.mark.parametrize(
+    ("blend", "message"),
+    [
+        ([], "blend is empty"),
+        (["0.5", "a", "b"], "mixes prefixes with and without weight"),
+        (["0.5"], "mixes"),
+        (["0.5", "a", "0.5"], "mixes"),
+        (["a", "0.5"], "mixes"),
+        (["0.5", "0.5"], "mixes"),
+        (["0", "a", "1", "b"], "not above 0"),
+        (["-1", "a"], "not above 0"),
+        (["nan", "a"], "not above 0"),
+        (["inf", "a"], "not above 0"),
+    ],
+)
+def test_bad_blends(blend: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_blend(blend)

@@ -1,0 +1,208 @@
+"""Tokenising whole corpora: content, order, counts, and what a kill or a failure leaves behind."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from megatron_m1.data.files import file_lock
+from megatron_m1.data.prefix import check_prefix, open_tokens
+from megatron_m1.data.tokenize import tokenize_corpus
+from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
+from tests.data.test_tokenizers import hugging_face_folder
+
+SENTENCE = "The quick brown fox jumps over the lazy dog number {}.\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train_sentencepiece([SENTENCE.format(i) for i in range(100)], path, vocab_size=300)
+    return path
+
+
+def texts(count: int) -> list[str]:
+    return ["".join(SENTENCE.format(i * j) for j in range(1 + i % 7)) for i in range(count)]
+
+
+def jsonl(documents: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": document}).encode() + b"\n" for document in documents)
+
+
+def files_of(prefix: str) -> dict[str, bytes]:
+    return {suffix: Path(prefix + suffix).read_bytes() for suffix in (".bin", ".idx", ".json")}
+
+
+def test_documents_report_and_sidecar(tmp_path: Path, model: Path) -> None:
+    documents = texts(40)
+    bad = b'{"text": 1}\n{"txt": "x"}\n{"text": "  "}\nnonsense\n{"text": "\xff"}\n{"text": ""}\n'
+    (tmp_path / "a.jsonl").write_bytes(jsonl(documents[:30]) + bad)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(documents[30:])))
+    report = tokenize_corpus([tmp_path], tmp_path / "out" / "all", model, workers=1)
+
+    tokenizer = load_tokenizer(model)
+    dataset = IndexedDataset(str(tmp_path / "out" / "all"))
+    assert [tokenizer.decode(dataset[i][:-1].tolist()) for i in range(len(dataset))] == documents
+    assert all(dataset[i][-1] == tokenizer.eod and tokenizer.eod not in dataset[i][:-1] for i in range(len(dataset)))
+    assert dataset.document_indices.tolist() == list(range(41))
+
+    expected_tokens = sum(len(tokenizer.encode(document)) + 1 for document in documents)
+    expected_bytes = sum(len(document.encode()) for document in documents)
+    assert (report.documents, report.tokens, report.text_bytes) == (40, expected_tokens, expected_bytes)
+    assert report.bytes_per_token == expected_bytes / expected_tokens
+    assert report.skipped == {
+        "not a string": 1,
+        "key missing": 1,
+        "empty": 2,
+        "not a JSON object": 1,
+        "bad UTF-8": 1,
+    }
+    assert "40 documents" in str(report)
+    assert "2 empty" in str(report)
+
+    summary = check_prefix(str(tmp_path / "out" / "all"), tokenizer_digest=tokenizer.digest())
+    assert (summary.documents, summary.tokens, summary.vocab_size) == (40, expected_tokens, 300)
+    ids, lengths = open_tokens(str(tmp_path / "out" / "all"))
+    assert ids.size == expected_tokens
+    assert lengths.tolist() == [len(dataset[i]) for i in range(40)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["all.bin", "all.idx", "all.json"]
+
+
+def test_without_end_marks(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "a.txt").write_text("one document")
+    report = tokenize_corpus([tmp_path / "a.txt"], tmp_path / "out", model, workers=1, append_eod=False)
+    ids, _ = open_tokens(str(tmp_path / "out"))
+    assert ids.tolist() == load_tokenizer(model).encode("one document")
+    assert report.documents == 1
+
+
+def test_hugging_face_folder(tmp_path: Path) -> None:
+    folder = hugging_face_folder(tmp_path / "hf")
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(3)))
+    tokenize_corpus([tmp_path / "a.jsonl"], tmp_path / "out", folder, workers=1)
+    tokenizer, dataset = load_tokenizer(folder), IndexedDataset(str(tmp_path / "out"))
+    assert [tokenizer.decode(dataset[i][:-1].tolist()) for i in range(3)] == texts(3)
+    assert dataset[0][-1] == tokenizer.eod == 256
+
+
+def test_output_does_not_depend_on_the_number_of_workers(tmp_path: Path, model: Path) -> None:
+    """Several batches a file, so that results arrive out of order."""
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_bytes(jsonl(texts(2500)) + b"broken\n")
+    outputs = []
+    for workers in (1, 3):
+        report = tokenize_corpus([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "out", model, workers=workers)
+        assert report.skipped == {"not a JSON object": 2}
+        outputs.append(files_of(str(tmp_path / "out")))
+    assert outputs[0] == outputs[1]
+
+
+def test_a_failure_keeps_the_old_output(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "good.jsonl").write_bytes(jsonl(texts(5)))
+    prefix = str(tmp_path / "out")
+    tokenize_corpus([tmp_path / "good.jsonl"], prefix, model, workers=1)
+    before = files_of(prefix)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(jsonl(texts(2000)))[:-20])
+    with pytest.raises(ValueError, match=r"cut\.jsonl\.gz is truncated"):
+        tokenize_corpus([tmp_path / "good.jsonl", tmp_path / "cut.jsonl.gz"], prefix, model, workers=1)
+    (tmp_path / "empty.jsonl").write_bytes(b'{"text": ""}\n')
+    with pytest.raises(ValueError, match=r"no document is left of 1 input files; skipped: {'empty': 1}"):
+        tokenize_corpus([tmp_path / "empty.jsonl"], prefix, model, workers=1)
+    assert files_of(prefix) == before
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.bin", "out.idx", "out.json"}
+
+
+def test_a_kill_keeps_the_old_output_and_the_next_run_cleans_up(tmp_path: Path, model: Path) -> None:
+    """The input is a pipe: once it took all we wrote, the run is in the middle of writing."""
+    (tmp_path / "good.jsonl").write_bytes(jsonl(texts(5)))
+    prefix = str(tmp_path / "out")
+    tokenize_corpus([tmp_path / "good.jsonl"], prefix, model, workers=1)
+    before = files_of(prefix)
+    pipe = tmp_path / "pipe.jsonl"
+    os.mkfifo(pipe)
+    victim = multiprocessing.get_context("fork").Process(
+        target=tokenize_corpus, args=([pipe], prefix, model), kwargs={"workers": 1}
+    )
+    victim.start()
+    with pipe.open("wb") as stream:
+        stream.write(jsonl(texts(20_000)))
+        stream.flush()
+        assert victim.pid is not None
+        os.kill(victim.pid, signal.SIGKILL)
+        victim.join()
+    assert (tmp_path / "out.partial" / "tokens.bin").stat().st_size > 0
+    assert files_of(prefix) == before
+    tokenize_corpus([tmp_path / "good.jsonl"], prefix, model, workers=1)
+    assert files_of(prefix) == before
+    assert {path.name for path in tmp_path.glob("out*")} == {"out.bin", "out.idx", "out.json"}
+
+
+def feed(pipe: Path, act: Callable[[], None]) -> threading.Thread:
+    """Write documents into ``pipe`` from a thread, and call ``act`` when the reader has taken the first of them."""
+
+    def write() -> None:
+        try:
+            with pipe.open("wb") as stream:
+                act()
+                while True:
+                    stream.write(jsonl(texts(1000)))
+        except BrokenPipeError:
+            pass  # the reader gave up, as it should
+
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=write)
+    thread.start()
+    return thread
+
+
+def test_an_exception_in_a_worker_is_one_clear_error(tmp_path: Path, model: Path) -> None:
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(model.read_bytes())
+    # Opening the pipe meets the main process after it has loaded the tokenizer, and before any worker exists.
+    thread = feed(tmp_path / "pipe.jsonl", tokenizer.unlink)
+    with pytest.raises(RuntimeError, match=r"tokenising .*pipe\.jsonl failed: FileNotFoundError"):
+        tokenize_corpus([tmp_path / "pipe.jsonl"], tmp_path / "out", tokenizer, workers=2)
+    thread.join()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_killed_worker_is_one_clear_error(tmp_path: Path, model: Path) -> None:
+    def kill_worker() -> None:
+        def run() -> None:
+            while not (found := [child for child in psutil.Process().children() if child not in before]):
+                pass
+            found[-1].kill()
+
+        before = psutil.Process().children()
+        threading.Thread(target=run).start()
+
+    thread = feed(tmp_path / "pipe.jsonl", kill_worker)
+    with pytest.raises(RuntimeError, match="a tokenising process was killed"):
+        tokenize_corpus([tmp_path / "pipe.jsonl"], tmp_path / "out", model, workers=2)
+    thread.join()
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_two_writers_of_one_prefix(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with (
+        file_lock(tmp_path / "out.lock"),
+        pytest.raises(ValueError, match=r"another process is writing .*out; wait for it"),
+    ):
+        tokenize_corpus([tmp_path / "a.txt"], tmp_path / "out", model, workers=1)
+    tokenize_corpus([tmp_path / "a.txt"], tmp_path / "out", model, workers=1)
+
+
+def test_wrong_number_of_workers(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(ValueError, match="workers is 0"):
+        tokenize_corpus([tmp_path], tmp_path / "out", model, workers=0)
