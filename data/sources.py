@@ -22,7 +22,7 @@ _LEFT_OUT = frozenset(
         "__pycache__",
     }
 )
-_PIECE_CHARACTERS = 900
+_PIECE_CHARACTERS = 450
 """A class or text that is longer is cut between its methods or paragraphs: a pack shall hold several documents."""
 _PROSE_FILE = re.compile(
     r"(README|LICEN[CS]E|COPYING|NOTICE|CHANGE(S|LOG))[\w-]*(\.(md|rst|txt|apache|bsd|mit))?", re.IGNORECASE
