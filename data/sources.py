@@ -103,7 +103,9 @@ def prose_texts() -> Iterator[str]:
     Module docstrings of :func:`standard_library` belong to the same source.
     """
     yield from _topics()
-    packages = {package.metadata["Name"] or "": package for package in importlib.metadata.distributions()}
+    # Not all of sys.path: importing torch adds setuptools' private copies of packages to it.
+    folders = sorted({sysconfig.get_paths()[kind] for kind in ("purelib", "platlib")})
+    packages = {package.metadata["Name"] or "": package for package in importlib.metadata.distributions(path=folders)}
     for name in sorted(packages):
         yield str(packages[name].metadata.json.get("description", ""))
         for file in sorted(packages[name].files or []):
