@@ -130,12 +130,10 @@ class Checkpoints:
         step = int(state["step"])
         if step == self._current_step:
             return
-        state_text = json.dumps(state, indent=2) + "\n"
-        temporary = _on_rank_zero(
-            lambda: folders.start(self._folder, step, config_text=self._config_text, state_text=state_text)
-        )
+        texts = {folders.CONFIG: self._config_text, folders.STATE: json.dumps(state, indent=2) + "\n"}
+        temporary = _on_rank_zero(lambda: folders.start(self._folder, step))
         self._write = Write(
-            trainer, temporary, in_background=self._async_save, check_sharding=not self._sharding_checked
+            trainer, temporary, texts, in_background=self._async_save, check_sharding=not self._sharding_checked
         )
         self._sharding_checked = True
         if not self._async_save:
@@ -167,7 +165,7 @@ class Checkpoints:
             if failure is not None:
                 shutil.rmtree(write.temporary, ignore_errors=True)
                 raise OSError(f"{write.temporary.name.removesuffix(folders.TEMPORARY)} can't be written: {failure}")
-            checkpoint = folders.commit(write.temporary, digests)
+            checkpoint = folders.commit(write.temporary, write.texts, digests)
             folders.remove_old(self._folder, self._keep)
             return folders.step_of(checkpoint)
 

@@ -58,28 +58,29 @@ def remove_temporary(root: Path) -> None:
             path.unlink()
 
 
-def start(root: Path, step: int, *, config_text: str, state_text: str) -> Path:
-    """Make the temporary folder of a checkpoint, with its configuration and state; return it."""
+def start(root: Path, step: int) -> Path:
+    """Make the empty temporary folder of a checkpoint; return it."""
     temporary = root / (folder_name(step) + TEMPORARY)
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
-    (temporary / CONFIG).write_text(config_text)
-    (temporary / STATE).write_text(state_text)
     return temporary
 
 
-def commit(temporary: Path, digests: dict[str, str]) -> Path:
+def commit(temporary: Path, texts: dict[str, str], digests: dict[str, str]) -> Path:
     """Turn a temporary folder into the newest checkpoint.
 
     Args:
-        temporary: from ``start``, everything written.
+        temporary: from ``start``, with dist_checkpointing's files.
+        texts: files to add, by name.
         digests: sha256 of data files that were hashed where they were written, by name; the rest is hashed here.
 
     Returns:
         The checkpoint's folder.
     """
     final = temporary.with_name(temporary.name.removesuffix(TEMPORARY))
+    for name, text in texts.items():
+        (temporary / name).write_text(text)
     rest = [path.name for path in temporary.iterdir() if path.name not in digests]
     files = digests | file_digests(temporary, rest)
     manifest = {"algorithm": "sha256", "files": dict(sorted(files.items()))}

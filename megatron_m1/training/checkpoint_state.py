@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,10 @@ def _optimizer_state(trainer: Trainer, model: dict[str, Any], *, is_loading: boo
     for index, part in enumerate(_parts(trainer.optimizer)):
         if not is_loading:
             _allocate(part)
-        state = part.sharded_state_dict(model, is_loading, metadata=_metadata(trainer))
-        if state["param_state"] is not None:
-            parts[f"part{index}"] = state["param_state"]
+        # Not part.sharded_state_dict, which adds a garbage collection of up to a second.
+        tensors = part.sharded_param_state_fully_reshardable(model, is_loading, _metadata(trainer))
+        if tensors is not None:
+            parts[f"optimizer{index}"] = tensors
     return parts
 
 
@@ -89,14 +91,17 @@ def train_state(trainer: Trainer, *, detached: bool) -> dict[str, Any]:
         for entry in nested_values(model):
             if isinstance(entry, ShardedTensor) and entry.data is not None and entry.data.is_cpu:
                 entry.data = entry.data.detach().clone()
-    return {**model, "optimizer": optimizer, "optimizer_step": _adam_step(trainer.optimizer)}
+    return {**model, **optimizer, "optimizer_step": _adam_step(trainer.optimizer)}
 
 
 def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     # Every rank reads for itself: megatron-core's parallel load holds all of the optimizer state on the GPU. A tensor that
     # is asked for must be there; the stricter checks of megatron-core 0.19 fail with torch 2.15, whose TensorProperties
     # have one more field.
-    return dist_checkpointing.load(wanted, str(folder))
+    with warnings.catch_warnings():
+        # About arguments that megatron-core passes to torch.
+        warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+        return dist_checkpointing.load(wanted, str(folder))
 
 
 def _set_model(trainer: Trainer, loaded: dict[str, Any]) -> None:
@@ -108,14 +113,13 @@ def load_train_state(trainer: Trainer, folder: Path) -> None:
     """Overwrite parameters and optimizer state with what ``folder`` holds. Collective."""
     with torch.no_grad():
         model = model_state(trainer)
-        wanted = {**model, "optimizer": _optimizer_state(trainer, model, is_loading=True)}
-        loaded = _read(wanted, folder)
+        loaded = _read({**model, **_optimizer_state(trainer, model, is_loading=True)}, folder)
         _set_model(trainer, loaded)
         for index, part in enumerate(_parts(trainer.optimizer)):
             state = part.state_dict()
             for group in state["optimizer"]["param_groups"]:
                 group["step"] = loaded["optimizer_step"]
-            state["param_state"] = loaded["optimizer"][f"part{index}"]
+            state["param_state"] = loaded[f"optimizer{index}"]
             state["param_state_sharding_type"] = "fully_reshardable"
             part.load_state_dict(state)
 

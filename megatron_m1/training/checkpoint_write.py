@@ -33,14 +33,24 @@ class Write:
 
     Args:
         trainer: what is saved.
-        temporary: an existing folder.
+        temporary: an empty folder.
+        texts: files that the checkpoint gets besides, by name.
         in_background: training will go on, so what it changes is copied first.
         check_sharding: let megatron-core check that the ranks' pieces cover every tensor exactly once.
     """
 
-    def __init__(self, trainer: Trainer, temporary: Path, *, in_background: bool, check_sharding: bool) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        temporary: Path,
+        texts: dict[str, str],
+        *,
+        in_background: bool,
+        check_sharding: bool,
+    ) -> None:
         _use_plain_queue()
         self.temporary = temporary
+        self.texts = texts
         self._device = trainer.mesh.device
         self._digests: dict[str, str] = {}
         self._error: str | None = None
