@@ -53,10 +53,15 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Silence what megatron-core and torch say on import about absent software: it would bury our own line."""
+    """Silence what megatron-core and torch say of absent software and of their own workings: it would bury our lines.
+
+    The loggers of megatron-core warn that GPTModel will have a successor and that DDP lays out its own buffers; its
+    warnings and torch's extension loader name optional software. None of that is news that a user could act on.
+    """
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for name in ("megatron", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def exit_status(command: Callable[[], int]) -> int:

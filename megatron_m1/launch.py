@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import os
 import re
 import signal
@@ -187,43 +188,75 @@ def report_error(error: ValueError) -> None:
     """
     if not raised_by_us(error):
         raise error
+    report_once(error)
+
+
+def report_once(error: Exception, *, name_silent_ranks: bool = False, patience: float = 10.0) -> None:
+    """Print ``error`` as one line on stderr, once for all ranks that call this, before any of them leaves.
+
+    Args:
+        error: what happened, in the words of this rank.
+        name_silent_ranks: add which ranks have reported nothing: in a collective that hangs, those are the cause.
+        patience: seconds that the ranks have to come here, since torchrun ends who is left when the first leaves.
+    """
     world = worker_world_size(os.environ)
     if world is None or world == 1:
         _print_error(error)
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _report_once(error, world)
+        _report_first(error, world, name_silent_ranks=name_silent_ranks, patience=patience)
     elif os.environ["RANK"] == "0":
         _print_error(error)
 
 
-def _print_error(error: ValueError) -> None:
-    print("megatron-m1: error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+def _print_error(error: Exception, addition: str = "") -> None:
+    print("megatron-m1: error:", " ".join(str(error).split()) + addition, file=sys.stderr, flush=True)
 
 
-def _report_once(error: ValueError, world: int, *, patience: float = 10.0) -> None:
-    """Let the first rank that comes to torchrun's store print, then leave together: torchrun kills who stays behind."""
+def _report_first(error: Exception, world: int, *, name_silent_ranks: bool, patience: float) -> None:
+    """Meet in torchrun's store: the first rank there waits for the others and prints, they wait for it to do so."""
     from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     key = f"megatron_m1/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    count = store.add(key, 1)
-    if count == 1:
-        _print_error(error)
-    deadline = time.monotonic() + patience
-    while count < world and time.monotonic() < deadline:
+    store.set(f"{key}/rank/{os.environ['RANK']}", "here")
+    is_first = store.add(f"{key}/count", 1) == 1
+    deadline = time.monotonic() + (patience if is_first else 2 * patience)
+    if not is_first:
+        while not store.check([f"{key}/printed"]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return
+    while store.add(f"{key}/count", 0) < world and time.monotonic() < deadline:
         time.sleep(0.05)
-        count = store.add(key, 0)
+    silent = [str(rank) for rank in range(world) if not store.check([f"{key}/rank/{rank}"])]
+    shown = ", ".join(silent[:8]) + (", ..." if len(silent) > 8 else "")
+    _print_error(error, f"; rank {shown} reported nothing: look there first" if silent and name_silent_ranks else "")
+    store.set(f"{key}/printed", "yes")
 
 
-def run_agent(arguments: Sequence[str]) -> None:
-    """Be torchrun, but ignore the signals that the parent passes on to the workers."""
+def run_agent(arguments: Sequence[str]) -> int:
+    """Be torchrun, but ignore the signals that the parent passes on to the workers, and don't repeat what they said.
+
+    Returns:
+        0, or the exit status of the worker that failed first.
+    """
     die_with_parent()
     for number in FORWARDED:
         signal.signal(number, signal.SIG_IGN)
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    main(list(arguments))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        main(list(arguments))
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode >= 0:
+            return failure.exitcode
+        killer = signal.Signals(-failure.exitcode).name
+        print(f"megatron-m1: error: rank {rank} was ended by {killer}", file=sys.stderr, flush=True)
+        return 128 - failure.exitcode
+    return 0
 
 
 if __name__ == "__main__":
-    run_agent(sys.argv[1:])
+    sys.exit(run_agent(sys.argv[1:]))

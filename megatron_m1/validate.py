@@ -186,7 +186,7 @@ def _check_divides(name: str, value: int, size_name: str, size: int) -> None:
 
 
 def check_batch(config: Config, world_size: int) -> None:
-    """Check that the global batch can be dealt out over the data-parallel ranks and the pipeline.
+    """Check that the global batch and the held-out packs can be dealt out over data-parallel ranks and the pipeline.
 
     Raises:
         ValueError: with one line that names the value and the fix.
@@ -195,18 +195,21 @@ def check_batch(config: Config, world_size: int) -> None:
     _check_positive("train", train, ["global_batch_size"])
     replicas = data_parallel_size(parallel, world_size)
     pipeline, samples = parallel.pipeline_model_parallel_size, train.global_batch_size
-    if samples % replicas:
-        raise ValueError(
-            f"train.global_batch_size = {samples} is not divisible by the data-parallel size {replicas} (world "
-            f"{world_size} / tensor {parallel.tensor_model_parallel_size} / pipeline {pipeline}): use a "
-            f"multiple of {replicas}"
-        )
-    if parallel.virtual_pipeline_model_parallel_size and samples // replicas % pipeline:
-        raise ValueError(
-            f"train.global_batch_size = {samples} gives each rank {samples // replicas} micro-batches, but interleaved "
-            f"stages need a multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a multiple of "
-            f"{replicas * pipeline}"
-        )
+    dealt = {"train.global_batch_size": samples}
+    if config.data.validation or config.data.embedded_corpus:
+        dealt["train.eval_samples"] = train.eval_samples
+    for name, packs in dealt.items():
+        if packs % replicas:
+            raise ValueError(
+                f"{name} = {packs} is not divisible by the data-parallel size {replicas} (world {world_size} / tensor "
+                f"{parallel.tensor_model_parallel_size} / pipeline {pipeline}): use a multiple of {replicas}"
+            )
+        if parallel.virtual_pipeline_model_parallel_size and packs // replicas % pipeline:
+            raise ValueError(
+                f"{name} = {packs} gives each rank {packs // replicas} micro-batches, but interleaved stages need a "
+                f"multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a multiple of "
+                f"{replicas * pipeline}"
+            )
     if config.data.train_samples is not None and config.data.train_samples < train.global_batch_size:
         raise ValueError(
             f"data.train_samples = {config.data.train_samples} is less than train.global_batch_size = "

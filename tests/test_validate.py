@@ -105,6 +105,12 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("layout=Et*3|t*5L", 1, ["pipeline_model_parallel_size = 1"]),
         ("train.global_batch_size=9", 2, ["global_batch_size = 9", "data-parallel size 2"]),
         ("pp=2 vpp=2 train.global_batch_size=3", 2, ["3 micro-batches", "multiple of 2"]),
+        ("data.validation=[x] train.eval_samples=3", 2, ["train.eval_samples = 3", "data-parallel size 2"]),
+        (
+            "data.validation=[x] pp=2 vpp=2 train.eval_samples=3",
+            2,
+            ["train.eval_samples = 3", "3 micro-batches", "multiple of 2"],
+        ),
         ("train.recompute_modules=[layernorm]", 1, ["layernorm", "core_attn or moe"]),
         ("train.recompute_modules=[mlp]", 1, ["'mlp'"]),
         ("train.recompute_granularity=selective train.recompute_modules=[]", 1, ["recompute_modules is empty"]),

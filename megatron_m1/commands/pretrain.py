@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 
 from megatron_m1.commands.options import CommandParser, positive_integer
@@ -15,6 +14,7 @@ from megatron_m1.launch import (
     count_gpus,
     launch_from_environment,
     prepare_worker,
+    report_once,
     start_workers,
     worker_world_size,
 )
@@ -113,7 +113,7 @@ def _train(config: Config) -> int:
     try:
         summary = pretrain(config)
     except (CheckpointError, CollectiveError, NonFiniteError) as error:
-        print(f"megatron-m1: error: {error}", file=sys.stderr, flush=True)
+        report_once(error, name_silent_ranks=isinstance(error, CollectiveError))
         return 1
     if os.environ.get("RANK", "0") == "0":
         show_summary(summary)

@@ -25,12 +25,16 @@ def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
         flag: this rank's own.
         group: None is the default group; without an initialised default group the answer is ``flag``.
     """
+    return bool(_largest(int(flag), group))
+
+
+def _largest(value: int, group: dist.ProcessGroup | None) -> int:
     if not dist.is_initialized():
-        return flag
+        return value
     device = "cuda" if dist.get_backend(group) == dist.Backend.NCCL else "cpu"
-    votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    votes = torch.tensor([value], dtype=torch.int32, device=device)
     dist.all_reduce(votes, dist.ReduceOp.MAX, group)
-    return bool(votes.item())
+    return int(votes.item())
 
 
 class Interrupt:
@@ -59,13 +63,14 @@ class Interrupt:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._earlier.clear()
 
-    def should_stop(self, group: dist.ProcessGroup | None = None) -> bool:
-        """Return whether any rank of ``group`` got a signal: the same answer on all of them. A collective.
+    def should_stop(self, group: dist.ProcessGroup | None = None) -> str | None:
+        """Name of the signal that any rank of ``group`` got, None if none did: the same answer on all. A collective.
 
         Args:
             group: None is the default group; without an initialised default group only this process counts.
         """
-        return any_rank(self.received is not None, group)
+        number = _largest(signal.Signals[self.received] if self.received else 0, group)
+        return signal.Signals(number).name if number else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # One assignment only: code that logs or locks here could meet itself in the interrupted main thread.

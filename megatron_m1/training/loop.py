@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_m1.training.lr import learning_rate
 from megatron_m1.training.metrics import MetricsLog
 from megatron_m1.training.profile import ProfilerWindow
 from megatron_m1.training.step import StepResult, Trainer, evaluate, train_step
-from megatron_m1.training.steps_guard import StepsGuard
+from megatron_m1.training.steps_guard import NonFiniteError, StepsGuard
 from megatron_m1.training.summary import summarise
 from megatron_m1.training.watchdog import Watchdog
 
@@ -71,17 +70,26 @@ class Run:
             print(line, flush=True)
 
     def _start_or_resume(self) -> Progress:
+        samples = self.config.data.train_samples
+        assert samples is not None
         state = self.checkpoints.load_newest(self.trainer) if self.config.run.resume else None
         if state is None:
-            samples = self.config.data.train_samples
-            assert samples is not None
             return Progress(train_samples=samples)
         progress = Progress(**state)
         self.note(f"resumed from step {progress.step} ({progress.tokens:,} tokens)")
+        if samples != progress.train_samples:
+            self.note(
+                f"one pass over the data stays {progress.train_samples} packs, as the run began (data.train_samples = "
+                f"{samples} would change their order)"
+            )
         return progress
 
     def step(self, number: int) -> StepResult:
-        """Train on the next global batch and record it."""
+        """Train on the next global batch and record it.
+
+        Raises:
+            NonFiniteError: one step too many in a row was not finite; it is recorded as well.
+        """
         config, progress = self.config, self.progress
         began = time.perf_counter()
         batch_tokens = config.train.global_batch_size * config.data.seq_length
@@ -93,24 +101,32 @@ class Run:
         progress.consumed_samples += config.train.global_batch_size
         flops = global_flops(config, self.mesh, samples)
         seconds = time.perf_counter() - began
-        self.guard.accepts(number, result.loss, result.grad_norm)
-        progress.skipped_total, progress.skipped_in_row = self.guard.total, self.guard.in_row
-        if self.log is not None:
-            self.log.log_step(
-                {
-                    "step": number,
-                    "tokens": progress.tokens,
-                    "loss": result.loss,
-                    "aux_loss": result.aux_loss,
-                    "grad_norm": result.grad_norm,
-                    "lr": lr,
-                    "tokens_per_second": batch_tokens / seconds,
-                    "model_tflops_per_device": flops / seconds / self.mesh.world_size / 1e12,
-                    "expert_load_max_over_mean": result.expert_load,
-                    "skipped_steps": progress.skipped_total,
-                }
-            )
+        try:
+            self.guard.accepts(number, result.loss, result.grad_norm)
+        finally:
+            progress.skipped_total, progress.skipped_in_row = self.guard.total, self.guard.in_row
+            self._record(result, lr, flops, seconds)
         return result
+
+    def _record(self, result: StepResult, lr: float, flops: float, seconds: float) -> None:
+        if self.log is None:
+            return
+        config, progress = self.config, self.progress
+        batch_tokens = config.train.global_batch_size * config.data.seq_length
+        self.log.log_step(
+            {
+                "step": progress.step,
+                "tokens": progress.tokens,
+                "loss": result.loss,
+                "aux_loss": result.aux_loss,
+                "grad_norm": result.grad_norm,
+                "lr": lr,
+                "tokens_per_second": batch_tokens / seconds,
+                "model_tflops_per_device": flops / seconds / self.mesh.world_size / 1e12,
+                "expert_load_max_over_mean": result.expert_load,
+                "skipped_steps": progress.skipped_total,
+            }
+        )
 
     def validate(self) -> float | None:
         """Loss over the held-out packs in nats per token; None without any."""
@@ -136,39 +152,31 @@ class Run:
         return any_rank(time.monotonic() - self.last_save >= 60.0 * run.save_interval_minutes)
 
 
-def _train(run: Run, stack: ExitStack) -> str | None:
-    """Run the remaining steps; return the name of the signal that ended them early, if one did."""
+def _train(run: Run, watchdog: Watchdog, interrupt: Interrupt) -> str | None:
+    """Run the remaining steps; return the name of the signal that ended them early, if one did, on every rank."""
     config, progress = run.config, run.progress
     train = config.train
-    watchdog = stack.enter_context(Watchdog(run.mesh.rank, config.parallel.distributed_timeout_seconds))
+    stop: str | None = None
     window = ProfilerWindow(run.folder, rank=run.mesh.rank, start=train.profile_step_start, end=train.profile_step_end)
-    stack.callback(window.close)
-    interrupt = stack.enter_context(Interrupt())
-    run.trainer.heartbeat = watchdog.progress
-    saved = progress.step
-    for number in range(progress.step + 1, train.max_steps + 1):
-        with watchdog.step(number):
-            with window.step(number):
-                run.step(number)
-            run.checkpoints.poll()
-            if train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps:
-                run.validate()
-            stop = interrupt.should_stop()
-            if stop or run.save_is_due() or number == train.max_steps:
-                run.save()
-                saved = number
-        if stop:
-            break
-    with watchdog.step(progress.step):
-        if saved != progress.step:
-            run.save()
-        run.checkpoints.wait()
-    return interrupt.received or ("signal on another rank" if progress.step < train.max_steps else None)
+    with ExitStack() as stack:
+        stack.callback(window.close)
+        for number in range(progress.step + 1, train.max_steps + 1):
+            with watchdog.step(number):
+                with window.step(number):
+                    run.step(number)
+                run.checkpoints.poll()
+                if train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps:
+                    run.validate()
+                stop = interrupt.should_stop()
+                if stop or run.save_is_due() or number == train.max_steps:
+                    watchdog.progress()
+                    run.save()
+            if stop:
+                break
+    return stop
 
 
-def _open_log(run: Run) -> MetricsLog | None:
-    if run.mesh.rank != 0:
-        return None
+def _open_log(run: Run) -> MetricsLog:
     config = run.config
     return MetricsLog(
         run.folder,
@@ -180,6 +188,41 @@ def _open_log(run: Run) -> MetricsLog | None:
     )
 
 
+def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    part = folder / "summary.json.part"
+    part.write_text(json.dumps(summary, indent=2) + "\n")
+    part.replace(folder / "summary.json")
+
+
+def _run_to_the_end(config: Config, mesh: rank_grid.Mesh) -> dict[str, Any]:
+    timeout = config.parallel.distributed_timeout_seconds
+    with ExitStack() as stack:
+        # From the start, so that a signal never finds a process that would just die of it.
+        interrupt = stack.enter_context(Interrupt())
+        with Watchdog(mesh.rank, timeout) as watchdog, watchdog.step(0):
+            run = Run(config, mesh)
+        if mesh.rank == 0:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            kept = replace(config.data, train_samples=run.progress.train_samples)
+            write_config(replace(config, data=kept), run.folder / "config.yaml")
+            run.log = stack.enter_context(_open_log(run))
+        watchdog = stack.enter_context(Watchdog(mesh.rank, timeout))
+        run.trainer.heartbeat = watchdog.progress
+        try:
+            interrupted = _train(run, watchdog, interrupt)
+        except NonFiniteError:
+            # All ranks are here: a checkpoint of a good step that is still being written is worth waiting for.
+            run.checkpoints.wait()
+            raise
+        with watchdog.step(run.progress.step):
+            run.checkpoints.wait()
+            validation_loss = None if interrupted else run.validate()
+            summary = summarise(config, run.feed, asdict(run.progress), validation_loss, interrupted)
+        if mesh.rank == 0:
+            _write_summary(run.folder, summary)
+    return summary
+
+
 def pretrain(config: Config) -> dict[str, Any]:
     """Train as ``config`` says, on every rank of the world that torchrun (or nobody) started.
 
@@ -187,33 +230,17 @@ def pretrain(config: Config) -> dict[str, Any]:
         config: after ``validate.resolve``, data paths filled in.
 
     Returns:
-        The summary, the same on every rank: step, tokens, losses, baselines, checkpoint, and ``interrupted``, the name
-        of the signal that ended the run early or None.
+        The summary, the same on every rank: step, tokens, losses, baselines, and ``interrupted``, the name of the
+        signal that ended the run early or None.
 
     Raises:
+        CheckpointError: no checkpoint could be written, or none of those there could be read.
         CollectiveError: a collective failed or timed out.
         NonFiniteError: too many steps in a row were not finite.
         ValueError: the run folder's checkpoint does not fit the configuration.
     """
-    logging.getLogger("megatron").setLevel(logging.ERROR)
     mesh = rank_grid.initialise(config.parallel, seed=config.train.seed)
     try:
-        folder = Path(config.run.folder)
-        if mesh.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_config(config, folder / "config.yaml")
-        run = Run(config, mesh)
-        with ExitStack() as stack:
-            run.log = _open_log(run)
-            if run.log is not None:
-                stack.enter_context(run.log)
-            interrupted = _train(run, stack)
-            validation_loss = None if interrupted else run.validate()
-            summary = summarise(config, run.feed, asdict(run.progress), validation_loss, interrupted)
-            if mesh.rank == 0:
-                part = folder / "summary.json.part"
-                part.write_text(json.dumps(summary, indent=2) + "\n")
-                part.replace(folder / "summary.json")
-        return summary
+        return _run_to_the_end(config, mesh)
     finally:
         rank_grid.shut_down()

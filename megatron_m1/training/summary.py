@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import distributed as dist
 
 from megatron_m1.config import Config
 from megatron_m1.data.entropy import ngram_entropy
@@ -15,7 +16,7 @@ from megatron_m1.training.feed import Feed
 def summarise(
     config: Config, feed: Feed, progress: dict[str, int], validation_loss: float | None, interrupted: str | None
 ) -> dict[str, Any]:
-    """Collect the summary.
+    """Collect the summary. Collective: rank 0 counts the n-grams for all.
 
     Args:
         config: resolved.
@@ -35,15 +36,26 @@ def summarise(
         "interrupted": interrupted,
         "validation_loss": validation_loss,
     }
-    if validation_loss is not None and feed.held_out is not None:
-        packs = [feed.held_out[index] for index in range(len(feed.held_out))]
-        entropy = ngram_entropy(config.data.train, packs, vocab_size=config.model.vocab_size)
-        summary |= {
-            "unigram_entropy": entropy.unigram,
-            "bigram_entropy": entropy.bigram,
-            "below_unigram": entropy.unigram - validation_loss,
-        }
+    if validation_loss is not None:
+        found: list[Any] = [_baselines(config, feed, validation_loss) if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found, src=0)
+        summary |= found[0]
     return summary
+
+
+def _baselines(config: Config, feed: Feed, validation_loss: float) -> dict[str, Any]:
+    assert feed.held_out is not None
+    packs = [feed.held_out[index] for index in range(len(feed.held_out))]
+    try:
+        entropy = ngram_entropy(config.data.train, packs, vocab_size=config.model.vocab_size)
+    except ValueError as error:
+        # The run is done and its checkpoint saved: corpora too odd to count don't make it fail.
+        return {"baselines": f"none: {error}"}
+    return {
+        "unigram_entropy": entropy.unigram,
+        "bigram_entropy": entropy.bigram,
+        "below_unigram": entropy.unigram - validation_loss,
+    }
 
 
 def show_summary(summary: dict[str, Any]) -> None:
