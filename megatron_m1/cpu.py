@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn")
 
@@ -25,6 +26,8 @@ PATCHED_LIBRARY_SYMBOLS = (
     ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"),
     ("megatron.core.tensor_parallel.mappings", "_gather_along_first_dim"),
     ("megatron.core.tensor_parallel.mappings", "_reduce_scatter_along_first_dim"),
+    ("megatron.core.distributed.param_and_grad_buffer", "dist_all_gather_func"),
+    ("megatron.core.distributed.param_and_grad_buffer", "dist_reduce_scatter_func"),
 )
 """Every name of megatron-core that ``install`` replaces, as (module, attribute)."""
 
@@ -158,6 +161,20 @@ def _sliced_reduce_scatter(original: Callable[..., torch.Tensor]) -> Callable[..
     return reduce_scatter
 
 
+def _none_alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In a group of one, whose only shard is the whole DDP buffer, gloo would copy that buffer twice for nothing."""
+
+    @functools.wraps(original)
+    def collective(
+        output: torch.Tensor, input_: torch.Tensor, *, group: torch.distributed.ProcessGroup, **how: Any
+    ) -> Any:
+        if group.size() == 1 and output.data_ptr() == input_.data_ptr():
+            return None
+        return original(output, input_, group=group, **how)
+
+    return collective
+
+
 def _patch_torch() -> None:
     cpu = torch.device("cpu")
     replacements: dict[str, Any] = {
@@ -178,6 +195,8 @@ def _patch_torch() -> None:
         setattr(torch.cuda, name, replacement)
     torch.cuda.random.get_rng_state = _get_rng_state
     torch.cuda.random.set_rng_state = _set_rng_state
+    # ``with torch.device("meta")`` recognises factories by a list that it makes once: let it list the originals.
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _redirected(getattr(torch, name)))
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
@@ -195,6 +214,8 @@ def _patch_megatron() -> None:
         "maybe_move_tensor_to_cpu": lambda original: _splits_as_numpy,
         "_gather_along_first_dim": _padded_gather,
         "_reduce_scatter_along_first_dim": _sliced_reduce_scatter,
+        "dist_all_gather_func": _none_alone,
+        "dist_reduce_scatter_func": _none_alone,
     }
     for module_name, attribute in PATCHED_LIBRARY_SYMBOLS:
         module = importlib.import_module(module_name)

@@ -158,7 +158,8 @@ def _scale_aux_loss(trainer: Trainer, samples: list[PackedSample]) -> None:
     fewer where documents end.
     """
     routed = len(samples) * trainer.mesh.data_parallel_size * trainer.seq_length
-    share = torch.tensor(_count_loss_tokens(trainer, samples) / routed, device=trainer.mesh.device)
+    # One element, not a scalar: the library keeps it between calls and copies into what it has kept.
+    share = torch.tensor([_count_loss_tokens(trainer, samples) / routed], device=trainer.mesh.device)
     for chunk in trainer.chunks:
         chunk.config.moe_grad_scale_func = lambda: share
 
