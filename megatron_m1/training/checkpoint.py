@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written beside and renamed, in the background if asked, loadable by any mesh, the last K kept."""
+"""Checkpoints of a run: written beside and renamed, in the background if asked, read by any mesh, the last K kept."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from torch import distributed as dist
@@ -29,14 +29,12 @@ MODEL_SHAPE = (
 )
 """Fields of ``model`` that a checkpoint and the run that continues it must share."""
 
-T = TypeVar("T")
-
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or none of those there could be read. One line."""
 
 
-def _on_rank_zero(action: Callable[[], T]) -> T:
+def _on_rank_zero[T](action: Callable[[], T]) -> T:
     """Return on every rank what ``action`` returns on rank 0.
 
     Raises:
@@ -188,7 +186,7 @@ class Checkpoints:
         )
         if tracked is not None and (not found or tracked > folders.step_of(found[0])):
             self._skip(folders.folder_name(tracked), f"{folders.TRACKER} names it, but it is missing")
-        damaged = []
+        damaged: list[Path] = []
         for checkpoint in found:
             fault = find_damage(checkpoint)
             if fault is None:

@@ -1,7 +1,8 @@
 """Checkpoint folders on disk: names, hashes, the commit by rename, the tracker, removal of old ones. No collectives.
 
 ``<run>/checkpoints/step_00000020/`` is complete by being there under this name: it is written as ``step_00000020.tmp``,
-synced, and renamed. ``latest`` names the newest one. ``integrity.json`` is megatron-core's manifest (sha256 of every file).
+synced, and renamed. ``latest`` names the newest one. ``integrity.json``, sha256 of every file, is in megatron-core's
+format.
 """
 
 from __future__ import annotations

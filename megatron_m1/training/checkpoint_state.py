@@ -95,9 +95,9 @@ def train_state(trainer: Trainer, *, detached: bool) -> dict[str, Any]:
 
 
 def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    # Every rank reads for itself: megatron-core's parallel load holds all of the optimizer state on the GPU. A tensor that
-    # is asked for must be there; the stricter checks of megatron-core 0.19 fail with torch 2.15, whose TensorProperties
-    # have one more field.
+    # Every rank reads for itself: megatron-core's parallel load holds all of the optimizer state on the GPU. A tensor
+    # asked for must be there; megatron-core 0.19 has stricter checks, but they fail with torch 2.15, whose
+    # TensorProperties have one more field.
     with warnings.catch_warnings():
         # About arguments that megatron-core passes to torch.
         warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")

@@ -11,6 +11,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import distributed as dist
@@ -62,21 +63,29 @@ class Write:
             async_sharded_save=True,
             async_strategy="mcore",
         )
-        arguments = list(self._request.async_fn_args)
-        if self._request.preload_fn is not None:
-            arguments[1] = self._request.preload_fn()
+        # Both are None on a rank that has nothing to write.
+        buckets = self._request.preload_fn() if self._request.preload_fn is not None else []
+        transforms = self._request.async_fn.args[0] if self._request.async_fn is not None else []
         # A daemon: a run that fails for another reason must not wait for the disk.
-        self._thread = threading.Thread(target=self._write, args=(arguments,), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(transforms, buckets), name="checkpoint", daemon=True)
         self._thread.start()
 
-    def _write(self, arguments: list[Any]) -> None:
-        if self._request.async_fn is None:
-            return
+    def _write(self, transforms: list[Any], buckets: list[Any]) -> None:
+        # What megatron-core's async_fn does, less its loss of the reason when the disk refuses.
+        results = {}
+        for index, bucket in enumerate(buckets):
+            _, outcome = FileSystemWriterAsync.write_preloaded_data(
+                transforms, index, bucket, None, None, use_fsync=True
+            )
+            if isinstance(outcome, Exception):
+                self._error = str(outcome).splitlines()[0]
+                return
+            results[index] = outcome
+        if results:
+            filesystem_async.get_write_results_queue().put(results)
         try:
-            self._request.async_fn(*arguments)
-            names = [Path(path).name for path, _, _ in arguments[1]]
-            self._digests = file_digests(self.temporary, [n for n in names if (self.temporary / n).is_file()])
-        except (OSError, AssertionError) as error:
+            self._digests = file_digests(self.temporary, [name for _, name, _ in buckets])
+        except OSError as error:
             self._error = str(error)
 
     def is_done(self) -> bool:
@@ -93,7 +102,7 @@ class Write:
             of use.
         """
         self._thread.join()
-        failure = None
+        failure: str | None = None
         try:
             for finalize in self._request.finalize_fns:
                 finalize()
@@ -104,9 +113,10 @@ class Write:
         reports: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object((self._digests, self._error), reports)
         digests: dict[str, str] = {}
-        for digest, error in reports or []:
-            digests |= digest
-            failure = failure or error
+        for rank_digests, rank_failure in reports or []:
+            digests |= rank_digests
+            # A rank that could not write says more than the metadata that could not be made after it.
+            failure = rank_failure or failure
         return digests, failure
 
 

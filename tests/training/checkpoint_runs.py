@@ -16,8 +16,10 @@ from torch import Tensor
 
 from megatron_m1.config import Config
 from megatron_m1.config_io import config_text
+from megatron_m1.training.build import build_trainer
 from megatron_m1.training.checkpoint import CheckpointError, Checkpoints, load_model
 from megatron_m1.training.step import Trainer, train_step
+from megatron_m1.validate import resolve
 from tests.model.meshes import global_name, my_share, packs, run_config, start
 
 LR = 3e-3
@@ -180,7 +182,7 @@ def set_weights(rank: int, world_size: int, config: Config, source: Config, step
     trained = start(source, world_size)
     for step in range(steps):
         one_step(trained, step)
-    fresh = start(config, world_size)
+    fresh = build_trainer(resolve(config, world_size, has_gpu=False), trained.mesh)
     for chunk, other in zip(fresh.chunks, trained.chunks, strict=True):
         for parameter, value in zip(chunk.parameters(), other.parameters(), strict=True):
             parameter.data.copy_(value)

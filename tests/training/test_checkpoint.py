@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_m1.config import Config
 from megatron_m1.config_io import load_config
 from megatron_m1.training.checkpoint import CheckpointError
+from megatron_m1.training.checkpoint_folder import checkpoint_folders, remove_old, step_of
 from tests.harness import WorkerPool
 from tests.model.meshes import run_config
 from tests.training import checkpoint_runs as runs
@@ -90,13 +92,14 @@ def test_the_same_mesh_goes_on_bit_for_bit(
 
 def test_a_bf16_checkpoint_has_fp32_router_and_head_and_no_slopes(workers: WorkerPool, tmp_path: Path) -> None:
     workers.run(runs.save_while_training, run_config({}, {"precision": "bf16"}), tmp_path, 1, [1], world_size=1)
-    stored = FileSystemReader(tmp_path / names(1)).read_metadata().state_dict_metadata
-    model = {name: entry for name, entry in stored.items() if name.startswith(("decoder.", "embedding.", "output_"))}
-    assert not [name for name in stored if "slope" in name]
-    fp32 = {name for name, entry in model.items() if entry.properties.dtype == torch.float32}
+    metadata = FileSystemReader(tmp_path / names(1)).read_metadata().state_dict_metadata
+    assert not [name for name in metadata if "slope" in name]
+    stored = {
+        name: entry.properties.dtype for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)
+    }
+    fp32 = {name for name, d in stored.items() if d == torch.float32 and not name.startswith("optimizer.")}
     assert fp32 == {"output_layer.weight", *(f"decoder.layers.{i}.mlp.router.weight" for i in range(8))}
-    moments = {e.properties.dtype for n, e in stored.items() if n.startswith("optimizer.state.")}
-    assert moments == {torch.float32}
+    assert {dtype for name, dtype in stored.items() if name.startswith("optimizer.")} == {torch.float32}
 
 
 def test_before_the_first_step(workers: WorkerPool, tmp_path: Path) -> None:
@@ -196,6 +199,23 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert (folder / "latest").read_text() == f"{names(1)}\n"
 
 
+def test_all_are_kept(tmp_path: Path) -> None:
+    for step in range(5):
+        (tmp_path / names(step)).mkdir()
+    remove_old(tmp_path, 0)
+    assert sorted(os.listdir(tmp_path)) == [names(step) for step in range(5)]
+
+
+def test_steps_beyond_eight_digits_are_newer(tmp_path: Path) -> None:
+    for step in (9, 100_000_000, 99_999_999):
+        (tmp_path / names(step)).mkdir()
+    (tmp_path / "step_00000010.tmp").mkdir()
+    (tmp_path / "step_00000011.damaged").mkdir()
+    assert [step_of(path) for path in checkpoint_folders(tmp_path)] == [100_000_000, 99_999_999, 9]
+    remove_old(tmp_path, 1)
+    assert [step_of(path) for path in checkpoint_folders(tmp_path)] == [100_000_000]
+
+
 def test_every_rank_agrees_on_the_damage(
     workers: WorkerPool, tmp_path: Path, two_checkpoints: tuple[Path, list[Any]]
 ) -> None:
@@ -228,8 +248,6 @@ def test_no_checkpoint(workers: WorkerPool, tmp_path: Path) -> None:
 def test_the_newest_are_kept(workers: WorkerPool, tmp_path: Path) -> None:
     held = workers.run(runs.save_and_rotate, run_config({}), tmp_path / "two", 2, world_size=1)[0]
     assert held == [["latest", *(names(s) for s in steps)] for steps in ([1], [1, 2], [2, 3], [3, 4])]
-    held = workers.run(runs.save_and_rotate, run_config({}), tmp_path / "all", 0, world_size=1)[0]
-    assert held[-1] == ["latest", *(names(s) for s in range(1, 5))]
     newest = tmp_path / "two" / names(4)
     assert (tmp_path / "two" / "latest").read_text() == f"{names(4)}\n"
     assert json.loads((newest / "state.json").read_text()) == runs.state_at(4)
