@@ -96,17 +96,24 @@ def _lightning(attention: LightningAttention, prefix: str, config: EngineConfig)
 def _softmax(attention: Any, prefix: str, config: EngineConfig) -> Iterator[tuple[Tensor, Matrix]]:
     assert config.num_query_groups is not None and config.kv_channels is not None
     dim, hidden, rank = config.kv_channels, config.hidden_size, attention.tp_group.rank()
-    groups = attention.num_query_groups_per_partition
-    per_group = config.num_attention_heads // config.num_query_groups
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    per_group = heads // groups
     beta = deepnorm_gain(config.num_layers)
-    # [groups * (per_group + 2) * dim, hidden] -> [groups, per_group + 2, dim, hidden]: q heads, then k, then v
-    parts = attention.linear_qkv.weight.data.view(groups, per_group + 2, dim, hidden)
-    width, kv_width = config.num_attention_heads * dim, config.num_query_groups * dim
-    query_row, kv_row = rank * groups * per_group * dim, rank * groups * dim
-    yield parts[:, :per_group], Matrix(f"{prefix}.q", width, hidden, first_row=query_row)
-    yield parts[:, per_group], Matrix(f"{prefix}.k", kv_width, hidden, first_row=kv_row)
-    yield parts[:, per_group + 1], Matrix(f"{prefix}.v", kv_width, hidden, first_row=kv_row, gain=beta)
-    yield attention.linear_proj.weight.data, Matrix(f"{prefix}.out", hidden, width, first_column=query_row, gain=beta)
+    held = attention.linear_qkv.weight.data
+    first = rank * held.shape[0]
+    # Rows: for each group its q heads, then k, then v. With more ranks than groups a rank's rows start anywhere.
+    for block in range(first // dim, math.ceil((first + held.shape[0]) / dim)):
+        group, slot = divmod(block, per_group + 2)
+        low, high = max(block * dim, first), min((block + 1) * dim, first + held.shape[0])
+        inside = low - block * dim
+        if slot < per_group:
+            matrix = Matrix(f"{prefix}.q", heads * dim, hidden, first_row=(group * per_group + slot) * dim + inside)
+        else:
+            part, gain = ("k", 1.0) if slot == per_group else ("v", beta)
+            matrix = Matrix(f"{prefix}.{part}", groups * dim, hidden, first_row=group * dim + inside, gain=gain)
+        yield held[low - first : high - first], matrix
+    out = attention.linear_proj.weight.data
+    yield out, Matrix(f"{prefix}.out", hidden, heads * dim, first_column=rank * out.shape[1], gain=beta)
 
 
 def _expert_weights(experts: Any, count: int) -> Iterator[tuple[Tensor, Tensor]]:

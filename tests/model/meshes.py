@@ -48,7 +48,7 @@ def model_config(**changes: Any) -> ModelConfig:
         num_query_groups=2,
         moe_ffn_hidden_size=36,
         num_moe_experts=4,
-        vocab_size=102,
+        vocab_size=104,
         moe_aux_loss_coeff=0.02,
     )
     return ModelConfig(**(values | changes))
@@ -67,7 +67,7 @@ def run_config(parallel: dict[str, Any], train: dict[str, Any] | None = None, **
     return config
 
 
-def packs(step: int = 0, vocab: int = 102) -> list[PackedSample]:
+def packs(step: int = 0, vocab: int = 104) -> list[PackedSample]:
     """The global batch of ``step``: targets across a document's end are masked, and a few more."""
     generator = torch.Generator().manual_seed(100 + step)
     batch = []

@@ -28,6 +28,7 @@ LAYOUT = "pipeline_model_parallel_layout"
 
 MESHES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "tp2": (2, {TP: 2}, {}),
+    "tp4-two-groups": (4, {TP: 4}, {}),
     "pp2": (2, {PP: 2}, {}),
     "pp2-interleaved": (2, {PP: 2, VPP: 2}, {}),
     "pp2-uneven": (2, {PP: 2, LAYOUT: "Et*5|t*3L"}, {}),
