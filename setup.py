@@ -9,6 +9,9 @@ PACKAGES = [
     "megatron_m1.layers",
     "megatron_m1.training",
     "megatron_m1.kernels.lightning",
+    "megatron_m1.kernels.matmul",
+    "megatron_m1.kernels.expert_mlp",
+    "megatron_m1.kernels.rmsnorm",
 ]
 
 setup(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from typing import Literal
 
 import torch
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 
+from megatron_m1.layers.linear import CpuColumnParallelLinear, CpuExperts, CpuRowParallelLinear
 from megatron_m1.layers.norm import NormBuilder, RMSNorm
 
 Implementation = Literal["local", "transformer_engine"]
@@ -19,6 +23,23 @@ class LocalProvider(LocalSpecProvider):
     def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> NormBuilder:
         """The block norm's class."""
         return RMSNorm
+
+
+class CpuProvider(LocalProvider):
+    """The local modules, their products computed by ``kernels.matmul``."""
+
+    def column_parallel_linear(self) -> type:
+        """Linear split over its outputs."""
+        return CpuColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Linear split over its inputs."""
+        return CpuRowParallelLinear
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
+        """Builder of a layer's local experts."""
+        submodules = MLPSubmodules(linear_fc1=CpuColumnParallelLinear, linear_fc2=CpuRowParallelLinear)
+        return partial(CpuExperts, submodules=submodules)
 
 
 def choose_implementation(asked: Literal["auto", "local", "transformer_engine"]) -> Implementation:
@@ -39,7 +60,7 @@ def choose_implementation(asked: Literal["auto", "local", "transformer_engine"])
 def spec_provider(implementation: Implementation) -> BackendSpecProvider:
     """Return the classes of linears, norms and experts for ``implementation``."""
     if implementation == "local":
-        return LocalProvider()
+        return LocalProvider() if torch.cuda.is_available() else CpuProvider()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     return TESpecProvider()

@@ -10,6 +10,8 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from megatron_m1.kernels.matmul import matmul
+
 
 @contextmanager
 def ieee_fp32_matmul() -> Iterator[None]:
@@ -30,17 +32,14 @@ class _Fp32Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         with ieee_fp32_matmul():
-            return torch.nn.functional.linear(x, weight)
+            return matmul(x, weight.t())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         (grad,) = grads
         with ieee_fp32_matmul():
-            grad_x = grad @ weight
-            # [n, b, vocab] -> [n * b, vocab]; [n, b, hidden] -> [n * b, hidden]
-            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-        return grad_x, grad_weight
+            return matmul(grad, weight), matmul(grad.t(), x)
 
 
 class Fp32OutputLayer(tensor_parallel.ColumnParallelLinear):
@@ -70,4 +69,6 @@ class Fp32OutputLayer(tensor_parallel.ColumnParallelLinear):
             )
         else:
             gathered = tensor_parallel.copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        return _Fp32Linear.apply(gathered.float(), self.weight), None
+        # [n, 1, hidden] -> [n, hidden] -> [n, vocab / tp] -> [n, 1, vocab / tp]
+        logits = _Fp32Linear.apply(gathered.float().flatten(0, 1), self.weight)
+        return logits.unsqueeze(1), None

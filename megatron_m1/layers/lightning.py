@@ -11,6 +11,7 @@ from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from megatron_m1.engine import EngineConfig
 from megatron_m1.kernels.lightning import layer_slopes, lightning_attention
@@ -28,6 +29,29 @@ class LightningAttentionSubmodules:
 
     linear_qkvg: type
     linear_proj: type
+
+
+class _Split(torch.autograd.Function):
+    """[n, heads, 4, dim] -> SiLU of q, of k, of v, and the gate as it is, each [n, heads, dim] and contiguous.
+
+    torch's SiLU is several times slower on the strided slices, and autograd would make a whole gradient of zeros for
+    each slice, to be added up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor) -> tuple[Tensor, ...]:
+        raw = parts.permute(2, 0, 1, 3).contiguous()  # [4, n, heads, dim]
+        ctx.save_for_backward(raw)
+        *qkv, gate = raw.unbind()
+        return *(nn.functional.silu(part) for part in qkv), gate
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (raw,) = ctx.saved_tensors
+        *grads_qkv, grad_gate = grads
+        raw_grads = [torch.ops.aten.silu_backward(grad, part) for grad, part in zip(grads_qkv, raw[:-1], strict=True)]
+        return torch.stack([*raw_grads, grad_gate], dim=2)
 
 
 class LightningAttention(MegatronModule):
@@ -96,13 +120,12 @@ class LightningAttention(MegatronModule):
         # [n, 1, heads * 4 * dim] -> [n, heads, 4, dim]
         tokens = qkvg.shape[0]
         parts = qkvg.view(tokens, self.local_heads, PARTS, self.head_dim)
-        q, k, v = nn.functional.silu(parts[:, :, :3]).unbind(dim=2)  # each [n, heads, dim]
-        gate = parts[:, :, 3].reshape(tokens, 1, -1)
+        q, k, v, gate = _Split.apply(parts)  # each [n, heads, dim]
         self.slopes = self.slopes.to(q.device)
         attended = lightning_attention(
             q, k, v, self.slopes, cu_seqlens=layout.local_document_bounds, backend=self.backend
         )  # [n, heads, dim]
-        return torch.sigmoid(gate) * self.norm(attended.reshape(tokens, 1, -1))
+        return self.norm(attended.view(tokens, 1, -1), gate.reshape(tokens, 1, -1))
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Any, **unused: Any

@@ -12,6 +12,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
+from megatron_m1.kernels.rmsnorm import rms_norm
+
 NormBuilder = Callable[..., nn.Module]
 
 
@@ -32,7 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., hidden_size]; returns its shape and dtype."""
-        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def parameter_device(config: TransformerConfig) -> Any:
@@ -61,7 +63,7 @@ def residual_norm(build: NormBuilder) -> NormBuilder:
 
 
 class FullWidthRMSNorm(nn.Module):
-    """RMSNorm over a width that tensor parallelism splits: the mean square is summed over the tensor ranks.
+    """RMSNorm under a sigmoid gate, over a width that tensor parallelism splits: the mean square is summed over ranks.
 
     MiniMax-M1 normalises the concatenation of all heads (64 x 128), not each head (m1: modeling file, RMSNorm(8192)).
 
@@ -83,17 +85,20 @@ class FullWidthRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(local, dtype=config.params_dtype, device=parameter_device(config)))
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` [..., width / tp]; statistics in fp32, result in ``x``'s dtype."""
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Normalise ``x`` [..., width / tp] and multiply by ``sigmoid(gate)``, shaped as ``x``.
+
+        Statistics are fp32, the result has ``x``'s dtype.
+        """
         if self.tp_group.size() == 1:
-            return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps, gate)
         wide = x.float()
         square = wide.square().sum(dim=-1, keepdim=True)
         # Every rank's output depends on the total, so its gradient is summed over the ranks as well.
         square = reduce_from_tensor_model_parallel_region(square, group=self.tp_group)
         square = copy_to_tensor_model_parallel_region(square, group=self.tp_group)
         normal = wide * torch.rsqrt(square / self.width + self.eps)
-        return (normal * self.weight.float()).to(x.dtype)
+        return torch.sigmoid(gate) * (normal * self.weight.float()).to(x.dtype)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 Add = Callable[[tuple[Tensor, Tensor | None], Tensor, float], Tensor]
@@ -17,7 +18,8 @@ def scaled_residual(alpha: float, beta: float) -> Callable[[bool, bool], Add]:
     """
 
     def add(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
-        return (residual * alpha).add_(x_with_bias[0], alpha=beta)
+        x = x_with_bias[0] if beta == 1.0 else x_with_bias[0] * beta
+        return torch.add(x, residual, alpha=alpha)
 
     def choose(training: bool, fused: bool) -> Add:
         return add
