@@ -37,11 +37,6 @@ def model_state(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _parts(optimizer: ChainedOptimizer) -> list[DistributedOptimizer]:
-    # A stage without layers has no parameters for the expert part.
-    return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
-
-
 def _allocate(part: DistributedOptimizer) -> None:
     """Give a part that has not stepped yet the state that it would begin with: zeros."""
     if part.optimizer.state:
@@ -63,7 +58,7 @@ def _optimizer_state(trainer: Trainer, model: dict[str, Any], *, is_loading: boo
     # Parameter groups differ between meshes, and their settings come from the configuration: only tensors and the step
     # are kept. On save the first data-parallel rank holds them all, and the others none.
     parts = {}
-    for index, part in enumerate(_parts(trainer.optimizer)):
+    for index, part in enumerate(trainer.optimizer.chained_optimizers):
         if not is_loading:
             _allocate(part)
         # Not part.sharded_state_dict, which adds a garbage collection of up to a second.
@@ -115,11 +110,12 @@ def load_train_state(trainer: Trainer, folder: Path) -> None:
         model = model_state(trainer)
         loaded = _read({**model, **_optimizer_state(trainer, model, is_loading=True)}, folder)
         _set_model(trainer, loaded)
-        for index, part in enumerate(_parts(trainer.optimizer)):
+        for index, part in enumerate(trainer.optimizer.chained_optimizers):
             state = part.state_dict()
             for group in state["optimizer"]["param_groups"]:
                 group["step"] = loaded["optimizer_step"]
-            state["param_state"] = loaded[f"optimizer{index}"]
+            # Nothing was asked for a part without parameters: the experts' on a stage without layers.
+            state["param_state"] = loaded.get(f"optimizer{index}", {})
             state["param_state_sharding_type"] = "fully_reshardable"
             part.load_state_dict(state)
 

@@ -38,6 +38,8 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2": (2, TP2),
     "pp2": (2, PP2),
     "pp2-interleaved": (2, PP2 | {"virtual_pipeline_model_parallel_size": 2}),
+    # The first stage has no layer, so no expert part in its optimizer.
+    "pp2-uneven": (2, PP2 | {"pipeline_model_parallel_layout": "E|t*8L"}),
     "ep2": (2, EP2),
     "tp2-pp2": (4, TP2 | PP2),
     "ep2-etp2": (4, TP2 | EP2 | {"expert_tensor_parallel_size": 2}),
@@ -57,6 +59,8 @@ def names(step: int) -> str:
         ("ep2-etp2", "single"),
         ("dp2-overlap", "pp2"),
         ("tp2", "dp2-overlap"),
+        ("pp2-uneven", "ep2"),
+        ("dp2", "pp2-uneven"),
     ],
 )
 def test_another_mesh_goes_on(workers: WorkerPool, tmp_path: Path, saved: str, loaded: str) -> None:
@@ -72,7 +76,7 @@ def test_another_mesh_goes_on(workers: WorkerPool, tmp_path: Path, saved: str, l
 
 @pytest.mark.parametrize(
     ("mesh", "precision", "background"),
-    [("dp2", "fp32", False), ("tp2", "bf16", False), ("pp2-interleaved", "bf16", True)],
+    [("dp2", "fp32", False), ("tp2", "bf16", False), ("pp2-interleaved", "bf16", True), ("dp2-overlap", "bf16", True)],
 )
 def test_the_same_mesh_goes_on_bit_for_bit(
     workers: WorkerPool, tmp_path: Path, mesh: str, precision: str, background: bool
