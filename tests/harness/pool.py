@@ -25,7 +25,7 @@ from tests.harness.messages import RELEASE, Answer, Call
 from tests.harness.worker import STACK_SIGNAL, serve
 
 MAX_WORLD_SIZE = 8
-PRELOADED = ["megatron_m1.training.build", "megatron_m1.data.packed"]
+PRELOADED = ["megatron_m1.training.loop"]
 """Imported once, before the workers are forked."""
 FAILURE_GRACE = 5.0
 """Seconds that the other ranks have for their own answer after one rank failed; most wait in a collective for it."""

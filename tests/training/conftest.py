@@ -1,0 +1,36 @@
+"""A tokenised corpus that every Python has the text of."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import bdb
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
+from tests.data.corpora import write_corpus
+
+SOURCES = [argparse, ast, bdb]
+
+
+@pytest.fixture(scope="session")
+def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """``data`` settings of a run: a tokenizer of 500 pieces, documents of 20 to 150 tokens, some of them held out."""
+    folder = tmp_path_factory.mktemp("tiny_corpus")
+    texts = [Path(module.__file__).read_text() for module in SOURCES]
+    train_sentencepiece(texts, folder / "tokenizer.model", vocab_size=500)
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    tokens = itertools.chain.from_iterable(tokenizer.encode(text) for text in texts)
+    lengths = itertools.cycle([37, 90, 149, 20, 120])
+    documents = []
+    while document := list(itertools.islice(tokens, next(lengths))):
+        documents.append([*document, tokenizer.eod])
+    return {
+        "train": [write_corpus(folder / "train", documents[:-20])],
+        "validation": [write_corpus(folder / "held_out", documents[-20:])],
+        "tokenizer": str(folder / "tokenizer.model"),
+    }

@@ -1,0 +1,188 @@
+"""Whole runs of a very small model, and what the tests of the loop ask of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from megatron_m1 import mesh
+from megatron_m1.config import Config
+from megatron_m1.config_io import parse_config
+from megatron_m1.training.loop import Run, pretrain
+from megatron_m1.training.steps_guard import NonFiniteError
+from megatron_m1.validate import resolve
+
+STEPS = 12
+PACKS_IN_A_PASS = 16
+"""Four steps: a run of ``STEPS`` goes through the data three times, each time in another order."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "model": dict(
+        hidden_size=32,
+        num_attention_heads=2,
+        kv_channels=16,
+        num_query_groups=2,
+        moe_ffn_hidden_size=24,
+        num_moe_experts=4,
+        vocab_size=504,
+    ),
+    "data": dict(seq_length=64, train_samples=PACKS_IN_A_PASS),
+    "optimizer": dict(lr=3e-3, lr_warmup_tokens=512),
+    "train": dict(max_steps=STEPS, global_batch_size=4, eval_interval=2, eval_samples=4),
+    "run": dict(save_interval=3, keep_checkpoints=0, tensorboard=False),
+}
+EXACT = ("tokens", "loss", "aux_loss", "grad_norm", "lr", "skipped_steps")
+"""What a resumed run repeats bit for bit; the other fields of a record are timings."""
+Setting = tuple[str, Any]
+
+
+def write_settings(path: Path, corpus: dict[str, Any], folder: Path, *settings: Setting) -> Path:
+    """Write the YAML of a run in ``folder``; each setting is ``("group.field", value)``."""
+    tree: dict[str, dict[str, Any]] = copy.deepcopy(SETTINGS) | {"parallel": {}}
+    tree["data"] |= corpus
+    tree["run"]["folder"] = str(folder)
+    for name, value in settings:
+        group, field = name.split(".")
+        tree[group][field] = value
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def train(rank: int, world_size: int, settings: Path) -> dict[str, Any]:
+    """Run the loop as the console command does."""
+    return pretrain(_config(settings, world_size))
+
+
+def _config(settings: Path, world_size: int) -> Config:
+    return resolve(parse_config([str(settings)], []), world_size, has_gpu=False)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """All lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def trace(folder: Path) -> list[tuple[Any, ...]]:
+    """What must not differ from another run of the same mesh: exact figures of all steps, and the validations."""
+    return [(line["step"], *(line.get(name) for name in (*EXACT, "validation_loss"))) for line in records(folder)]
+
+
+def steps_recorded(folder: Path) -> int:
+    """Training steps in metrics.jsonl, torn or missing as it may be."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count('"loss"') if path.exists() else 0
+
+
+@contextmanager
+def once(condition: Callable[[], bool], action: Callable[[], None]) -> Iterator[None]:
+    """Watch for ``condition`` from another thread while the body runs; do ``action`` as soon as it holds."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            if condition():
+                action()
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def train_until_killed(rank: int, world_size: int, settings: Path, step: int) -> None:
+    """Die of SIGKILL while the checkpoint of ``step`` is being written."""
+    config = _config(settings, world_size)
+    unfinished = Path(config.run.folder) / "checkpoints" / f"step_{step:08d}.tmp"
+    with once(unfinished.exists, lambda: os.kill(os.getpid(), signal.SIGKILL)):
+        pretrain(config)
+
+
+def train_until_signal(rank: int, world_size: int, settings: Path, number: signal.Signals, to: int) -> dict[str, Any]:
+    """Send ``number`` to rank ``to`` alone, after some steps."""
+    config = _config(settings, world_size)
+    folder = Path(config.run.folder)
+    with once(lambda: rank == to and steps_recorded(folder) > 3, lambda: os.kill(os.getpid(), number)):
+        return pretrain(config)
+
+
+def train_until_not_finite(rank: int, world_size: int, settings: Path) -> str:
+    """The message with which the run ends."""
+    try:
+        pretrain(_config(settings, world_size))
+    except NonFiniteError as error:
+        return str(error)
+    return "came to its end"
+
+
+def _snapshot(run: Run) -> list[torch.Tensor]:
+    """Copies of all that an optimizer step changes: parameters, their fp32 shards, both moments, the step counts."""
+    tensors = [p.detach().clone() for chunk in run.trainer.chunks for p in chunk.parameters()]
+    for part in run.trainer.optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            tensors.append(torch.tensor(group.get("step", 0)))
+        for state in part.optimizer.state.values():
+            tensors += [value.detach().clone() for value in state.values() if torch.is_tensor(value)]
+    return tensors
+
+
+def _same(run: Run, before: list[torch.Tensor]) -> bool:
+    now = _snapshot(run)
+    return len(now) == len(before) and all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
+
+
+def poison_one_gradient(rank: int, world_size: int, settings: Path, value: float) -> dict[str, Any]:
+    """Four steps; in the third, one element of one gradient on the last rank alone is ``value``."""
+    config = _config(settings, world_size)
+    run = Run(config, mesh.initialise(config.parallel, seed=config.train.seed))
+    for number in (1, 2):
+        run.step(number)
+    before = _snapshot(run)
+    hook = None
+    if rank == world_size - 1:
+        weight = next(run.trainer.chunks[0].parameters())
+
+        def poison(gradient: torch.Tensor) -> torch.Tensor:
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = value
+            return gradient
+
+        hook = weight.register_hook(poison)
+    skipped = run.step(3)
+    unchanged = _same(run, before)
+    counts = (run.progress.skipped_total, run.progress.skipped_in_row)
+    if hook is not None:
+        hook.remove()
+    good = run.step(4)
+    return {
+        "updated": (skipped.updated, good.updated),
+        "unchanged": (unchanged, _same(run, before)),
+        "counts": (counts, (run.progress.skipped_total, run.progress.skipped_in_row)),
+        "next_loss": good.loss,
+    }
+
+
+def wait_for(condition: Callable[[], bool], process_ended: Callable[[], bool], *, seconds: float) -> None:
+    """Wait for ``condition`` of a run in another process.
+
+    Raises:
+        AssertionError: the process has ended, or ``seconds`` have passed, without it.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert not process_ended(), "the run ended too early"
+        assert time.monotonic() < deadline, f"nothing after {seconds} s"
+        time.sleep(0.005)

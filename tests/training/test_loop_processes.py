@@ -1,0 +1,130 @@
+"""The real command with its real processes: killed, asked to stop, and with a rank that hangs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.harness import WorkerPool
+from tests.training import loop_runs as runs
+from tests.training.loop_runs import Setting
+
+pytestmark = pytest.mark.slow
+
+START_SECONDS = 240.0
+"""More than two processes need for their imports on a machine that is busy."""
+TIMEOUT_SECONDS = 10.0
+"""Of a collective; more than both ranks ever differ in their progress through the start."""
+
+
+class Job:
+    """``megatron-m1 pretrain --nproc-per-node 2`` in the background."""
+
+    def __init__(self, settings: Path, folder: Path) -> None:
+        self.folder = folder
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "NNODES", "NODE_RANK")}
+        # A worker that is stopped can't leave when torchrun asks it to.
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+        command = ["-m", "megatron_m1.cli", "pretrain", "--config", str(settings), "--nproc-per-node", "2"]
+        self.launcher = subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+
+    def trains(self, steps: int) -> None:
+        """Wait until more than ``steps`` steps are recorded."""
+        runs.wait_for(
+            lambda: runs.steps_recorded(self.folder) > steps,
+            lambda: self.launcher.poll() is not None,
+            seconds=START_SECONDS,
+        )
+
+    def workers(self) -> list[psutil.Process]:
+        """Processes of ranks 0 and 1."""
+        below = psutil.Process(self.launcher.pid).children(recursive=True)
+        ranks = {int(p.environ()["RANK"]): p for p in below if "RANK" in p.environ()}
+        return [ranks[0], ranks[1]]
+
+    def ends(self) -> tuple[int, str, str]:
+        """Exit status, standard output and standard error."""
+        out, err = self.launcher.communicate(timeout=START_SECONDS)
+        return self.launcher.returncode, out, err
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_corpus: dict[str, Any]) -> Iterator[Callable[..., Job]]:
+    """Start a job of so many steps that it does not end by itself; nothing of it outlives the test."""
+    jobs = []
+
+    def begin(*changes: Setting) -> Job:
+        endless: list[Setting] = [("train.max_steps", 10_000), ("run.save_interval", 3), *changes]
+        settings = runs.write_settings(tmp_path / "job.yaml", tiny_corpus, tmp_path / "run", *endless)
+        jobs.append(Job(settings, tmp_path / "run"))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        if job.launcher.poll() is None:
+            # Its agent and workers ask Linux to die with it.
+            job.launcher.kill()
+            job.launcher.communicate()
+
+
+def test_killed_in_mid_run_and_resumed(
+    workers: WorkerPool, start: Callable[..., Job], tmp_path: Path, tiny_corpus: dict[str, Any]
+) -> None:
+    job = start()
+    job.trains(4)
+    processes = job.workers()
+    job.launcher.kill()
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert alive == []
+    job.ends()
+    last = runs.steps_recorded(job.folder)
+    saved = sorted(path.name for path in (job.folder / "checkpoints").glob("step_????????"))
+    assert saved and int(saved[-1].removeprefix("step_")) <= last
+    steps = ("train.max_steps", last + 2)
+    for folder in ("run", "straight"):
+        path = runs.write_settings(tmp_path / "again.yaml", tiny_corpus, tmp_path / folder, steps)
+        workers.run(runs.train, path, world_size=2, process_group=False)
+    assert runs.trace(job.folder) == runs.trace(tmp_path / "straight")
+
+
+def test_a_signal_to_the_launcher_saves_and_leaves_nothing_else_to_say(start: Callable[..., Job]) -> None:
+    """SIGUSR1; tests/test_launch.py sends SIGTERM the same way."""
+    job = start()
+    job.trains(4)
+    job.launcher.send_signal(signal.SIGUSR1)
+    status, out, err = job.ends()
+    assert (status, err) == (0, "")
+    summary = json.loads((job.folder / "summary.json").read_text())
+    assert summary["interrupted"] == "SIGUSR1"
+    assert (job.folder / "checkpoints" / "latest").read_text() == f"step_{summary['step']:08d}\n"
+    assert re.search(r"interrupted +│ SIGUSR1", out)
+    ours = re.compile(r"step +\d+/10000 \| .*|[┌└├ ].*|│.*│")
+    assert [line for line in out.splitlines() if not ours.fullmatch(line)] == []
+
+
+def test_a_rank_that_hangs_ends_the_job_with_one_line(start: Callable[..., Job]) -> None:
+    job = start(("parallel.distributed_timeout_seconds", TIMEOUT_SECONDS))
+    job.trains(2)
+    job.workers()[1].send_signal(signal.SIGSTOP)
+    status, _, err = job.ends()
+    assert status == 1
+    step = runs.steps_recorded(job.folder) + 1
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert re.match(
+        rf"megatron-m1: error: rank 0, step {step}: a collective failed after \d+ s without progress \(RuntimeError: "
+        r".*\); rank 1 reported nothing: look there first$",
+        lines[0],
+    )
