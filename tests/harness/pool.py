@@ -111,8 +111,7 @@ class WorkerPool:
         """
         if not 1 <= world_size <= MAX_WORLD_SIZE:
             raise ValueError(f"world_size is {world_size}; the pool runs 1 to {MAX_WORLD_SIZE} ranks")
-        # Public, but torch's own type information does not say so.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         call = Call(function, arguments, world_size, store.port, timeout, process_group)
         payload = pickle.dumps((list(sys.path), pickle.dumps(call)))
         while len(self._workers) < world_size:
