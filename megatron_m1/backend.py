@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from functools import partial
 from typing import Literal
 
@@ -40,21 +39,6 @@ class CpuProvider(LocalProvider):
         """Builder of a layer's local experts."""
         submodules = MLPSubmodules(linear_fc1=CpuColumnParallelLinear, linear_fc2=CpuRowParallelLinear)
         return partial(CpuExperts, submodules=submodules)
-
-
-def choose_implementation(asked: Literal["auto", "local", "transformer_engine"]) -> Implementation:
-    """Resolve ``model.transformer_impl``: auto takes transformer-engine when it is installed and a GPU is there.
-
-    Raises:
-        ValueError: transformer_engine is asked for and can't be used.
-    """
-    usable = torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
-    if asked == "transformer_engine" and not usable:
-        raise ValueError(
-            "model.transformer_impl transformer_engine needs a GPU and the transformer-engine package; "
-            "install it (see README, GPU extras) or use local"
-        )
-    return "transformer_engine" if usable and asked != "local" else "local"
 
 
 def spec_provider(implementation: Implementation) -> BackendSpecProvider:

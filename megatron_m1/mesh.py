@@ -34,8 +34,7 @@ class Mesh:
 def _initialise_torch(parallel: ParallelConfig) -> torch.device:
     on_gpu = torch.cuda.is_available()
     backend = parallel.distributed_backend
-    if backend == "auto":
-        backend = "nccl" if on_gpu else "gloo"
+    assert backend != "auto", "validate.resolve chooses the backend"
     device = torch.device("cpu")
     if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -11,7 +11,6 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 
-from megatron_m1.backend import choose_implementation
 from megatron_m1.config import Config
 from megatron_m1.engine import engine_config
 from megatron_m1.initialise import initialise_weights
@@ -37,7 +36,7 @@ def build_chunks(config: Config, mesh: Mesh) -> list[GPTModel]:
             engine_config(config, dtype=dtype),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.data.seq_length,
-            implementation=choose_implementation(config.model.transformer_impl),
+            implementation="transformer_engine" if config.model.transformer_impl == "transformer_engine" else "local",
             pre_process=is_vp_first_stage(vp_stage, virtual) and is_pp_first_stage(mesh.groups.pp),
             post_process=is_vp_last_stage(vp_stage, virtual) and is_pp_last_stage(mesh.groups.pp),
             vp_stage=vp_stage,
