@@ -50,8 +50,27 @@ class CpuRowParallelLinear(RowParallelLinear):
         return linear(input, weight)
 
 
+class ColumnParallelWeight(ColumnParallelLinear):
+    """The matrix of a ``ColumnParallelLinear``, returned by calling it.
+
+    Reading the attribute would not run the module's hooks, in which DDP waits for parameters that are gathered late.
+    """
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """This rank's rows, [out / tp, in]."""
+        return self.weight
+
+
+class RowParallelWeight(RowParallelLinear):
+    """The matrix of a ``RowParallelLinear``, returned by calling it, for the same reason."""
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        """This rank's columns, [out, in / tp]."""
+        return self.weight
+
+
 class CpuExperts(SequentialMLP):
-    """``SequentialMLP``, same parameters and checkpoint; each expert is one operation.
+    """``SequentialMLP``, same parameters and checkpoint; each expert is one operation. Its linears give their weights.
 
     Between expert-tensor ranks the token dispatcher gathers and reduces, so an expert's own work is local.
     """
@@ -71,7 +90,7 @@ class CpuExperts(SequentialMLP):
         """
         counts = tokens_per_expert.tolist()
         outputs = [
-            expert_mlp(tokens, probs, expert.linear_fc1.weight, expert.linear_fc2.weight)
+            expert_mlp(tokens, probs, expert.linear_fc1(), expert.linear_fc2())
             for expert, tokens, probs in zip(
                 self.local_experts,
                 permuted_local_hidden_states.split(counts),
