@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_m1.config import Config, RunConfig
+from megatron_m1.config import Config
 from megatron_m1.data.corpus import PreparedCorpus, find_corpus, prepare_corpus
 from megatron_m1.data.prefix import PrefixSummary, check_blend
 from megatron_m1.data.tokenizers import load_tokenizer
@@ -59,13 +59,23 @@ def _check_blend(name: str, blend: Sequence[str], digest: str) -> list[PrefixSum
         raise ValueError(f"{name}: {error}") from error
 
 
-def check_run_folder(run: RunConfig) -> None:
-    """Check that the run folder can be made and written, by making and removing a file; nothing is left behind.
+def check_folders(config: Config) -> None:
+    """Check that the run's folder and the index cache can be made and written; nothing is left behind.
 
     Raises:
-        ValueError: it can't be written, or it holds checkpoints and ``run.resume`` is false.
+        ValueError: one can't be written, or the run folder holds checkpoints and ``run.resume`` is false.
     """
-    folder = Path(run.folder)
+    run = config.run
+    _check_writable("run.folder", Path(run.folder))
+    if config.data.cache_folder is not None:
+        _check_writable("data.cache_folder", Path(config.data.cache_folder))
+    if not run.resume and any(Path(run.folder).glob("checkpoints/step_*")):
+        raise ValueError(
+            f"run.folder = {run.folder} holds checkpoints and run.resume is false: choose another folder, or resume"
+        )
+
+
+def _check_writable(name: str, folder: Path) -> None:
     existing = folder.absolute()
     while not os.path.lexists(existing):
         existing = existing.parent
@@ -75,12 +85,8 @@ def check_run_folder(run: RunConfig) -> None:
             Path(probe, "probe").write_bytes(b"probe")
     except OSError as error:
         raise ValueError(
-            f"run.folder = {folder} can't be written: {existing}: {error.strerror}; choose another folder"
+            f"{name} = {folder} can't be written: {existing}: {error.strerror}; choose another folder"
         ) from error
-    if not run.resume and any(folder.glob("checkpoints/step_*")):
-        raise ValueError(
-            f"run.folder = {folder} holds checkpoints and run.resume is false: choose another folder, or resume"
-        )
 
 
 def find_embedded_corpus(config: Config) -> Config | None:

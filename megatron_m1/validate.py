@@ -259,7 +259,9 @@ def _check_train(config: Config) -> None:
     train, run, data = config.train, config.run, config.data
     _check_positive("train", train, ["max_steps", "max_skipped_steps"])
     _check_not_negative("train", train, ["seed", "eval_interval", "eval_samples"])
-    _check_positive("data", data, ["seq_length", "train_samples"])
+    _check_positive("data", data, ["train_samples"])
+    if data.seq_length < 2:
+        raise ValueError(f"data.seq_length = {data.seq_length}: a pack needs at least 2 tokens")
     _check_positive("run", run, ["log_interval"])
     _check_not_negative("run", run, ["save_interval", "save_interval_minutes", "keep_checkpoints"])
     _check_positive("parallel", config.parallel, ["distributed_timeout_seconds"])

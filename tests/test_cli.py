@@ -199,6 +199,8 @@ def test_an_unwritable_run_folder_is_refused(command: Run, corpus: Path, tokeniz
     assert_refused(command(*dry_run(corpus, tokenizer, "--run.folder", file / "below")), str(file), "another folder")
     # A file system on which nobody, root included, can make files.
     assert_refused(command(*dry_run(corpus, tokenizer, "--run.folder", "/proc/run")), "/proc/run", "another folder")
+    cache = dry_run(corpus, tokenizer, "--data.cache_folder", file / "below")
+    assert_refused(command(*cache), f"data.cache_folder = {file}", "another folder")
 
 
 def test_not_resuming_refuses_a_folder_with_checkpoints(command: Run, corpus: Path, tokenizer: Path) -> None:

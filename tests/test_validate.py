@@ -124,6 +124,7 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("optimizer.min_lr=1", 1, ["min_lr = 1.0 is above"]),
         ("optimizer.adam_beta2=1", 1, ["adam_beta2 = 1.0"]),
         ("train.max_steps=0", 1, ["max_steps = 0"]),
+        ("data.seq_length=1", 1, ["data.seq_length = 1", "at least 2"]),
         ("data.train_samples=7", 1, ["train_samples = 7"]),
         ("train.profile_step_start=3", 1, ["profile_step_start = 3"]),
         ("run.folder=", 1, ["run.folder is empty"]),

@@ -94,9 +94,9 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
 
 def _prepare(config: Config) -> Config:
     """Check the run folder and the data (the embedded corpus is built if it is missing) and return the final config."""
-    from megatron_m1.preflight import build_embedded_corpus, check_data, check_run_folder
+    from megatron_m1.preflight import build_embedded_corpus, check_data, check_folders
 
-    check_run_folder(config.run)
+    check_folders(config)
     config = build_embedded_corpus(config)
     check_data(config)
     return config
@@ -113,7 +113,9 @@ def _train(config: Config) -> int:
     try:
         summary = pretrain(config)
     except (CheckpointError, CollectiveError, NonFiniteError) as error:
-        report_once(error, name_silent_ranks=isinstance(error, CollectiveError))
+        hung = isinstance(error, CollectiveError)
+        # Ranks that wait for the same one give up at about the same time; it will never come.
+        report_once(error, name_silent_ranks=hung, patience=5.0 if hung else 10.0)
         return 1
     if os.environ.get("RANK", "0") == "0":
         show_summary(summary)

@@ -8,7 +8,7 @@ from megatron_m1.config import Config, ParallelConfig
 from megatron_m1.counts import model_counts, rank_counts
 from megatron_m1.data.prefix import PrefixSummary, parse_blend
 from megatron_m1.launch import Launch
-from megatron_m1.preflight import check_data, check_run_folder, find_embedded_corpus
+from megatron_m1.preflight import check_data, check_folders, find_embedded_corpus
 from megatron_m1.stages import Chunk, plan_stages
 from megatron_m1.validate import data_parallel_size
 
@@ -34,7 +34,7 @@ def describe_plan(config: Config, world_size: int, *, source: str, on_gpu: bool)
     Raises:
         ValueError: the run folder or the data are not as the configuration says.
     """
-    check_run_folder(config.run)
+    check_folders(config)
     data_lines = _data_lines(config)
     model, parallel, train = config.model, config.parallel, config.train
     counts, active = model_counts(model), model_counts(model, active=True)

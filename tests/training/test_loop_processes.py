@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 START_SECONDS = 240.0
 """More than two processes need for their imports on a machine that is busy."""
-TIMEOUT_SECONDS = 10.0
+TIMEOUT_SECONDS = 8.0
 """Of a collective; more than both ranks ever differ in their progress through the start."""
 
 
@@ -120,11 +120,12 @@ def test_a_rank_that_hangs_ends_the_job_with_one_line(start: Callable[..., Job])
     job.workers()[1].send_signal(signal.SIGSTOP)
     status, _, err = job.ends()
     assert status == 1
-    step = runs.steps_recorded(job.folder) + 1
+    # Recorded, a step goes on: ranks agree on signals, and it may be saved.
+    last = runs.steps_recorded(job.folder)
     lines = err.splitlines()
     assert len(lines) == 1, err
     assert re.match(
-        rf"megatron-m1: error: rank 0, step {step}: a collective failed after \d+ s without progress \(RuntimeError: "
+        rf"megatron-m1: error: rank 0, step ({last}|{last + 1}): a collective failed after \d+ s without progress \(RuntimeError: "
         r".*\); rank 1 reported nothing: look there first$",
         lines[0],
     )
