@@ -68,6 +68,11 @@ def _optimizer_state(trainer: Trainer, model: dict[str, Any], *, is_loading: boo
     return parts
 
 
+def _stays_shared(tensor: torch.Tensor) -> bool:
+    """Whether megatron-core would write from the parameter's own memory: it copies from a GPU and what is a view."""
+    return tensor.is_cpu and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 def train_state(trainer: Trainer, *, detached: bool) -> dict[str, Any]:
     """Everything to save: parameters, optimizer state and the optimizer's step count. Collective.
 
@@ -84,7 +89,7 @@ def train_state(trainer: Trainer, *, detached: bool) -> dict[str, Any]:
         optimizer = _optimizer_state(trainer, model, is_loading=False)
     if detached:
         for entry in nested_values(model):
-            if isinstance(entry, ShardedTensor) and entry.data is not None and entry.data.is_cpu:
+            if isinstance(entry, ShardedTensor) and entry.data is not None and _stays_shared(entry.data):
                 entry.data = entry.data.detach().clone()
     return {**model, **optimizer, "optimizer_step": _adam_step(trainer.optimizer)}
 
