@@ -216,6 +216,8 @@ def _report_first(error: Exception, world: int, *, name_silent_ranks: bool, pati
     """Meet in torchrun's store: the first rank there waits for the others and prints, they wait for it to do so."""
     from torch.distributed import TCPStore
 
+    # When the first leaves, torchrun ends the others: they are about to leave by themselves, with their own status.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     key = f"megatron_m1/error/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     store.set(f"{key}/rank/{os.environ['RANK']}", "here")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import bdb
+import inspect
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ SOURCES = [argparse, ast, bdb]
 def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """``data`` settings of a run: a tokenizer of 500 pieces, documents of 20 to 150 tokens, some of them held out."""
     folder = tmp_path_factory.mktemp("tiny_corpus")
-    texts = [Path(module.__file__).read_text() for module in SOURCES]
+    texts = [inspect.getsource(module) for module in SOURCES]
     train_sentencepiece(texts, folder / "tokenizer.model", vocab_size=500)
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     tokens = itertools.chain.from_iterable(tokenizer.encode(text) for text in texts)

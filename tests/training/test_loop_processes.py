@@ -124,8 +124,9 @@ def test_a_rank_that_hangs_ends_the_job_with_one_line(start: Callable[..., Job])
     last = runs.steps_recorded(job.folder)
     lines = err.splitlines()
     assert len(lines) == 1, err
-    assert re.match(
-        rf"megatron-m1: error: rank 0, step ({last}|{last + 1}): a collective failed after \d+ s without progress \(RuntimeError: "
-        r".*\); rank 1 reported nothing: look there first$",
-        lines[0],
+    said = re.match(
+        r"megatron-m1: error: rank 0, step (\d+): a collective failed after \d+ s without progress ", lines[0]
     )
+    assert said is not None, err
+    assert int(said[1]) in (last, last + 1)
+    assert lines[0].endswith("; rank 1 reported nothing: look there first")
