@@ -33,6 +33,8 @@ class Answer:
     value: bytes | None = None
     error: bytes | None = None
     traceback: str = ""
+    threads: int = 0
+    """Threads of the worker once the function had returned."""
 
 
 def pickled_exception(error: BaseException) -> bytes:

@@ -29,6 +29,12 @@ PRELOADED = ["megatron_m1.training.loop"]
 """Imported once, before the workers are forked."""
 FAILURE_GRACE = 5.0
 """Seconds that the other ranks have for their own answer after one rank failed; most wait in a collective for it."""
+MOST_THREADS = 40
+"""Threads with which a worker is replaced by a fresh one after a call.
+
+gloo runs three threads a group, a hundred wake-ups a second each, and some groups of megatron-core's outlive their
+destruction: a worker that kept them would slow down all later tests. A fork costs a tenth of a second.
+"""
 STACK_WAIT = 3.0
 """Seconds for a stuck worker to write its stacks."""
 
@@ -165,6 +171,9 @@ class WorkerPool:
         stuck = "".join(f"\n--- rank {rank} did not answer:\n{self._workers[rank].stacks()}" for rank in missing)
         for rank in range(world_size):
             if rank in missing or not self._workers[rank].process.is_alive():
+                self._workers[rank].kill()
+                self._workers[rank] = Worker(rank, Path(self._folder.name))
+            elif answers[rank].threads > MOST_THREADS:
                 self._workers[rank].kill()
                 self._workers[rank] = Worker(rank, Path(self._folder.name))
         failures = [(rank, answer) for rank, answer in answers.items() if answer.error is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import faulthandler
 import os
@@ -13,6 +14,7 @@ import traceback
 from multiprocessing.connection import Connection
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -44,7 +46,7 @@ def serve(connection: Connection, rank: int, stack_path: str) -> None:
             except EOFError:
                 return
             sys.path[:] = search_path
-            answer = _answer(rank, payload)
+            answer = dataclasses.replace(_answer(rank, payload), threads=psutil.Process().num_threads())
             try:
                 connection.send_bytes(pickle.dumps(answer))
                 # Leaving the group early would close connections that slower ranks still read from.
