@@ -170,10 +170,8 @@ class WorkerPool:
         missing = [rank for rank in range(world_size) if rank not in answers]
         stuck = "".join(f"\n--- rank {rank} did not answer:\n{self._workers[rank].stacks()}" for rank in missing)
         for rank in range(world_size):
-            if rank in missing or not self._workers[rank].process.is_alive():
-                self._workers[rank].kill()
-                self._workers[rank] = Worker(rank, Path(self._folder.name))
-            elif answers[rank].threads > MOST_THREADS:
+            dead = rank in missing or not self._workers[rank].process.is_alive()
+            if dead or answers[rank].threads > MOST_THREADS:
                 self._workers[rank].kill()
                 self._workers[rank] = Worker(rank, Path(self._folder.name))
         failures = [(rank, answer) for rank, answer in answers.items() if answer.error is not None]
