@@ -93,7 +93,7 @@ class WorkerPool:
         function: Callable[..., Any],
         *arguments: Any,
         world_size: int = 4,
-        timeout: float = 120.0,
+        timeout: float = 240.0,
         process_group: bool = True,
     ) -> list[Any]:
         """Run ``function(rank, world_size, *arguments)`` on every rank inside a fresh gloo process group.
