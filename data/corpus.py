@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,7 +49,13 @@ def find_corpus(folder: str | Path, *, vocab_size: int) -> PreparedCorpus | None
     return None if _missing_prefixes(prepared) else prepared
 
 
-def prepare_corpus(folder: str | Path, *, vocab_size: int, workers: int = 1) -> PreparedCorpus:
+def _silent(line: str) -> None:
+    """Show nothing."""
+
+
+def prepare_corpus(
+    folder: str | Path, *, vocab_size: int, workers: int = 1, note: Callable[[str], None] = _silent
+) -> PreparedCorpus:
     """Build the corpus, train a tokenizer on it, tokenise it. What a former call finished is reused.
 
     Any number of processes may call it at once: one builds, the others wait. That needs a file system whose locks
@@ -59,6 +65,7 @@ def prepare_corpus(folder: str | Path, *, vocab_size: int, workers: int = 1) -> 
         folder: made if missing; gets the four JSONL files and one subfolder a vocabulary size.
         vocab_size: pieces of the tokenizer, at most; more than 16,384 become 16,384.
         workers: processes that tokenise.
+        note: gets a line when each of the three parts begins.
 
     Raises:
         ValueError: too small a vocabulary, or a Python without the sources of its library.
@@ -73,14 +80,17 @@ def prepare_corpus(folder: str | Path, *, vocab_size: int, workers: int = 1) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with file_lock(folder / "corpus.lock"):
         if not (folder / "corpus.json").exists():
+            note(f"building the embedded corpus in {folder}")
             build_corpus(folder)
         tokenizer.parent.mkdir(exist_ok=True)
         if not tokenizer.exists():
+            note(f"training a SentencePiece tokenizer of {min(vocab_size, MAX_VOCAB_SIZE):,} tokens")
             train_sentencepiece(_training_texts(folder), tokenizer, vocab_size=min(vocab_size, MAX_VOCAB_SIZE))
         if missing := _missing_prefixes(prepared):
             # megatron-core takes seconds to import, which a finished corpus need not cost.
             from megatron_m1.data.tokenize import tokenize_corpus
 
+            note(f"tokenising {len(missing)} files")
             for prefix in missing:
                 name = Path(prefix).name
                 processes = workers if name.endswith(".train") else 1

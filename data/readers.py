@@ -115,7 +115,8 @@ def read_batches(files: Sequence[Path], *, text_key: str) -> Generator[RawBatch]
         text_key: Parquet column of the text; JSON objects are parsed later, by :func:`document_text`.
 
     Raises:
-        ValueError: a compressed or Parquet file is truncated or damaged; names the file.
+        ValueError: a compressed or Parquet file is truncated or damaged, or a Parquet file has no such column; names
+            the file.
     """
     for file in files:
         kind = _kind(file)
@@ -254,9 +255,8 @@ def _parquet_batches(file: Path, column: str) -> Generator[RawBatch]:
         table = pq.ParquetFile(file)
         rows = max(1, table.metadata.num_rows)
         if column not in table.schema_arrow.names:
-            missing: list[bytes | SkipReason] = [SkipReason.KEY_MISSING] * table.metadata.num_rows
-            yield RawBatch(file, "text", missing, file.stat().st_size)
-            return
+            columns = ", ".join(table.schema_arrow.names)
+            raise ValueError(f"{file} has no column {column!r}: name its text column with --text-key, from {columns}")
         done = 0
         for batch in table.iter_batches(batch_size=_BATCH_DOCUMENTS, columns=[column]):
             share = (done + batch.num_rows) * file.stat().st_size // rows - done * file.stat().st_size // rows

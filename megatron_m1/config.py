@@ -99,9 +99,8 @@ class DataConfig:
     """Where tokens come from and how they are packed."""
 
     embedded_corpus: str | None = None
-    """Folder of the embedded corpus (Python's own sources and documentation): built there when it is missing, and what
-    train,
-    validation and tokenizer are taken from when they are empty; none uses only what they name."""
+    """Folder of the embedded corpus (Python's own sources and documentation), built there when it is missing; train,
+    validation and tokenizer are taken from it when they are empty. none uses only what they name."""
     train: list[str] = field(default_factory=list)
     """Blend of tokenised corpora: .bin/.idx prefixes, each optionally preceded by its weight, e.g. [0.7, code, 0.3,
     prose]."""

@@ -25,6 +25,21 @@ from megatron_m1.presets import preset
 NONE_WORDS = ("none", "None", "null", "~")
 
 
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which by itself lets a key that comes twice overwrite the first in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key.value!r} is there twice: keep one", key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
 def field_types(tree: type = Config, prefix: str = "") -> dict[str, Any]:
     """Map every dotted field path below ``tree``, e.g. ``train.max_steps``, to its type annotation."""
     found: dict[str, Any] = {}
@@ -67,13 +82,20 @@ def unknown(kind: str, name: str, candidates: Sequence[str], *, prefix: str = ""
     return ValueError(f"unknown {kind} {prefix}{name}: {fix}")
 
 
-def parse_config(files: Sequence[str | Path], flags: Sequence[str], preset_name: str | None = None) -> Config:
+def parse_config(
+    files: Sequence[str | Path],
+    flags: Sequence[str],
+    preset_name: str | None = None,
+    *,
+    command_options: Sequence[str] = (),
+) -> Config:
     """Build the configuration from a preset, YAML files (later ones win) and dotted flags, in rising precedence.
 
     Args:
         files: YAML files, each a mapping of the groups of ``Config``.
         flags: command line left after the command's own options: ``--train.max_steps 5`` or ``--train.max_steps=5``.
         preset_name: name given on the command line; None takes the files' ``preset``, else the default one.
+        command_options: the command's own options without ``--``, which an unknown flag may have meant.
 
     Raises:
         ValueError: a file can't be read, a key is unknown, or a value has the wrong type.
@@ -81,7 +103,7 @@ def parse_config(files: Sequence[str | Path], flags: Sequence[str], preset_name:
     values: dict[str, Any] = {}
     for file in files:
         values |= read_yaml(file)
-    values |= read_flags(flags)
+    values |= read_flags(flags, command_options)
     name = str(preset_name or values.get("preset") or Config().preset)
     return _typed(values | {"preset": name}, Config(preset=name, model=preset(name)))
 
@@ -115,7 +137,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         ValueError: the file can't be read, is no YAML mapping, or has an unknown key.
     """
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ValueError(f"config file {file} can't be read: {reason}") from error
@@ -151,7 +173,7 @@ def _flatten(content: Any, prefix: str) -> dict[str, Any]:
     return flat
 
 
-def read_flags(flags: Sequence[str]) -> dict[str, Any]:
+def read_flags(flags: Sequence[str], command_options: Sequence[str] = ()) -> dict[str, Any]:
     """Read ``--group.field value`` and ``--group.field=value`` pairs; a yes/no field may stand without a value.
 
     Raises:
@@ -168,7 +190,7 @@ def read_flags(flags: Sequence[str]) -> dict[str, Any]:
         if path in _groups():
             raise ValueError(f"--{path} is a group of options: give its fields, such as --{_example(path)}")
         if path not in known:
-            raise unknown("option", path, list(known), prefix="--")
+            raise unknown("option", path, [*known, *command_options], prefix="--")
         if not equals:
             follows = bool(rest) and not rest[0].startswith("--")
             if not follows and bool not in _alternatives(known[path]):

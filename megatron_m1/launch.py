@@ -118,7 +118,8 @@ def count_gpus() -> int:
 
 def torchrun_arguments(launch: Launch) -> list[str]:
     """Return torchrun's own arguments for ``launch``."""
-    arguments = [f"--nproc-per-node={launch.processes_per_node}"]
+    # Not SIGTERM: torchrun would end its workers, and itself with a traceback, while they save.
+    arguments = [f"--nproc-per-node={launch.processes_per_node}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
     if launch.nodes == 1 and launch.master_port is None:
         return [*arguments, "--standalone", f"--local-addr={launch.master_addr}"]
     return [
@@ -139,8 +140,7 @@ def start_workers(launch: Launch, program: Sequence[str]) -> int:
     """
     command = [sys.executable, "-m", "megatron_m1.launch", *torchrun_arguments(launch), *program]
     threads = max(1, (os.cpu_count() or 1) // launch.processes_per_node)
-    environment = {"OMP_NUM_THREADS": str(threads), "TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGINT,SIGHUP,SIGQUIT"}
-    agent = subprocess.Popen(command, env=environment | os.environ)
+    agent = subprocess.Popen(command, env={"OMP_NUM_THREADS": str(threads)} | os.environ)
 
     def forward(number: int, _frame: FrameType | None) -> None:
         workers = psutil.Process(agent.pid).children() if agent.poll() is None else []

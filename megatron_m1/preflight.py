@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,11 @@ class DataSummary:
     train: list[PrefixSummary]
     validation: list[PrefixSummary]
     tokenizer_vocab_size: int
+
+    @property
+    def unverified(self) -> list[str]:
+        """Prefixes without a sidecar, as other Megatron tools write them: their tokenizer is not known."""
+        return [summary.prefix for summary in (*self.train, *self.validation) if summary.tokenizer_digest is None]
 
 
 def check_data(config: Config) -> DataSummary:
@@ -69,6 +75,8 @@ def check_folders(config: Config) -> None:
     _check_writable("run.folder", Path(run.folder))
     if config.data.cache_folder is not None:
         _check_writable("data.cache_folder", Path(config.data.cache_folder))
+    if config.data.embedded_corpus is not None and find_embedded_corpus(config) is None:
+        _check_writable("data.embedded_corpus", Path(config.data.embedded_corpus))
     if not run.resume and any(Path(run.folder).glob("checkpoints/step_*")):
         raise ValueError(
             f"run.folder = {run.folder} holds checkpoints and run.resume is false: choose another folder, or resume"
@@ -84,9 +92,9 @@ def _check_writable(name: str, folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".megatron-m1-", dir=existing) as probe:
             Path(probe, "probe").write_bytes(b"probe")
     except OSError as error:
-        raise ValueError(
-            f"{name} = {folder} can't be written: {existing}: {error.strerror}; choose another folder"
-        ) from error
+        # Some file systems on which nothing can be made, such as /proc, answer that the folder itself is not there.
+        reason = "no file can be made in it" if error.errno == errno.ENOENT else error.strerror
+        raise ValueError(f"{name} = {folder} can't be written: {existing}: {reason}; choose another folder") from error
 
 
 def find_embedded_corpus(config: Config) -> Config | None:
@@ -101,10 +109,14 @@ def find_embedded_corpus(config: Config) -> Config | None:
     return None if corpus is None else _read_from(config, corpus)
 
 
-def build_embedded_corpus(config: Config) -> Config:
+def build_embedded_corpus(config: Config, *, note: Callable[[str], None]) -> Config:
     """Build the embedded corpus if ``data.embedded_corpus`` asks for one, and return the configuration that reads it.
 
     Every process may call this: one builds, the others wait for it, and a finished corpus is only checked.
+
+    Args:
+        config: resolved.
+        note: shows a line of progress; called in the process that builds.
 
     Raises:
         ValueError: the folder can't be written, or this Python has too little text.
@@ -113,7 +125,7 @@ def build_embedded_corpus(config: Config) -> Config:
     if folder is None:
         return config
     try:
-        corpus = prepare_corpus(folder, vocab_size=config.model.vocab_size, workers=os.cpu_count() or 1)
+        corpus = prepare_corpus(folder, vocab_size=config.model.vocab_size, workers=os.cpu_count() or 1, note=note)
     except OSError as error:
         raise ValueError(f"data.embedded_corpus = {folder} can't be written: {error.strerror or error}") from error
     return _read_from(config, corpus)

@@ -138,15 +138,22 @@ def check_mesh(parallel: ParallelConfig, world_size: int) -> None:
     if world_size % product:
         raise ValueError(
             f"the mesh does not divide the world: tensor {tensor} x context {context} x pipeline {pipeline} = "
-            f"{product} ranks, but there are {world_size} processes; start a multiple of {product} or "
+            f"{product} ranks, but there {_processes(world_size)}; start a multiple of {product} or "
             "make the mesh smaller"
         )
     stage_ranks = world_size // pipeline
-    if stage_ranks % (expert * expert_tensor):
+    block = expert * expert_tensor
+    if stage_ranks % block:
         raise ValueError(
             f"the expert mesh does not divide a pipeline stage: expert {expert} x expert tensor {expert_tensor} = "
-            f"{expert * expert_tensor} ranks, but a stage has {world_size} / {pipeline} = {stage_ranks}"
+            f"{block} ranks, but a stage has {stage_ranks} (world {world_size} / pipeline {pipeline}): start a "
+            f"multiple of {pipeline * block} processes (--nproc-per-node here, --world-size for a dry run) or lower "
+            "parallel.expert_model_parallel_size"
         )
+
+
+def _processes(count: int) -> str:
+    return "is 1 process" if count == 1 else f"are {count} processes"
 
 
 def check_split(config: Config) -> None:
@@ -169,7 +176,12 @@ def check_split(config: Config) -> None:
     _check_divides("model.num_moe_experts", model.num_moe_experts, "expert_model_parallel_size", expert)
     _check_divides("model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, "expert_tensor_parallel_size", expert_tensor)
     if parallel.sequence_parallel:
-        _check_divides("data.seq_length", config.data.seq_length, "tensor_model_parallel_size", tensor)
+        length = config.data.seq_length
+        if length % tensor:
+            raise ValueError(
+                f"data.seq_length = {length} is not divisible by parallel.tensor_model_parallel_size = {tensor}: use a "
+                f"multiple of it, such as {-(-length // tensor) * tensor}"
+            )
     elif tensor > 1:
         raise ValueError(
             f"parallel.sequence_parallel = false with parallel.tensor_model_parallel_size = {tensor}: experts need it, "
@@ -273,9 +285,7 @@ def _check_train(config: Config) -> None:
     if not run.folder:
         raise ValueError("run.folder is empty: give the folder of the run")
     if run.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            f"run.wandb_project = {run.wandb_project!r} needs the wandb package: pip install 'megatron-m1[wandb]'"
-        )
+        raise ValueError(f"run.wandb_project = {run.wandb_project!r} needs the wandb package: pip install wandb")
 
 
 def _check_software(config: Config, *, has_gpu: bool) -> None:

@@ -14,7 +14,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 from megatron_m1 import cli
 from megatron_m1.commands import pretrain
 from megatron_m1.config_io import parse_config, write_config
-from megatron_m1.data.tokenizers import train_sentencepiece
+from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "examples" / "configs"
@@ -87,7 +87,7 @@ def test_help_lists_commands_and_options(command: Run) -> None:
     [
         (["pretrian"], ["pretrian", "pretrain"]),
         (["inspect", "--prest", "tiny"], ["--prest", "--preset"]),
-        (["inspect"], ["--preset", "--checkpoint", "RUN_FOLDER"]),
+        (["inspect"], ["--preset", "--checkpoint", "CHECKPOINT_OR_RUN"]),
         (["inspect", "--preset", "tiny", "runs/x"], ["give one of"]),
         (["inspect", "--preset", "m1"], ["'m1'", "m1-456b"]),
         (["inspect", "--preset", "tiny", "--model.num_layer", "8"], ["--model.num_layers"]),
@@ -99,6 +99,21 @@ def test_help_lists_commands_and_options(command: Run) -> None:
         (["pretrain", "--dry-run", "--world-size", "none"], ["'none'"]),
         (["pretrain", "--config", "no.yaml"], ["no.yaml"]),
         (["pretrain", "--train.max_step", "4"], ["--train.max_steps"]),
+        (["pretrain", "--dryrun"], ["--dryrun", "did you mean --dry-run?"]),
+        (
+            ["pretrain", "--dry-run", "--config", str(CONFIGS / "tiny.yaml")],
+            ["a stage has 1 (world 1", "start a multiple of 2"],
+        ),
+        (
+            [
+                "pretrain",
+                "--dry-run",
+                "--world-size=2",
+                "--parallel.tensor_model_parallel_size=2",
+                "--data.seq_length=131",
+            ],
+            ["131", "such as 132"],
+        ),
     ],
 )
 def test_a_wrong_command_line_is_one_line(command: Run, arguments: list[str], parts: list[str]) -> None:
@@ -152,7 +167,7 @@ def test_the_example_configurations_are_valid(command: Run, name: str, world_siz
         *["--data.embedded_corpus", tmp_path / "corpus", "--run.folder", tmp_path / "run"],
     )
     assert (status, err) == (0, "")
-    assert f"world       {world_size} processes (--world-size)" in out
+    assert f"world       {world_size} process{'es' if world_size > 1 else ''} (--world-size)" in out
     assert f"to be built in {tmp_path / 'corpus'}" in out
     assert list(tmp_path.iterdir()) == []
 
@@ -172,6 +187,17 @@ def test_truncated_data_are_refused(command: Run, corpus: Path, tokenizer: Path)
     path = Path(f"{corpus}.bin")
     path.write_bytes(path.read_bytes()[:-2])
     assert_refused(command(*dry_run(corpus, tokenizer)), str(path), "12 bytes", "14")
+
+
+def test_a_corpus_without_a_sidecar_is_named(command: Run, corpus: Path, tokenizer: Path) -> None:
+    status, out, _ = command(*dry_run(corpus, tokenizer))
+    assert status == 0
+    assert f"warning: no sidecar {corpus}.json" in out
+    sidecar = {"documents": 2, "tokens": 7, "tokenizer_digest": load_tokenizer(tokenizer).digest(), "vocab_size": 500}
+    Path(f"{corpus}.json").write_text(json.dumps(sidecar))
+    status, out, _ = command(*dry_run(corpus, tokenizer))
+    assert status == 0
+    assert "warning" not in out
 
 
 def test_a_corpus_of_another_tokenizer_is_refused(command: Run, corpus: Path, tokenizer: Path) -> None:
@@ -199,13 +225,17 @@ def test_an_unwritable_run_folder_is_refused(command: Run, corpus: Path, tokeniz
     assert_refused(command(*dry_run(corpus, tokenizer, "--run.folder", file / "below")), str(file), "another folder")
     # A file system on which nobody, root included, can make files.
     assert_refused(command(*dry_run(corpus, tokenizer, "--run.folder", "/proc/run")), "/proc/run", "another folder")
+    nowhere = ["pretrain", "--dry-run", "--run.folder", corpus.parent / "run", "--data.embedded_corpus", "/proc/corpus"]
+    assert_refused(command(*nowhere), "data.embedded_corpus = /proc/corpus", "another folder")
     cache = dry_run(corpus, tokenizer, "--data.cache_folder", file / "below")
     assert_refused(command(*cache), f"data.cache_folder = {file}", "another folder")
 
 
 def test_not_resuming_refuses_a_folder_with_checkpoints(command: Run, corpus: Path, tokenizer: Path) -> None:
     (corpus.parent / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
-    assert_refused(command(*dry_run(corpus, tokenizer, "--run.resume", "false")), "run.resume is false")
+    for flags in (["--run.resume", "false"], ["--no-resume"]):
+        assert_refused(command(*dry_run(corpus, tokenizer, *flags)), "run.resume is false")
+    assert command(*dry_run(corpus, tokenizer, "--resume"))[0] == 0
     status, _, _ = command(*dry_run(corpus, tokenizer))
     assert status == 0
 
@@ -229,7 +259,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def test_inspect_shows_a_run_and_its_newest_checkpoint(command: Run, run_folder: Path) -> None:
-    status, out, err = command("inspect", run_folder)
+    status, out, err = command("inspect", run_folder, "--tensors")
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == f"run {run_folder}: step_00000020"
@@ -239,11 +269,10 @@ def test_inspect_shows_a_run_and_its_newest_checkpoint(command: Run, run_folder:
         "layer.weight bfloat16 [3, 5] 30 bytes",
         "moment float32 [7] 28 bytes",
     ]
-    assert command("inspect", "--checkpoint", run_folder / "checkpoints" / "step_00000020") == (
-        0,
-        "\n".join(lines[1:]) + "\n",
-        "",
-    )
+    checkpoint = run_folder / "checkpoints" / "step_00000020"
+    for named in ([checkpoint], ["--checkpoint", checkpoint]):
+        assert command("inspect", *named, "--tensors") == (0, "\n".join(lines[1:]) + "\n", "")
+    assert command("inspect", run_folder)[1].splitlines()[-1] == "2 tensors, 58 bytes (0.00 GiB) (--tensors lists them)"
 
 
 def test_a_damaged_checkpoint_is_one_line(command: Run, run_folder: Path) -> None:

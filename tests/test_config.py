@@ -101,6 +101,7 @@ def test_a_wrong_flag_is_one_line(flags: list[str], parts: list[str]) -> None:
         ("train: {max_steps: true}", ["train.max_steps = True"]),
         ("train: {max_steps: }", ["train.max_steps has no value"]),
         ("train: [", ["no valid YAML", "line 1"]),
+        ("train:\n  seed: 1\n  seed: 2\n", ["no valid YAML", "line 3", "'seed' is there twice"]),
         ("- a\n- b", ["the top level"]),
         ("preset: 3", ["'3' does not exist"]),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +25,10 @@ SCRIPT = ROOT / "examples" / "pretrain_m1.sh"
 def test_nothing_set_is_one_node() -> None:
     launch = launch_from_environment({}, processes=None, default_processes=2)
     assert launch == Launch(1, 0, 2, "127.0.0.1", None)
-    assert torchrun_arguments(launch) == ["--nproc-per-node=2", "--standalone", "--local-addr=127.0.0.1"]
+    assert torchrun_arguments(launch) == [
+        *["--nproc-per-node=2", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"],
+        *["--standalone", "--local-addr=127.0.0.1"],
+    ]
 
 
 def test_the_environment_of_a_cluster() -> None:
@@ -41,7 +45,7 @@ def test_the_environment_of_a_cluster() -> None:
     assert launch == Launch(4, 3, 8, "head", 1234)
     assert launch.world_size == 32
     assert torchrun_arguments(launch) == [
-        *["--nproc-per-node=8", "--nnodes=4", "--node-rank=3"],
+        *["--nproc-per-node=8", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--nnodes=4", "--node-rank=3"],
         *["--master-addr=head", "--master-port=1234"],
     ]
 
@@ -102,7 +106,17 @@ def test_the_world_of_a_worker() -> None:
 def test_torchrun_leaves_every_option_to_the_script() -> None:
     from torch.distributed.run import parse_args
 
-    own = ["--config", "--preset", "--nproc-per-node", "--dry-run", "--world-size", "--device", "--help"]
+    own = [
+        "--config",
+        "--preset",
+        "--nproc-per-node",
+        "--dry-run",
+        "--world-size",
+        "--device",
+        "--help",
+        "--resume",
+        "--no-resume",
+    ]
     ours = own + [f"--{path}" for path in field_types()]
     for before in (["--nproc-per-node=2", str(SCRIPT)], ["--standalone", "-m", "megatron_m1.cli", "pretrain"]):
         arguments = [word for option in ours for word in (option, "x")]
@@ -172,10 +186,13 @@ LAUNCH_TWO = (
 
 @pytest.fixture
 def two_waiting_workers(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
-    """A launcher, and its two workers that wait for SIGTERM."""
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH_TWO, str(ROOT / "tests" / "waiting_worker.py"), str(tmp_path)]
-    )
+    """A launcher that leads a process group, and its two workers that wait for SIGTERM."""
+    with (tmp_path / "stderr").open("wb") as stderr:
+        launcher = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH_TWO, str(ROOT / "tests" / "waiting_worker.py"), str(tmp_path)],
+            process_group=0,
+            stderr=stderr,
+        )
     ready = [tmp_path / f"{rank}.ready" for rank in range(2)]
     deadline = time.monotonic() + 120
     while not all(file.exists() for file in ready):
@@ -199,6 +216,17 @@ def test_sigterm_reaches_the_workers_and_they_leave_in_peace(
     launcher.terminate()
     assert launcher.wait(60) == 0
     assert sorted(file.name for file in tmp_path.glob("*.saved")) == ["0.saved", "1.saved"]
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_process_group_ends_as_quietly(
+    two_waiting_workers: tuple[subprocess.Popen[bytes], list[psutil.Process]], tmp_path: Path
+) -> None:
+    launcher, _ = two_waiting_workers
+    os.killpg(launcher.pid, signal.SIGTERM)
+    assert launcher.wait(60) == 0
+    assert sorted(file.name for file in tmp_path.glob("*.saved")) == ["0.saved", "1.saved"]
+    assert (tmp_path / "stderr").read_text() == ""
 
 
 @pytest.mark.slow

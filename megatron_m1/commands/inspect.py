@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_m1.checkpoint_contents import CheckpointContents, complete_checkpoints, read_checkpoint
+from megatron_m1.checkpoint_contents import CheckpointContents, StoredTensor, complete_checkpoints, read_checkpoint
 from megatron_m1.commands.options import CommandParser
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config_io import config_text, parse_config
@@ -21,17 +22,25 @@ KINDS = {
     "norms": "norms",
     "head": "head",
 }
+DESCRIPTION = """\
+Count the parameters of a preset or of a config, or show what a checkpoint or a run folder holds."""
 
 
 def command_parser() -> CommandParser:
     """Return the parser of the command's options."""
     parser = CommandParser(
         "inspect",
-        "Count the parameters of a preset or of a config, or show what a checkpoint or a run folder holds.",
-        "--preset NAME [--config FILE.yaml] [--model.FIELD VALUE ...] | --checkpoint FOLDER | RUN_FOLDER",
+        DESCRIPTION,
+        "--preset NAME [--config FILE.yaml] [--model.FIELD VALUE ...] | CHECKPOINT_OR_RUN [--tensors]",
     )
-    parser.add_argument("folder", nargs="?", metavar="RUN_FOLDER", help="show the newest complete checkpoint of a run")
-    parser.add_argument("--checkpoint", metavar="FOLDER", help="a checkpoint: RUN_FOLDER/checkpoints/step_<number>")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        metavar="CHECKPOINT_OR_RUN",
+        help="a checkpoint (RUN/checkpoints/step_<number>), or a run folder for its newest complete one",
+    )
+    parser.add_argument("--checkpoint", metavar="FOLDER", help="a checkpoint")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor of a checkpoint")
     parser.add_argument("--preset", metavar="NAME", help="tiny, m1-mid or m1-456b")
     parser.add_argument("--config", metavar="FILE.yaml", action="append", default=[], help="configuration to count")
     return parser
@@ -49,15 +58,15 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_all(own)
     described = options.preset is not None or bool(options.config) or bool(flags)
     if sum([options.folder is not None, options.checkpoint is not None, described]) != 1:
-        parser.error("give one of --preset NAME (or --config FILE.yaml), --checkpoint FOLDER, RUN_FOLDER")
+        parser.error("give one of --preset NAME (or --config FILE.yaml), CHECKPOINT_OR_RUN, --checkpoint FOLDER")
     if described:
         config = parse_config(options.config, flags, options.preset)
         check_model(config.model)
         lines = describe_model(config)
     elif options.checkpoint is not None:
-        lines = describe_checkpoint(read_checkpoint(Path(options.checkpoint)))
+        lines = describe_checkpoint(read_checkpoint(Path(options.checkpoint)), every_tensor=options.tensors)
     else:
-        lines = describe_run(Path(options.folder))
+        lines = describe_folder(Path(options.folder), every_tensor=options.tensors)
     print("\n".join(lines))
     return 0
 
@@ -115,10 +124,14 @@ def _gib(size: int) -> str:
     return f"{size:,} bytes ({size / 2**30:.2f} GiB)"
 
 
-def describe_checkpoint(contents: CheckpointContents) -> list[str]:
-    """Describe a checkpoint, line by line."""
+def describe_checkpoint(contents: CheckpointContents, *, every_tensor: bool = False) -> list[str]:
+    """Describe a checkpoint, line by line.
+
+    Args:
+        contents: what it holds.
+        every_tensor: list the tensors one by one, not only their number and bytes.
+    """
     config, parallel = contents.config, contents.config.parallel
-    width = max([len(tensor.name) for tensor in contents.tensors], default=0)
     return [
         f"checkpoint {contents.folder}",
         f"step {contents.step:,}, {contents.tokens:,} tokens, {_gib(contents.bytes_on_disk)} on disk",
@@ -127,21 +140,29 @@ def describe_checkpoint(contents: CheckpointContents) -> list[str]:
         f"expert {parallel.expert_model_parallel_size} x expert tensor {parallel.expert_tensor_parallel_size}",
         "config:",
         *(f"  {line}" for line in config_text(config).splitlines()),
-        f"{len(contents.tensors)} tensors:",
-        *(f"  {t.name:<{width}}  {t.dtype:<9} {list(t.shape)}  {t.size:,} bytes" for t in contents.tensors),
+        f"{len(contents.tensors)} tensors, {_gib(sum(t.size for t in contents.tensors))}"
+        + (":" if every_tensor else " (--tensors lists them)"),
+        *_tensor_lines(contents.tensors if every_tensor else ()),
     ]
 
 
-def describe_run(folder: Path) -> list[str]:
-    """Describe a run folder by its newest complete checkpoint.
+def _tensor_lines(tensors: Sequence[StoredTensor]) -> list[str]:
+    width = max([len(tensor.name) for tensor in tensors], default=0)
+    return [f"  {t.name:<{width}}  {t.dtype:<9} {list(t.shape)}  {t.size:,} bytes" for t in tensors]
+
+
+def describe_folder(folder: Path, *, every_tensor: bool = False) -> list[str]:
+    """Describe a checkpoint, or a run folder by its newest complete one.
 
     Raises:
         ValueError: there is no such folder or no complete checkpoint in it, or that one is damaged.
     """
     if not folder.is_dir():
         raise ValueError(f"run folder {folder} does not exist")
+    if re.fullmatch(r"step_\d+", folder.resolve().name):
+        return describe_checkpoint(read_checkpoint(folder), every_tensor=every_tensor)
     checkpoints = complete_checkpoints(folder)
     if not checkpoints:
         raise ValueError(f"run folder {folder} has no complete checkpoint below {folder / 'checkpoints'}")
     names = ", ".join(checkpoint.name for checkpoint in checkpoints)
-    return [f"run {folder}: {names}", *describe_checkpoint(read_checkpoint(checkpoints[-1]))]
+    return [f"run {folder}: {names}", *describe_checkpoint(read_checkpoint(checkpoints[-1]), every_tensor=every_tensor)]

@@ -25,6 +25,10 @@ class CommandParser(argparse.ArgumentParser):
         """Raise the message of argparse as ``ValueError``."""
         raise ValueError(f"{message}; {self.prog} --help lists the options")
 
+    def option_names(self) -> list[str]:
+        """Return the long options without ``--``."""
+        return [name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")]
+
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Parse ``arguments``; nothing may be left over.
 
@@ -34,9 +38,8 @@ class CommandParser(argparse.ArgumentParser):
         parsed, rest = self.parse_known_args(arguments)
         for word in rest:
             if word.startswith("--"):
-                names = [name.removeprefix("--") for name in self._option_string_actions if name.startswith("--")]
                 name = word.removeprefix("--").partition("=")[0]
-                close = nearest(name, names)
+                close = nearest(name, self.option_names())
                 fix = f"did you mean --{close}?" if close else f"{self.prog} --help lists the options"
                 raise ValueError(f"unknown option --{name}: {fix}")
         if rest:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 from megatron_m1.commands.options import CommandParser, positive_integer
+from megatron_m1.commands.resolved_plan import describe_plan, unverified_note, where_from
 from megatron_m1.config import Config
 from megatron_m1.config_io import parse_config, tree_help
 from megatron_m1.launch import (
@@ -39,6 +40,11 @@ def command_parser() -> CommandParser:
         "--nproc-per-node", type=positive_integer, metavar="N", help="processes to start on this node (GPUS_PER_NODE)"
     )
     parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        help="same as --run.resume: continue from the newest complete checkpoint (default: yes)",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="check configuration, data and mesh, print the plan and start nothing"
     )
     parser.add_argument(
@@ -68,7 +74,9 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
         _print_help(parser)
         return 0
     options, flags = parser.parse_known_args(arguments)
-    config = parse_config(options.config, flags, options.preset)
+    if options.resume is not None:
+        flags.append(f"--run.resume={str(options.resume).lower()}")
+    config = parse_config(options.config, flags, options.preset, command_options=parser.option_names())
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
     gpus = count_gpus()
@@ -86,6 +94,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     world_size = launch.world_size if launch else workers or 1
     config = _prepare(resolve(config, world_size, has_gpu=gpus > 0))
     if launch is not None and launch.world_size > 1:
+        _say(f"starting {launch.processes_per_node} processes, each of which first imports megatron-core")
         return start_workers(launch, ["-m", "megatron_m1.cli", "pretrain", *without_launch_options(arguments)])
     if launch is None:
         prepare_worker()
@@ -97,9 +106,15 @@ def _prepare(config: Config) -> Config:
     from megatron_m1.preflight import build_embedded_corpus, check_data, check_folders
 
     check_folders(config)
-    config = build_embedded_corpus(config)
-    check_data(config)
+    config = build_embedded_corpus(config, note=_say)
+    unverified = check_data(config).unverified
+    if unverified and os.environ.get("RANK", "0") == "0":
+        _say(unverified_note(unverified))
     return config
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _train(config: Config) -> int:
@@ -144,8 +159,6 @@ def without_launch_options(arguments: Sequence[str]) -> list[str]:
 
 
 def _dry_run(config: Config, options: argparse.Namespace, launch: Launch | None, gpus: int) -> int:
-    from megatron_m1.commands.resolved_plan import describe_plan, where_from
-
     on_gpu = gpus > 0 if options.device == "auto" else options.device == "gpu"
     world_size = options.world_size or (launch.world_size if launch else worker_world_size(os.environ) or 1)
     if options.world_size is None:

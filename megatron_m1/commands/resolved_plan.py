@@ -22,6 +22,14 @@ def where_from(launch: Launch | None) -> str:
     return f"{launch.nodes} node{'s' if launch.nodes > 1 else ''} x {launch.processes_per_node}"
 
 
+def unverified_note(prefixes: Sequence[str]) -> str:
+    """Warn of corpora that don't say which tokenizer made them."""
+    return (
+        f"warning: no sidecar {prefixes[0]}.json" + (f" (and {len(prefixes) - 1} more)" if prefixes[1:] else "") + ": "
+        "that data.tokenizer made this corpus can't be checked; tokenise it again, or make sure"
+    )
+
+
 def describe_plan(config: Config, world_size: int, *, source: str, on_gpu: bool) -> list[str]:
     """Check the files of a resolved configuration and describe the run, line by line.
 
@@ -42,7 +50,7 @@ def describe_plan(config: Config, world_size: int, *, source: str, on_gpu: bool)
     return [
         f"plan        preset {config.preset}, {train.precision} on {device} over {parallel.distributed_backend}, "
         f"{model.transformer_impl} modules",
-        f"world       {world_size} processes ({source})",
+        f"world       {world_size} process{'es' if world_size > 1 else ''} ({source})",
         *_mesh_lines(parallel, world_size),
         f"model       {model.num_layers} layers, {counts.total:,} parameters, {active.total:,} active per token",
         *_stage_lines(config),
@@ -100,6 +108,7 @@ def _data_lines(config: Config) -> list[str]:
         f"tokenizer   {config.data.tokenizer}, {summary.tokenizer_vocab_size:,} tokens",
         *_blend_lines("train", config.data.train, summary.train),
         *_blend_lines("validation", config.data.validation, summary.validation),
+        *([unverified_note(summary.unverified)] if summary.unverified else []),
     ]
 
 

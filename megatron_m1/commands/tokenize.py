@@ -6,17 +6,22 @@ from collections.abc import Sequence
 
 from megatron_m1.commands.options import CommandParser, positive_integer
 
+DESCRIPTION = """\
+Turn documents into PREFIX.bin, .idx and .json. An earlier output stays until the new one is whole.
+
+One document a line of .jsonl, .json and .ndjson, one a file of .txt, .text, .md and .rst (all of them plain, .gz or
+.zst), one a row of .parquet. Folders are searched with their subfolders; hidden files and files of other kinds in them
+are passed over."""
+
 
 def command_parser() -> CommandParser:
     """Return the parser of the command's options."""
     parser = CommandParser(
         "tokenize",
-        "Turn documents into PREFIX.bin, .idx and .json. An earlier output stays until the new one is whole.",
+        DESCRIPTION,
         "INPUT [INPUT ...] --tokenizer PATH --output PREFIX",
     )
-    parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="file, folder or glob: .jsonl, .txt (also .gz, .zst), .parquet"
-    )
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob")
     parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the output without .bin")
     parser.add_argument(
         "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model or Hugging Face tokenizer folder"

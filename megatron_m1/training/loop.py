@@ -157,6 +157,10 @@ def _train(run: Run, watchdog: Watchdog, interrupt: Interrupt) -> str | None:
     config, progress = run.config, run.progress
     train = config.train
     stop: str | None = None
+    if progress.step >= train.max_steps:
+        run.note(
+            f"this run has all its {progress.step} steps: raise train.max_steps to go on, or choose another run.folder"
+        )
     window = ProfilerWindow(run.folder, rank=run.mesh.rank, start=train.profile_step_start, end=train.profile_step_end)
     with ExitStack() as stack:
         stack.callback(window.close)

@@ -67,7 +67,8 @@ def test_parquet(tmp_path: Path) -> None:
     repeated = pa.table({"body": pa.array(TEXTS).dictionary_encode()})
     pq.write_table(repeated, tmp_path / "c.parquet")
     assert read([tmp_path], "body") == (TEXTS * 3, [])
-    assert read([tmp_path / "a.parquet"], "text") == ([], ["key missing"] * len(TEXTS))
+    with pytest.raises(ValueError, match=r"a\.parquet has no column 'text': .*--text-key, from .*\bid\b"):
+        read([tmp_path / "a.parquet"], "text")
     assert read([tmp_path / "a.parquet"], "id") == ([], ["not a string"] * len(TEXTS))
 
 

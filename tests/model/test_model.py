@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -63,6 +64,23 @@ def test_every_patched_symbol_is_still_in_megatron_core() -> None:
     distributed = importlib.import_module("megatron.core.optimizer.distrib_optimizer")
     assert all(hasattr(optimizer, name) for name in ("Adam", "USING_PYTORCH_OPTIMIZER"))
     assert all(hasattr(distributed, name) for name in ("Adam", "HAVE_APEX_OR_TE", "USING_APEX_OPTIMIZER"))
+
+
+def norm_of_large_gradients(rank: int, world_size: int) -> tuple[float, float]:
+    """Gradient norm by megatron-core and in fp64, of tensors of 2,001, 4 million and 7 numbers."""
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    mesh.initialise(resolve(Config(), 1, has_gpu=False).parallel, seed=1)
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(size, generator=generator) for size in (2_001, 2_000, 7)]
+    gradients[1] = gradients[1].repeat(2_000).view(2_000, 2_000)
+    norm = get_grad_norm_fp32(gradients, grad_stats_parallel_group=torch.distributed.group.WORLD)
+    return float(norm), math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+
+
+def test_the_gradient_norm_of_large_tensors_is_exact(workers: WorkerPool) -> None:
+    ((norm, expected),) = workers.run(norm_of_large_gradients, world_size=1)
+    assert norm == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_slice_of_a_matrix_is_what_the_whole_matrix_holds_there() -> None:
