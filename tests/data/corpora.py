@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,19 @@ class FakeTokenizer:
         return "0" * 64
 
 
-def write_corpus(prefix: Path, documents: Sequence[Sequence[int]]) -> str:
-    """Write documents of token ids as .bin and .idx; returns the prefix."""
+def write_corpus(prefix: Path, documents: Sequence[Sequence[int]], *, tokenizer_digest: str | None = None) -> str:
+    """Write documents of token ids as .bin and .idx, with a sidecar if there is a digest; returns the prefix."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for document in documents:
         builder.add_document(torch.tensor(document), [len(document)])
     builder.finalize(f"{prefix}.idx")
+    if tokenizer_digest is not None:
+        sidecar = {
+            "documents": len(documents),
+            "tokens": sum(map(len, documents)),
+            "tokenizer_digest": tokenizer_digest,
+        }
+        Path(f"{prefix}.json").write_text(json.dumps(sidecar))
     return str(prefix)
 
 

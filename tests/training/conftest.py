@@ -29,8 +29,9 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     documents = []
     while document := list(itertools.islice(tokens, next(lengths))):
         documents.append([*document, tokenizer.eod])
+    digest = tokenizer.digest()
     return {
-        "train": [write_corpus(folder / "train", documents[:-20])],
-        "validation": [write_corpus(folder / "held_out", documents[-20:])],
+        "train": [write_corpus(folder / "train", documents[:-20], tokenizer_digest=digest)],
+        "validation": [write_corpus(folder / "held_out", documents[-20:], tokenizer_digest=digest)],
         "tokenizer": str(folder / "tokenizer.model"),
     }

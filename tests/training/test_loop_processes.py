@@ -33,8 +33,7 @@ class Job:
     def __init__(self, settings: Path, folder: Path) -> None:
         self.folder = folder
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "NNODES", "NODE_RANK")}
-        # A worker that is stopped can't leave when torchrun asks it to.
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = ["-m", "megatron_m1.cli", "pretrain", "--config", str(settings), "--nproc-per-node", "2"]
         self.launcher = subprocess.Popen(
             [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -110,14 +109,18 @@ def test_a_signal_to_the_launcher_saves_and_leaves_nothing_else_to_say(start: Ca
     assert summary["interrupted"] == "SIGUSR1"
     assert (job.folder / "checkpoints" / "latest").read_text() == f"step_{summary['step']:08d}\n"
     assert re.search(r"interrupted +│ SIGUSR1", out)
-    ours = re.compile(r"step +\d+/10000 \| .*|[┌└├ ].*|│.*│")
+    ours = re.compile(r"starting 2 processes.*|step +\d+/10000 \| .*|[┌└├ ].*|│.*│")
     assert [line for line in out.splitlines() if not ours.fullmatch(line)] == []
 
 
 def test_a_rank_that_hangs_ends_the_job_with_one_line(start: Callable[..., Job]) -> None:
     job = start(("parallel.distributed_timeout_seconds", TIMEOUT_SECONDS))
     job.trains(2)
-    job.workers()[1].send_signal(signal.SIGSTOP)
+    waiting, hanging = job.workers()
+    hanging.send_signal(signal.SIGSTOP)
+    waiting.wait(START_SECONDS)
+    # Stopped, it can't leave when torchrun asks it to, which waits half a minute before it kills.
+    hanging.kill()
     status, _, err = job.ends()
     assert status == 1
     # Recorded, a step goes on: ranks agree on signals, and it may be saved.
