@@ -49,6 +49,9 @@ MESHES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
+FEW_STEPS = {"tp4-two-groups": 3}
+"""Four processes meet at every matrix: what tp2 follows for 20 steps is not worth 15 seconds more."""
+
 
 @pytest.fixture(scope="module")
 def one_process(workers: WorkerPool) -> dict[str, Any]:
@@ -63,7 +66,8 @@ def test_a_mesh_computes_what_one_process_computes(name: str, workers: WorkerPoo
     model = {key: value for key, value in rest.items() if key.startswith("moe_")}
     train_values = {key: value for key, value in rest.items() if not key.startswith("moe_")}
     config = run_config(parallel, train_values, **model)
-    results = workers.run(gradients_and_trace, config, STEPS, world_size=world_size)
+    steps = FEW_STEPS.get(name, STEPS)
+    results = workers.run(gradients_and_trace, config, steps, world_size=world_size)
     expected = assemble([one_process["parts"]])
     gradients = assemble([result["parts"] for result in results])
     assert gradients.keys() == expected.keys()
@@ -72,7 +76,7 @@ def test_a_mesh_computes_what_one_process_computes(name: str, workers: WorkerPoo
     assert errors[worst] < GRADIENT_TOLERANCE, f"{worst}: {errors[worst]}"
     for result in results:
         _assert_same(result["first"], one_process["first"], GRADIENT_TOLERANCE)
-        for step, truth in zip(result["trace"], one_process["trace"], strict=True):
+        for step, truth in zip(result["trace"], one_process["trace"][:steps], strict=True):
             _assert_same(step, truth, TRACE_TOLERANCE)
 
 

@@ -20,7 +20,8 @@ from megatron_m1.training.build import build_trainer
 from megatron_m1.training.checkpoint import CheckpointError, Checkpoints, load_model
 from megatron_m1.training.step import Trainer, train_step
 from megatron_m1.validate import resolve
-from tests.model.meshes import global_name, my_share, packs, run_config, start
+from tests.model import meshes
+from tests.model.meshes import global_name, my_share, packs, start
 
 LR = 3e-3
 
@@ -36,6 +37,11 @@ class Trace:
     dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     state: dict[str, Any] | None = None
+
+
+def run_config(parallel: dict[str, Any], train: dict[str, Any] | None = None, **model: Any) -> Config:
+    """The mesh tests' configuration with four layers, two of each kind."""
+    return meshes.run_config(parallel, train, **({"num_layers": 4, "attention_period": 2} | model))
 
 
 def open_checkpoints(

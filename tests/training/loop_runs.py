@@ -28,6 +28,8 @@ PACKS_IN_A_PASS = 16
 """Four steps: a run of ``STEPS`` goes through the data three times, each time in another order."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": dict(
+        num_layers=4,
+        attention_period=2,
         hidden_size=32,
         num_attention_heads=2,
         kv_channels=16,
