@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
@@ -51,11 +51,14 @@ class TokenizeReport:
         return self.text_bytes / self.tokens
 
     def __str__(self) -> str:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(self.skipped.items())) or "none"
         return (
             f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, {self.bytes_per_token:.2f} bytes per"
-            f" token, skipped: {reasons}, {self.seconds:.1f} s"
+            f" token, skipped: {_reasons(self.skipped)}, {self.seconds:.1f} s"
         )
+
+
+def _reasons(skipped: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items())) or "none"
 
 
 def tokenize_corpus(
@@ -110,7 +113,10 @@ def tokenize_corpus(
                 writer.add(result)
                 progress.update(task, advance=raw.file_bytes, documents=writer.documents)
         if not writer.documents:
-            raise ValueError(f"no document is left of {len(files)} input files; skipped: {dict(writer.skipped)}")
+            raise ValueError(
+                f"{files[0]}{' and the other inputs have' if files[1:] else ' has'} no document that can be used "
+                f"(skipped: {_reasons(writer.skipped)}): correct the input, or name its text with --text-key"
+            )
         writer.commit(prefix)
     return TokenizeReport(
         prefix, writer.documents, writer.tokens, writer.text_bytes, dict(writer.skipped), perf_counter() - started

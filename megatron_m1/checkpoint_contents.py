@@ -5,14 +5,29 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_m1.config import Config
 from megatron_m1.config_io import load_config
 
 COMMIT_MARK = "metadata.json"
 """Written last by dist_checkpointing: without it the checkpoint is not complete."""
+
+MODEL_SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "num_query_groups",
+    "attention_period",
+    "moe_ffn_hidden_size",
+    "num_moe_experts",
+    "vocab_size",
+)
+"""Fields of ``model`` that a checkpoint and the run that continues it must share."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,25 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     found = [mark.parent for mark in sorted(run_folder.glob(f"checkpoints/step_*/{COMMIT_MARK}"))]
     return [folder for folder in found if re.fullmatch(r"step_\d+", folder.name)]
+
+
+def check_shape(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Path) -> None:
+    """Check that a model can take a checkpoint's tensors.
+
+    Args:
+        wanted: fields of ``model`` of this run.
+        saved: those of the checkpoint's configuration.
+        checkpoint: its folder, for the message.
+
+    Raises:
+        ValueError: one of ``MODEL_SHAPE`` differs.
+    """
+    for field in MODEL_SHAPE:
+        if saved[field] != wanted[field]:
+            raise ValueError(
+                f"model.{field} is {wanted[field]}, but checkpoint {checkpoint} has {saved[field]}: "
+                "restore it, or give another run.folder"
+            )
 
 
 def read_checkpoint(folder: Path) -> CheckpointContents:

@@ -72,6 +72,8 @@ def exit_status(command: Callable[[], int]) -> int:
     except ValueError as error:
         report_error(error)
         return 2
+    except KeyboardInterrupt:
+        return 130  # as a shell reports SIGINT
     except BrokenPipeError:
         # The reader (head, less) went away: not a fault. Keep Python from complaining again at exit.
         sys.stderr.close()

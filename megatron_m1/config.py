@@ -140,7 +140,7 @@ class OptimizerConfig:
     adam_beta2: float = 0.95
     """Decay of the second moment."""
     adam_eps: float = 1e-8
-    """Our default. M1 publishes 1e-15 for its RL stage only, nothing for pre-training."""
+    """Added to the root of the second moment. Our default: M1 publishes 1e-15 for its RL stage only."""
     weight_decay: float = 0.1
     """Decoupled weight decay, not applied to norms."""
     clip_grad: float = 1.0

@@ -1,7 +1,7 @@
 """From one command to N processes: the shape of the launch, torchrun, signals, and one error line for all ranks.
 
-``python -m megatron_m1.launch ARGS`` is torchrun (``torch.distributed.run``) that leaves SIGTERM and SIGUSR1 to its
-workers, so that a run has the time it needs to save; torchrun itself would kill them after 30 seconds.
+``python -m megatron_m1.launch ARGS`` is torchrun (``torch.distributed.run``) that leaves SIGTERM, SIGUSR1 and SIGINT to
+its workers, so that a run has the time it needs to save; torchrun itself would kill them after 30 seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from types import FrameType, TracebackType
 
 import psutil
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that mean: save and exit cleanly."""
 PR_SET_PDEATHSIG = 1
 
@@ -118,8 +118,8 @@ def count_gpus() -> int:
 
 def torchrun_arguments(launch: Launch) -> list[str]:
     """Return torchrun's own arguments for ``launch``."""
-    # Not SIGTERM: torchrun would end its workers, and itself with a traceback, while they save.
-    arguments = [f"--nproc-per-node={launch.processes_per_node}", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"]
+    # Not SIGTERM or SIGINT: torchrun would end its workers, and itself with a traceback, while they save.
+    arguments = [f"--nproc-per-node={launch.processes_per_node}", "--signals-to-handle=SIGHUP,SIGQUIT"]
     if launch.nodes == 1 and launch.master_port is None:
         return [*arguments, "--standalone", f"--local-addr={launch.master_addr}"]
     return [
@@ -132,7 +132,7 @@ def torchrun_arguments(launch: Launch) -> list[str]:
 
 
 def start_workers(launch: Launch, program: Sequence[str]) -> int:
-    """Run ``program`` in this node's processes, pass SIGTERM and SIGUSR1 on to them, return torchrun's status.
+    """Run ``program`` in this node's processes, pass SIGTERM, SIGUSR1 and SIGINT on to them, return torchrun's status.
 
     Args:
         launch: how many processes run where.
@@ -151,7 +151,6 @@ def start_workers(launch: Launch, program: Sequence[str]) -> int:
 
     for number in FORWARDED:
         signal.signal(number, forward)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C reaches torchrun as well, which ends its workers
     status = agent.wait()
     return 128 - status if status < 0 else status
 
@@ -166,7 +165,8 @@ def prepare_worker() -> None:
     """Undo in a worker what it inherits from the agent: ignored signals, and a life of its own."""
     die_with_parent()
     for number in FORWARDED:
-        if signal.getsignal(number) is signal.SIG_IGN:
+        if signal.getsignal(number) in (signal.SIG_IGN, signal.default_int_handler):
+            # Until there is something to save, a signal ends the process; a traceback would help nobody.
             signal.signal(number, signal.SIG_DFL)
 
 

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_m1.checkpoint_contents import check_shape, complete_checkpoints
 from megatron_m1.config import Config
+from megatron_m1.config_io import load_config
 from megatron_m1.data.corpus import PreparedCorpus, find_corpus, prepare_corpus
 from megatron_m1.data.prefix import PrefixSummary, check_blend
 from megatron_m1.data.tokenizers import load_tokenizer
@@ -69,7 +71,8 @@ def check_folders(config: Config) -> None:
     """Check that the run's folder and the index cache can be made and written; nothing is left behind.
 
     Raises:
-        ValueError: one can't be written, or the run folder holds checkpoints and ``run.resume`` is false.
+        ValueError: one can't be written, the run folder holds checkpoints and ``run.resume`` is false, or its newest
+            one is of a model of another shape.
     """
     run = config.run
     _check_writable("run.folder", Path(run.folder))
@@ -81,6 +84,18 @@ def check_folders(config: Config) -> None:
         raise ValueError(
             f"run.folder = {run.folder} holds checkpoints and run.resume is false: choose another folder, or resume"
         )
+    newest = newest_checkpoint(config)
+    if newest is not None:
+        try:
+            saved = load_config(newest / "config.yaml").model
+        except ValueError:
+            return  # a damaged one is passed over when it is loaded
+        check_shape(vars(config.model), vars(saved), newest)
+
+
+def newest_checkpoint(config: Config) -> Path | None:
+    """Return the newest complete checkpoint of the run folder, from which the run goes on, if there is one."""
+    return next(reversed(complete_checkpoints(Path(config.run.folder))), None)
 
 
 def _check_writable(name: str, folder: Path) -> None:

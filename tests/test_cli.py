@@ -275,6 +275,16 @@ def test_inspect_shows_a_run_and_its_newest_checkpoint(command: Run, run_folder:
     assert command("inspect", run_folder)[1].splitlines()[-1] == "2 tensors, 58 bytes (0.00 GiB) (--tensors lists them)"
 
 
+def test_another_shape_than_the_checkpoint_is_refused_before_anything_starts(
+    command: Run, run_folder: Path, corpus: Path, tokenizer: Path
+) -> None:
+    plan = dry_run(corpus, tokenizer, "--run.folder", run_folder)
+    assert_refused(command(*plan, "--model.num_layers", 16), "model.num_layers is 16", "step_00000020 has 8")
+    status, out, _ = command(*plan)
+    assert status == 0
+    assert f"run folder  {run_folder}, goes on from step_00000020" in out
+
+
 def test_a_damaged_checkpoint_is_one_line(command: Run, run_folder: Path) -> None:
     checkpoint = run_folder / "checkpoints" / "step_00000020"
     data = next(checkpoint.glob("*.distcp"))

@@ -26,7 +26,7 @@ def test_nothing_set_is_one_node() -> None:
     launch = launch_from_environment({}, processes=None, default_processes=2)
     assert launch == Launch(1, 0, 2, "127.0.0.1", None)
     assert torchrun_arguments(launch) == [
-        *["--nproc-per-node=2", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT"],
+        *["--nproc-per-node=2", "--signals-to-handle=SIGHUP,SIGQUIT"],
         *["--standalone", "--local-addr=127.0.0.1"],
     ]
 
@@ -45,7 +45,7 @@ def test_the_environment_of_a_cluster() -> None:
     assert launch == Launch(4, 3, 8, "head", 1234)
     assert launch.world_size == 32
     assert torchrun_arguments(launch) == [
-        *["--nproc-per-node=8", "--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", "--nnodes=4", "--node-rank=3"],
+        *["--nproc-per-node=8", "--signals-to-handle=SIGHUP,SIGQUIT", "--nnodes=4", "--node-rank=3"],
         *["--master-addr=head", "--master-port=1234"],
     ]
 
@@ -227,6 +227,17 @@ def test_sigterm_to_the_whole_process_group_ends_as_quietly(
     assert launcher.wait(60) == 0
     assert sorted(file.name for file in tmp_path.glob("*.saved")) == ["0.saved", "1.saved"]
     assert (tmp_path / "stderr").read_text() == ""
+
+
+@pytest.mark.slow
+def test_ctrl_c_before_anything_can_be_saved_is_one_line(
+    two_waiting_workers: tuple[subprocess.Popen[bytes], list[psutil.Process]], tmp_path: Path
+) -> None:
+    launcher, _ = two_waiting_workers
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert launcher.wait(60) == 130
+    said = (tmp_path / "stderr").read_text()
+    assert re.fullmatch(r"megatron-m1: error: rank [01] was ended by SIGINT\n", said), said
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     world_size = launch.world_size if launch else workers or 1
     config = _prepare(resolve(config, world_size, has_gpu=gpus > 0))
     if launch is not None and launch.world_size > 1:
-        _say(f"starting {launch.processes_per_node} processes, each of which first imports megatron-core")
+        _say(f"starting {launch.processes_per_node} processes on this node; importing megatron-core takes seconds")
         return start_workers(launch, ["-m", "megatron_m1.cli", "pretrain", *without_launch_options(arguments)])
     if launch is None:
         prepare_worker()

@@ -8,7 +8,7 @@ from megatron_m1.config import Config, ParallelConfig
 from megatron_m1.counts import model_counts, rank_counts
 from megatron_m1.data.prefix import PrefixSummary, parse_blend
 from megatron_m1.launch import Launch
-from megatron_m1.preflight import check_data, check_folders, find_embedded_corpus
+from megatron_m1.preflight import check_data, check_folders, find_embedded_corpus, newest_checkpoint
 from megatron_m1.stages import Chunk, plan_stages
 from megatron_m1.validate import data_parallel_size
 
@@ -47,6 +47,7 @@ def describe_plan(config: Config, world_size: int, *, source: str, on_gpu: bool)
     model, parallel, train = config.model, config.parallel, config.train
     counts, active = model_counts(model), model_counts(model, active=True)
     device = "gpu" if on_gpu else "cpu"
+    newest = newest_checkpoint(config)
     return [
         f"plan        preset {config.preset}, {train.precision} on {device} over {parallel.distributed_backend}, "
         f"{model.transformer_impl} modules",
@@ -56,7 +57,7 @@ def describe_plan(config: Config, world_size: int, *, source: str, on_gpu: bool)
         *_stage_lines(config),
         *data_lines,
         *_length_lines(config, world_size),
-        f"run folder  {config.run.folder}",
+        f"run folder  {config.run.folder}" + (f", goes on from {newest.name}" if newest else ""),
         "dry run: nothing was started",
     ]
 
@@ -106,18 +107,26 @@ def _data_lines(config: Config) -> list[str]:
     summary = check_data(config)
     return [
         f"tokenizer   {config.data.tokenizer}, {summary.tokenizer_vocab_size:,} tokens",
-        *_blend_lines("train", config.data.train, summary.train),
+        *_blend_lines("train", config.data.train, summary.train, tokens=_run_tokens(config)),
         *_blend_lines("validation", config.data.validation, summary.validation),
         *([unverified_note(summary.unverified)] if summary.unverified else []),
     ]
 
 
-def _blend_lines(name: str, blend: Sequence[str], summaries: Sequence[PrefixSummary]) -> list[str]:
+def _run_tokens(config: Config) -> int:
+    return config.train.max_steps * config.train.global_batch_size * config.data.seq_length
+
+
+def _blend_lines(
+    name: str, blend: Sequence[str], summaries: Sequence[PrefixSummary], *, tokens: int | None = None
+) -> list[str]:
+    """One line a corpus; with the ``tokens`` of the whole run, how often each is read."""
     if not blend:
         return [f"{name:<11} none"]
     _, weights = parse_blend(blend)
     return [
         f"{name:<11} {weight:.1%} {summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens"
+        + (f", read {weight * tokens / summary.tokens:,.2f} times" if tokens else "")
         for weight, summary in zip(weights, summaries, strict=True)
     ]
 
@@ -129,5 +138,5 @@ def _length_lines(config: Config, world_size: int) -> list[str]:
     return [
         f"batch       {train.global_batch_size} packs of {data.seq_length:,} tokens = {tokens:,} tokens a step, "
         f"{train.global_batch_size // replicas} micro-batches a rank",
-        f"steps       {train.max_steps:,} = {train.max_steps * tokens:,} tokens",
+        f"steps       {train.max_steps:,} = {_run_tokens(config):,} tokens",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
 
@@ -27,6 +28,12 @@ def command_parser() -> CommandParser:
         "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model or Hugging Face tokenizer folder"
     )
     parser.add_argument(
+        "--train-tokenizer",
+        type=positive_integer,
+        metavar="N",
+        help="first train a SentencePiece BPE model of N tokens on the inputs and write it to --tokenizer",
+    )
+    parser.add_argument(
         "--text-key", default="text", metavar="KEY", help="JSON key or Parquet column of the text (default: text)"
     )
     parser.add_argument(
@@ -44,8 +51,17 @@ def run(arguments: Sequence[str]) -> int:
     """
     options = command_parser().parse_all(arguments)
     from megatron_m1.data.tokenize import tokenize_corpus
+    from megatron_m1.data.train_tokenizer import train_tokenizer
 
     try:
+        if options.train_tokenizer is not None:
+            print(f"training a SentencePiece tokenizer of {options.train_tokenizer:,} tokens", flush=True)
+            train_tokenizer(
+                options.inputs,
+                Path(options.tokenizer),
+                vocab_size=options.train_tokenizer,
+                text_key=options.text_key,
+            )
         report = tokenize_corpus(
             options.inputs,
             options.output,

@@ -11,23 +11,11 @@ from typing import Any
 import yaml
 from torch import distributed as dist
 
+from megatron_m1.checkpoint_contents import check_shape
 from megatron_m1.training import checkpoint_folder as folders
 from megatron_m1.training.checkpoint_state import load_model_state, load_train_state
 from megatron_m1.training.checkpoint_write import Write
 from megatron_m1.training.step import Trainer
-
-MODEL_SHAPE = (
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "num_query_groups",
-    "attention_period",
-    "moe_ffn_hidden_size",
-    "num_moe_experts",
-    "vocab_size",
-)
-"""Fields of ``model`` that a checkpoint and the run that continues it must share."""
 
 
 class CheckpointError(RuntimeError):
@@ -75,17 +63,6 @@ def find_damage(checkpoint: Path) -> str | None:
     return next((fault for fault in faults if fault is not None), None)
 
 
-def _check_shape(config_text: str, checkpoint: Path) -> None:
-    saved = yaml.safe_load((checkpoint / folders.CONFIG).read_text())["model"]
-    wanted = yaml.safe_load(config_text)["model"]
-    for field in MODEL_SHAPE:
-        if saved[field] != wanted[field]:
-            raise ValueError(
-                f"model.{field} is {wanted[field]}, but checkpoint {checkpoint} has {saved[field]}: "
-                "restore it, or give another run.folder"
-            )
-
-
 class Checkpoints:
     """The checkpoints of one run. Make it on every rank, torch.distributed running; all methods are collective.
 
@@ -94,7 +71,7 @@ class Checkpoints:
             interrupted save has left there is removed now.
         keep: newest checkpoints kept; 0 keeps all. While one is written there is one more.
         async_save: write in the background.
-        config_text: resolved configuration as YAML, copied into every checkpoint.
+        config_text: resolved configuration as YAML, copied into every checkpoint; an attribute that may be replaced.
         note: called on rank 0 with one line for each damaged checkpoint that is passed over.
     """
 
@@ -104,7 +81,7 @@ class Checkpoints:
         self._folder = folder
         self._keep = keep
         self._async_save = async_save
-        self._config_text = config_text
+        self.config_text = config_text
         self._note = note
         self._write: Write | None = None
         self._current_step: int | None = None
@@ -128,7 +105,7 @@ class Checkpoints:
         step = int(state["step"])
         if step == self._current_step:
             return
-        texts = {folders.CONFIG: self._config_text, folders.STATE: json.dumps(state, indent=2) + "\n"}
+        texts = {folders.CONFIG: self.config_text, folders.STATE: json.dumps(state, indent=2) + "\n"}
         temporary = _on_rank_zero(lambda: folders.start(self._folder, step))
         self._write = Write(
             trainer, temporary, texts, in_background=self._async_save, check_sharding=not self._sharding_checked
@@ -191,7 +168,7 @@ class Checkpoints:
             fault = find_damage(checkpoint)
             if fault is None:
                 return self._load(trainer, checkpoint, damaged)
-            self._skip(checkpoint.name, fault)
+            self._skip(checkpoint.name, fault, last=checkpoint == found[-1])
             damaged.append(checkpoint)
         if found:
             raise CheckpointError(
@@ -199,12 +176,15 @@ class Checkpoints:
             )
         return None
 
-    def _skip(self, name: str, fault: str) -> None:
+    def _skip(self, name: str, fault: str, *, last: bool = False) -> None:
         if dist.get_rank() == 0:
-            self._note(f"checkpoint {name} is damaged ({fault}): falling back to the one before")
+            self._note(
+                f"checkpoint {name} is damaged ({fault}): {'none is' if last else 'falling back to the one'} before"
+            )
 
     def _load(self, trainer: Trainer, checkpoint: Path, damaged: list[Path]) -> dict[str, Any]:
-        _check_shape(self._config_text, checkpoint)
+        saved = yaml.safe_load((checkpoint / folders.CONFIG).read_text())["model"]
+        check_shape(yaml.safe_load(self.config_text)["model"], saved, checkpoint)
         load_train_state(trainer, checkpoint)
 
         def settle() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A request to save and stop, from SIGTERM or SLURM's SIGUSR1, on which all ranks act at the same step.
+"""A request to save and stop, from SIGTERM, SLURM's SIGUSR1 or Ctrl-C, on which all ranks act at the same step.
 
 Not ``megatron.training.dist_signal_handler``: it watches one signal, always asks the whole world, knows no mixed
 backend, and its package imports the rest of ``megatron.training``, which takes longer than a short run.
@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -38,7 +38,9 @@ def _largest(value: int, group: dist.ProcessGroup | None) -> int:
 
 
 class Interrupt:
-    """Notes SIGTERM and SIGUSR1 while it is entered, and gives the earlier handlers back on exit.
+    """Notes SIGTERM, SIGUSR1 and SIGINT while it is entered, and gives the earlier handlers back on exit.
+
+    A second SIGINT ends the process at once: somebody at a terminal is in a hurry.
 
     Enter it in the main thread, the only one where Python installs handlers (ValueError elsewhere).
 
@@ -73,5 +75,8 @@ class Interrupt:
         return signal.Signals(number).name if number else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         # One assignment only: code that logs or locks here could meet itself in the interrupted main thread.
         self.received = self.received or signal.Signals(number).name

@@ -11,9 +11,10 @@ from typing import Any
 
 from megatron_m1 import mesh as rank_grid
 from megatron_m1.config import Config
-from megatron_m1.config_io import config_text, write_config
+from megatron_m1.config_io import config_text, load_config, write_config
 from megatron_m1.training.build import build_trainer
 from megatron_m1.training.checkpoint import Checkpoints
+from megatron_m1.training.checkpoint_folder import CONFIG, folder_name
 from megatron_m1.training.feed import Feed, global_flops, open_feed
 from megatron_m1.training.interrupt import Interrupt, any_rank
 from megatron_m1.training.lr import learning_rate
@@ -38,6 +39,24 @@ class Progress:
     skipped_in_row: int = 0
 
 
+STREAM_FIELDS = {"data.train", "data.seq_length", "data.reset_at_documents", "train.seed", "train.global_batch_size"}
+"""Fields that decide which tokens come next."""
+FREE_FIELDS = {"data.cache_folder", "data.train_samples", "data.embedded_corpus", "train.max_steps"}
+"""Fields that may differ between the parts of a run without being worth a word."""
+
+
+def changed_fields(saved: Config, now: Config) -> dict[str, str]:
+    """Describe the fields of data, optimizer and training that differ, by dotted path."""
+    changes = {}
+    for group in ("data", "optimizer", "train"):
+        before, after = asdict(getattr(saved, group)), asdict(getattr(now, group))
+        for name, value in before.items():
+            path = f"{group}.{name}"
+            if value != after[name] and path not in FREE_FIELDS:
+                changes[path] = f"{path} {value} -> {after[name]}"
+    return changes
+
+
 class Run:
     """One process's share of a run, between the start (or resume) and the end."""
 
@@ -55,6 +74,9 @@ class Run:
             note=self.note,
         )
         self.progress = self._start_or_resume()
+        # What the run uses, not what was asked for: another number of packs would be another order of the data.
+        self.config = replace(config, data=replace(config.data, train_samples=self.progress.train_samples))
+        self.checkpoints.config_text = config_text(self.config)
         self.guard = StepsGuard(config.train.max_skipped_steps)
         self.guard.load_state_dict({"total": self.progress.skipped_total, "in_row": self.progress.skipped_in_row})
         self.feed: Feed = open_feed(config, mesh, self.progress.train_samples)
@@ -77,12 +99,19 @@ class Run:
             return Progress(train_samples=samples)
         progress = Progress(**state)
         self.note(f"resumed from step {progress.step} ({progress.tokens:,} tokens)")
-        if samples != progress.train_samples:
-            self.note(
-                f"one pass over the data stays {progress.train_samples} packs, as the run began (data.train_samples = "
-                f"{samples} would change their order)"
-            )
+        self._note_changes(progress)
         return progress
+
+    def _note_changes(self, progress: Progress) -> None:
+        """Say what differs from the checkpoint that was loaded."""
+        if self.mesh.rank != 0:
+            return
+        saved = load_config(self.folder / "checkpoints" / folder_name(progress.step) / CONFIG)
+        changes = changed_fields(saved, self.config)
+        if changes:
+            self.note("changed since that checkpoint: " + ", ".join(changes.values()))
+        if STREAM_FIELDS & changes.keys():
+            self.note("so the data are not the stream that would have come: packs are counted on, but cut anew")
 
     def step(self, number: int) -> StepResult:
         """Train on the next global batch and record it.
@@ -139,8 +168,11 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint of the current step (collective)."""
+        began = time.monotonic()
         self.checkpoints.save(self.trainer, asdict(self.progress))
         self.last_save = time.monotonic()
+        how = "is being written in the background" if self.config.run.async_save else "saved"
+        self.note(f"checkpoint {folder_name(self.progress.step)} {how} ({self.last_save - began:.1f} s)")
 
     def save_is_due(self) -> bool:
         """Whether an interval in steps or minutes has passed; the same answer on every rank."""
@@ -159,7 +191,8 @@ def _train(run: Run, watchdog: Watchdog, interrupt: Interrupt) -> str | None:
     stop: str | None = None
     if progress.step >= train.max_steps:
         run.note(
-            f"this run has all its {progress.step} steps: raise train.max_steps to go on, or choose another run.folder"
+            f"nothing to train: the run is at step {progress.step}, train.max_steps is {train.max_steps}; raise it to "
+            "go on, or choose another run.folder"
         )
     window = ProfilerWindow(run.folder, rank=run.mesh.rank, start=train.profile_step_start, end=train.profile_step_end)
     with ExitStack() as stack:
@@ -172,6 +205,8 @@ def _train(run: Run, watchdog: Watchdog, interrupt: Interrupt) -> str | None:
                 if train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps:
                     run.validate()
                 stop = interrupt.should_stop()
+                if stop:
+                    run.note(f"{stop}: saving step {number}, then leaving")
                 if stop or run.save_is_due() or number == train.max_steps:
                     watchdog.progress()
                     run.save()
@@ -207,8 +242,7 @@ def _run_to_the_end(config: Config, mesh: rank_grid.Mesh) -> dict[str, Any]:
             run = Run(config, mesh)
         if mesh.rank == 0:
             run.folder.mkdir(parents=True, exist_ok=True)
-            kept = replace(config.data, train_samples=run.progress.train_samples)
-            write_config(replace(config, data=kept), run.folder / "config.yaml")
+            write_config(run.config, run.folder / "config.yaml")
             run.log = stack.enter_context(_open_log(run))
         watchdog = stack.enter_context(Watchdog(mesh.rank, timeout))
         run.trainer.heartbeat = watchdog.progress

@@ -61,7 +61,8 @@ def _baselines(config: Config, feed: Feed, validation_loss: float) -> dict[str, 
 def show_summary(summary: dict[str, Any]) -> None:
     """Print ``summary`` as a table on standard output."""
     table = Table(title="run", show_header=False)
-    units = {"validation_loss": "nat/token", "unigram_entropy": "nat/token", "bigram_entropy": "nat/token"}
+    losses = ("validation_loss", "unigram_entropy", "bigram_entropy", "below_unigram")
+    units = dict.fromkeys(losses, "nat/token")
     for name, value in summary.items():
         if value is None:
             continue

@@ -19,6 +19,7 @@ from megatron_m1.data.files import file_lock
 from megatron_m1.data.prefix import check_prefix, open_tokens
 from megatron_m1.data.tokenize import tokenize_corpus
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
+from megatron_m1.data.train_tokenizer import train_tokenizer
 from tests.data.test_tokenizers import hugging_face_folder
 
 SENTENCE = "The quick brown fox jumps over the lazy dog number {}.\n"
@@ -116,7 +117,7 @@ def test_a_failure_keeps_the_old_output(tmp_path: Path, model: Path) -> None:
     with pytest.raises(ValueError, match=r"cut\.jsonl\.gz is truncated"):
         tokenize_corpus([tmp_path / "good.jsonl", tmp_path / "cut.jsonl.gz"], prefix, model, workers=1)
     (tmp_path / "empty.jsonl").write_bytes(b'{"text": ""}\n')
-    with pytest.raises(ValueError, match=r"no document is left of 1 input files; skipped: {'empty': 1}"):
+    with pytest.raises(ValueError, match=r"no document that can be used \(skipped: 1 empty\)"):
         tokenize_corpus([tmp_path / "empty.jsonl"], prefix, model, workers=1)
     assert files_of(prefix) == before
     assert {path.name for path in tmp_path.glob("out*")} == {"out.bin", "out.idx", "out.json"}
@@ -206,3 +207,19 @@ def test_two_writers_of_one_prefix(tmp_path: Path, model: Path) -> None:
 def test_wrong_number_of_workers(tmp_path: Path, model: Path) -> None:
     with pytest.raises(ValueError, match="workers is 0"):
         tokenize_corpus([tmp_path], tmp_path / "out", model, workers=0)
+
+
+def test_a_tokenizer_trained_on_the_inputs_cuts_them(tmp_path: Path) -> None:
+    text = "".join(f"the {word} of every {word}ing\n" for word in ("ring", "state", "mesh", "pack", "head") * 20)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": text}) + "\nnot json\n")
+    path = tmp_path / "new" / "own.model"
+    train_tokenizer([tmp_path / "a.jsonl"], path, vocab_size=280, text_key="body")
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode(text)
+    assert tokenizer.vocab_size == 280
+    assert tokenizer.decode(ids) == text
+    assert len(ids) < len(text)
+    with pytest.raises(ValueError, match=r"own\.model is there already"):
+        train_tokenizer([tmp_path / "a.jsonl"], path, vocab_size=280)
+    with pytest.raises(ValueError, match=r"must end in \.model"):
+        train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "folder", vocab_size=280)

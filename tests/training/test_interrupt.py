@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
@@ -16,13 +18,14 @@ SIGNAL_STEP = 3
 
 def train_until_stopped(rank: int, world_size: int, number: signal.Signals) -> tuple[int, str | None, bool]:
     """Send ``number`` to the last rank in mid-step; return the step at which this rank stopped."""
+    earlier = [signal.getsignal(number) for number in SIGNALS]
     with Interrupt() as interrupt:
         for step in range(1, 10):
             if step == SIGNAL_STEP and rank == world_size - 1:
                 os.kill(os.getpid(), number)
             if interrupt.should_stop():
                 break
-    restored = all(signal.getsignal(number) is signal.SIG_DFL for number in SIGNALS)
+    restored = [signal.getsignal(number) for number in SIGNALS] == earlier
     return step, interrupt.received, restored
 
 
@@ -39,6 +42,20 @@ def test_all_ranks_stop_at_the_same_step(workers: WorkerPool, number: signal.Sig
         (SIGNAL_STEP, None, True),
         (SIGNAL_STEP, number.name, True),
     ]
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
+    program = """
+import signal
+from megatron_m1.training.interrupt import Interrupt
+with Interrupt() as interrupt:
+    signal.raise_signal(signal.SIGINT)
+    print(interrupt.received, flush=True)
+    signal.raise_signal(signal.SIGINT)
+    print("still here", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "SIGINT\n", "")
 
 
 def test_only_the_given_group_agrees(workers: WorkerPool) -> None:

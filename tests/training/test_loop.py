@@ -15,6 +15,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_m1.config_io import parse_config
+from megatron_m1.training.loop import changed_fields
 from tests.harness import WorkerPool
 from tests.training import loop_runs as runs
 from tests.training.loop_runs import Setting
@@ -154,7 +156,20 @@ def test_more_steps_keep_the_order_of_the_data(train: Train, straight: Path) -> 
     train(("train.max_steps", 4), derived)
     folder, _ = train(derived)
     assert runs.trace(folder) == runs.trace(straight)
-    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["train_samples"] == runs.PACKS_IN_A_PASS
+    for place in (folder, folder / "checkpoints" / "step_00000012"):
+        assert yaml.safe_load((place / "config.yaml").read_text())["data"]["train_samples"] == runs.PACKS_IN_A_PASS
+
+
+def test_what_has_changed_since_the_checkpoint_is_told() -> None:
+    saved = parse_config([], [])
+    now = parse_config(
+        [], ["--optimizer.lr=0.1", "--data.seq_length=64", "--train.max_steps=7", "--data.cache_folder=x"]
+    )
+    assert changed_fields(saved, saved) == {}
+    assert changed_fields(saved, now) == {
+        "data.seq_length": "data.seq_length 8192 -> 64",
+        "optimizer.lr": "optimizer.lr 0.0002 -> 0.1",
+    }
 
 
 def test_saving_by_the_clock_in_the_background_changes_nothing(train: Train, straight: Path) -> None:
