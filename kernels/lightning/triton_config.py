@@ -1,0 +1,41 @@
+"""How the walk is compiled: few configurations, each with its reason."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class WalkConfig:
+    """Compile-time choices of ``triton_walk.walk`` for one pair of head dims and one dtype."""
+
+    block_t: int
+    """Tokens of a chunk."""
+    block_a: int
+    """A, padded to a power of two: a program holds all rows of a state."""
+    block_c: int
+    """Columns of a state that a program holds."""
+    warps: int
+    stages: int
+    """Chunks in flight: 2 loads the next one while this one is multiplied."""
+    precision: str
+    """Of products of float32: three TF32 products reach float32's. "upcast" is for Triton's interpreter alone."""
+
+
+def _padded(size: int) -> int:
+    """The power of two that holds ``size``; 16 is the least that the matrix instructions take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def walk_config(width_a: int, width_c: int, dtype: torch.dtype, silu: bool = False) -> WalkConfig:
+    """The configuration for states [width_a, width_c] of inputs in ``dtype``, through SiLU or not.
+
+    16-bit: chunks of 64 tokens are the least that wgmma takes, and more would waste products above the diagonal; 8 warps
+    and 64 columns hold a state of 128 rows in 32 registers a thread. SiLU widens its rows to float32 in registers, which
+    leaves room for 32 columns alone.
+    """
+    block_a, block_c = _padded(width_a), _padded(width_c)
+    if dtype == torch.float32:
+        return WalkConfig(32, block_a, min(block_c, 32), 4 if block_a <= 128 else 8, 1, "tf32x3")
+    block_c = min(block_c, 32 if silu or block_a > 128 else 64)
+    return WalkConfig(64, block_a, block_c, 8, 2 if silu or block_a > 128 else 3, "ieee")
