@@ -40,7 +40,12 @@ def _cut(start: int, end: int, most: int) -> list[tuple[int, int]]:
 
 
 def plan_walk(
-    bounds: Sequence[int], state_in: Sequence[int], state_out: Sequence[int], most: int, reverse: bool
+    bounds: Sequence[int],
+    state_in: Sequence[int],
+    state_out: Sequence[int],
+    most: int,
+    reverse: bool,
+    only_kept: bool = False,
 ) -> Plan:
     """Cut documents [bounds[n], bounds[n + 1]) into segments of at most ``most`` tokens.
 
@@ -50,9 +55,12 @@ def plan_walk(
         state_out: N slots of the states that they are left with.
         most: tokens, at least 1.
         reverse: walk from each document's last token to its first.
+        only_kept: leave out the documents whose state is not kept.
     """
     plan = Plan([], [], [])
     for document, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if only_kept and state_out[document] == NONE:
+            continue
         pieces = _cut(start, end, most)
         if reverse:
             pieces.reverse()

@@ -33,14 +33,14 @@ class Documents:
         """Final states to be written."""
         return sum(slot != NONE for slot in self.final)
 
-    def plan(self, walk: "Walk", reverse: bool) -> Plan:
+    def plan(self, walk: "Walk", reverse: bool, only_kept: bool = False) -> Plan:
         """Cut the pack for ``walk``."""
         most = self.segment_tokens
         if most is None:
             processors = _processors(walk.c.device)
             most = segment_tokens(self.bounds[-1], walk.programs, processors, walk.config.block_t)
         states = (self.final, self.initial) if reverse else (self.initial, self.final)
-        return plan_walk(self.bounds, *states, most, reverse)
+        return plan_walk(self.bounds, *states, most, reverse, only_kept)
 
 
 def _processors(device: torch.device) -> int:
@@ -105,7 +105,7 @@ class Walk:
             REVERSE=self.reverse, QUERIES=output is not None, KEYS=keys,
             STATES_IN=state_in is not None, CARRIES_IN=carry_in is not None, STATES_OUT=state_out is not None,
             SILU_A=self.silu[0], SILU_B=self.silu[1], SILU_C=self.silu[2], SILU_GRAD=raw is not None,
-            PRECISION="upcast" if triton.knobs.runtime.interpret else config.precision, STAGES=config.stages, num_warps=config.warps,
+            PRECISION=config.precision, STAGES=config.stages, num_warps=config.warps,
         )  # fmt: skip
 
     def carries(self, plan: Plan, state_in: Tensor | None, keys: bool = True) -> Tensor | None:
@@ -130,7 +130,7 @@ def _table(segments: Any, device: torch.device) -> Tensor:
     return torch.tensor(list(rows_of(segments)), dtype=torch.int32).to(device, non_blocking=True)
 
 
-def _rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
     """``x`` [T, H, D] itself if its last dimension is dense, as the kernels read it."""
     return x if x.stride(2) == 1 else x.contiguous()
 
@@ -209,7 +209,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and the initial states."""
         q, k, v, slopes, initial_state = ctx.saved_tensors
-        grad_output = torch.zeros_like(v) if grads[0] is None else _rows(grads[0])
+        grad_output = torch.zeros_like(v) if grads[0] is None else dense_rows(grads[0])
         grad_final = None if grads[1] is None else grads[1].contiguous()
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
         with torch.cuda.device_of(q):
@@ -242,7 +242,7 @@ class _SiluAttention(torch.autograd.Function):
         q, k, v = parts[:, :, :3].unbind(2)
         dq, dk, dv = grad[:, :, :3].unbind(2)
         with torch.cuda.device_of(parts):
-            _backward((q, k, v), slopes, None, ctx.documents, True, _rows(grads[0]), None, (dq, dk, dv))
+            _backward((q, k, v), slopes, None, ctx.documents, True, dense_rows(grads[0]), None, (dq, dk, dv))
         return grad, None, None
 
 
@@ -293,7 +293,7 @@ def triton_lightning_attention(
     documents = Documents(cu_seqlens, initial_index, final_index if output_final_state else nobody, segment_tokens)
     state = None if initial_state is None else initial_state.contiguous()
     result: tuple[Tensor, Tensor | None] = _Attention.apply(
-        _rows(q), _rows(k), _rows(v), slopes.float().contiguous(), state, documents
+        dense_rows(q), dense_rows(k), dense_rows(v), slopes.float().contiguous(), state, documents
     )
     return result
 
@@ -308,4 +308,53 @@ def triton_silu_attention(
     result: tuple[Tensor, Tensor] = _SiluAttention.apply(
         parts if parts.stride(3) == 1 else parts.contiguous(), slopes.float().contiguous(), documents
     )
+    return result
+
+
+class _State(torch.autograd.Function):
+    """The states that tokens alone leave."""
+
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, v: Tensor, slopes: Tensor, documents: Documents) -> Tensor:
+        """[K, H, Dk, Dv]."""
+        ctx.save_for_backward(k, v, slopes)
+        ctx.documents = documents
+        states = torch.empty(documents.states_kept, *k.shape[1:], v.shape[2], dtype=torch.float32, device=k.device)
+        walk_s = Walk(k, k, v, slopes)
+        plan = documents.plan(walk_s, reverse=False, only_kept=True)
+        with torch.cuda.device_of(k):
+            carries = walk_s.carries(plan, None)
+            walk_s.launch(_table(plan.segments, k.device), None, None, carries, states)
+        return states
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of k and v: zero in documents whose state was not asked for."""
+        k, v, slopes = ctx.saved_tensors
+        dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
+        grad = grads[0].contiguous()
+        walk_v = Walk(k, k, v, slopes, reverse=True)
+        walk_k = Walk(v, v, k, slopes, reverse=True, transposed=True)
+        with torch.cuda.device_of(k):
+            for walk_x, output in ((walk_v, dv), (walk_k, dk)):
+                plan = ctx.documents.plan(walk_x, reverse=True)
+                carries = walk_x.carries(plan, grad, keys=False)
+                walk_x.launch(_table(plan.segments, k.device), output, grad, carries, None, keys=False)
+        return dk, dv, None, None
+
+
+def triton_lightning_state(
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    cu_seqlens: Sequence[int],
+    final_index: Sequence[int],
+    *,
+    segment_tokens: int | None = None,
+) -> Tensor:
+    """Run the kernels; arguments and result as in ``selected.lightning_state``, already checked."""
+    check_triton(k, k.shape[2], v.shape[2])
+    documents = Documents(cu_seqlens, [NONE] * len(final_index), final_index, segment_tokens)
+    result: Tensor = _State.apply(dense_rows(k), dense_rows(v), slopes.float().contiguous(), documents)
     return result

@@ -19,7 +19,7 @@ class WalkConfig:
     stages: int
     """Chunks in flight: 2 loads the next one while this one is multiplied."""
     precision: str
-    """Of products of float32: three TF32 products reach float32's. "upcast" is for Triton's interpreter alone."""
+    """Of products of float32: three TF32 products reach float32's."""
 
 
 def _padded(size: int) -> int:

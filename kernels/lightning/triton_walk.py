@@ -11,6 +11,9 @@ what the states at a segment's two ends are and why one loop is enough. Exponent
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""Triton's interpreter runs the kernels on the CPU (TRITON_INTERPRET=1); in two places it needs help with bfloat16."""
+
 START = tl.constexpr(0)
 LENGTH = tl.constexpr(1)
 STATE_IN = tl.constexpr(2)
@@ -22,19 +25,19 @@ COLUMNS = tl.constexpr(5)
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """``x`` in ``dtype``, rounded to nearest, which Triton's interpreter does not do unless told."""
-    if dtype == tl.float32:
-        return x
-    return x.to(dtype, fp_downcast_rounding="rtne")
+    """``x``, float32, in ``dtype``, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        # Triton's interpreter cuts the bits off instead of rounding.
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
 def load_rows(base, steps, inside, stride, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SILU: tl.constexpr):
     """Rows of ``base`` [T, ...], columns [first, first + BLOCK): zero outside, through SiLU if asked."""
     columns = first + tl.arange(0, BLOCK)
-    mask = inside[:, None]
-    if WIDTH % BLOCK != 0:
-        mask = mask & (columns < WIDTH)[None, :]
+    mask = inside[:, None] & (columns < WIDTH)[None, :]
     x = tl.load(base + (steps[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
     if SILU:
         wide = x.to(tl.float32)
@@ -60,7 +63,7 @@ def add_state(state, base, slot, head, heads, stride_a, stride_c, A: tl.constexp
 @triton.jit
 def multiply(x, y, to, PRECISION: tl.constexpr):
     """``to + x y`` in float32."""
-    if PRECISION == "upcast":
+    if INTERPRETED:
         # Triton's interpreter multiplies bfloat16 as if its bits were integers.
         return tl.dot(x.to(tl.float32), y.to(tl.float32), to)
     return tl.dot(x, y, to, input_precision=PRECISION)
@@ -84,9 +87,7 @@ def store_rows(
 ):
     """Store ``x``, times the derivative of SiLU at ``raw`` if asked."""
     columns = first + tl.arange(0, x.shape[1])
-    mask = inside[:, None]
-    if WIDTH % x.shape[1] != 0:
-        mask = mask & (columns < WIDTH)[None, :]
+    mask = inside[:, None] & (columns < WIDTH)[None, :]
     if SILU_GRAD:
         wide = tl.load(raw + (steps[:, None] * raw_stride + columns[None, :]), mask=mask, other=0.0).to(tl.float32)
         gate = tl.sigmoid(wide)
@@ -166,7 +167,8 @@ def chain(carries, slopes, table, chains, heads, SIZE: tl.constexpr, BLOCK: tl.c
     first, count = tl.load(chains + 2 * tl.program_id(2)), tl.load(chains + 2 * tl.program_id(2) + 1)
     slope = tl.load(slopes + head).to(tl.float32)
     state = tl.zeros([BLOCK], dtype=tl.float32)
-    for slot in range(first, first + count):
+    for i in tl.range(0, count):
+        slot = first + i
         length = tl.load(table + slot * COLUMNS + LENGTH)
         pointers = carries + (slot.to(tl.int64) * heads + head) * SIZE + at
         state = state * tl.exp(-slope * length) + tl.load(pointers, mask=at < SIZE, other=0.0)
