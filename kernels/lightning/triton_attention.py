@@ -48,6 +48,14 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def _capability(device: torch.device) -> int:
+    """10 x major + minor; the interpreter takes what an H100 would."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 @dataclass(frozen=True)
 class Walk:
     """One direction over a pack: which tensors take which part, see ``triton_walk.py``."""
@@ -73,7 +81,7 @@ class Walk:
     @property
     def config(self) -> WalkConfig:
         """How the kernel is compiled for these tensors."""
-        return walk_config(*self.sizes, self.c.dtype, any(self.silu))
+        return walk_config(*self.sizes, self.c.dtype, _capability(self.c.device), any(self.silu))
 
     @property
     def programs(self) -> int:
