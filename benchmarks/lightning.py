@@ -121,7 +121,7 @@ def measure(op: Op, tensors: list[Tensor], slopes: Tensor, bounds: list[int]) ->
 
 
 def rates(row: dict[str, Any], tokens: int, top: dict[str, float]) -> dict[str, float]:
-    """Bytes that must move (q, k, v, o; and backward q, k, v, do, dq, dk, dv) and products that must be made, a second."""
+    """What must move (q, k, v, o; backward q, k, v, do, dq, dk, dv) and be multiplied, a second."""
     tensor = tokens * HEADS * WIDTH
     result = {}
     for name, tensors, products in (("forward", 4, 4), ("both", 11, 12)):

@@ -30,6 +30,8 @@ from megatron_m1.kernels.rmsnorm import triton_norm
 CAPABILITIES = (80, 90, 100)
 TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 INPUTS = {"a", "b", "c", "o", "raw", "q", "k", "v", "x", "y", "weight", "gate", "grad", "grad_x", "grad_gate"}
+FLOATS = {"slopes", "state", "new_state", "state_in", "carry_in", "state_out", "carries"}
+FLOATS |= {"total", "projection", "grad_weight"}
 MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
 
 
@@ -71,7 +73,7 @@ ROLES: dict[str, dict[str, bool]] = {
 def walk_build(role: str, capability: int, dtype: torch.dtype, width_a: int, width_c: int) -> Build:
     """The walk in a role, with the configuration that ships."""
     flags = _PLAIN | ROLES[role]
-    silu = flags["SILU_A"] or flags["SILU_B"] or flags["SILU_C"]
+    silu = (flags["SILU_A"], flags["SILU_B"], flags["SILU_C"])
     config = walk_config(width_a, width_c, dtype, capability, silu)
     constants = flags | dict(
         A=width_a, C=width_c, BLOCK_T=config.block_t, BLOCK_A=config.block_a, BLOCK_C=config.block_c,
@@ -128,9 +130,7 @@ def _source(build: Build) -> ASTSource:
             signature[name] = TYPES[build.dtype]
         elif name in ("table", "chains"):
             signature[name] = "*i32"
-        elif name in ("slopes", "state", "new_state", "state_in", "carry_in", "state_out", "carries"):
-            signature[name] = "*fp32"
-        elif name in ("total", "projection", "grad_weight"):
+        elif name in FLOATS:
             signature[name] = "*fp32"
         else:
             signature[name] = "fp32" if name == "eps" else "i32"

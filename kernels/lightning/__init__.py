@@ -1,6 +1,6 @@
 """Lightning attention, the linear attention of MiniMax-M1: causal, without softmax, with a fixed decay per head.
 
-README.md has the math, ``naive.py`` the truth, ``chunk.py`` the form that is fast on CPUs, ``triton_walk.py`` the kernels.
+README.md has the math, ``naive.py`` the truth, ``chunk.py`` the form for CPUs, ``triton_walk.py`` the kernels for GPUs.
 """
 
 from collections.abc import Sequence
@@ -84,7 +84,8 @@ def lightning_attention(
         initial_state: the state before each document's first token, [N, H, Dk, Dv] float32 (float64 for float64
             inputs). Default: zero.
         output_final_state: also return the state after each document's last token.
-        backend: "naive" (token by token, for comparison), "chunk" (torch) or "triton" (GPU); default ``choose_backend(q.device)``.
+        backend: "naive" (token by token, for comparison), "chunk" (torch) or "triton" (GPU); default
+            ``choose_backend(q.device)``.
 
     Returns:
         o [T, H, Dv] in v's dtype, contiguous; with ``output_final_state`` the pair (o, final_state), final_state being

@@ -18,8 +18,8 @@ def silu_lightning_attention(
 ) -> tuple[Tensor, Tensor]:
     """``lightning_attention`` of SiLU(q), SiLU(k), SiLU(v), read from and differentiated into one tensor.
 
-    On GPUs the kernels apply SiLU to what they load and its derivative to what they store, and read q, k and v where they
-    are; nothing is copied, and only ``parts`` is kept for backward.
+    On GPUs the kernels apply SiLU to what they load and its derivative to what they store, and read q, k and v where
+    they are; nothing is copied, and only ``parts`` is kept for backward.
 
     Args:
         parts: [T, H, P, D], P >= 3: q, k, v of each head, then P - 3 parts that ride along, such as the output gate.

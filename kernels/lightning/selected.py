@@ -1,8 +1,8 @@
 """Lightning attention whose states belong to selected documents, and the state of tokens alone.
 
-A state of MiniMax-M1's size takes 4 MiB a document, and a pack can hold hundreds of documents of which one or two carry a
-state over a boundary. These are the pieces of sequence parallelism: ``lightning_state`` first, then communication beside
-whatever else there is to do, then ``lightning_attention_selected`` from the states that came in.
+A state of MiniMax-M1's size takes 4 MiB a document, and a pack can hold hundreds of documents of which one or two carry
+a state over a boundary. These are the pieces of sequence parallelism: ``lightning_state`` first, then communication
+beside whatever else there is to do, then ``lightning_attention_selected`` from the states that came in.
 """
 
 from collections.abc import Sequence
@@ -70,8 +70,8 @@ def lightning_attention_selected(
         backend: as in ``lightning_attention``.
 
     Returns:
-        o [T, H, Dv] in v's dtype, and the kept states [K, H, Dk, Dv], or None if there is none. Differentiable once in q,
-        k, v and initial_state; a slot that no document begins with has gradient zero.
+        o [T, H, Dv] in v's dtype, and the kept states [K, H, Dk, Dv], or None if there is none. Differentiable once in
+        q, k, v and initial_state; a slot that no document begins with has gradient zero.
 
     Raises:
         ValueError: as ``lightning_attention``; an index of another length, with a slot twice, out of range or left out.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_m1.kernels.lightning.segments import NONE, Plan, plan_walk, rows_of, segment_tokens
-from megatron_m1.kernels.lightning.triton_config import WalkConfig, walk_config
+from megatron_m1.kernels.lightning.triton_config import NO_SILU, Silu, WalkConfig, walk_config
 from megatron_m1.kernels.lightning.triton_walk import chain, walk
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,7 +70,7 @@ class Walk:
     reverse: bool = False
     transposed: bool = False
     """States are [N, H, C, A] in memory, as seen from this walk."""
-    silu: tuple[bool, bool, bool] = (False, False, False)
+    silu: Silu = NO_SILU
     """Take a, b, c through SiLU."""
 
     @property
@@ -81,7 +81,7 @@ class Walk:
     @property
     def config(self) -> WalkConfig:
         """How the kernel is compiled for these tensors."""
-        return walk_config(*self.sizes, self.c.dtype, _capability(self.c.device), any(self.silu))
+        return walk_config(*self.sizes, self.c.dtype, _capability(self.c.device), self.silu)
 
     @property
     def programs(self) -> int:
@@ -99,7 +99,7 @@ class Walk:
         keys: bool = True,
         raw: Tensor | None = None,
     ) -> None:
-        """Walk ``segments`` [S, 5]: write ``output`` [T, H, C] (times SiLU's derivative at ``raw``) and ``state_out``."""
+        """Write ``output`` [T, H, C], times SiLU's derivative at ``raw``, and ``state_out`` of ``segments`` [S, 5]."""
         (width_a, width_c), heads, config = self.sizes, self.c.shape[1], self.config
         unused = self.slopes
         rows = [self.a, self.b, self.c, unused if output is None else output, unused if raw is None else raw]

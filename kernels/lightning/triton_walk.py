@@ -47,7 +47,7 @@ def load_rows(base, steps, inside, stride, first, WIDTH: tl.constexpr, BLOCK: tl
 
 @triton.jit
 def state_tile(base, slot, head, heads, stride_a, stride_c, A: tl.constexpr, C: tl.constexpr, first_c, like):
-    """Pointers and mask, shaped as ``like``, of a tile of state ``slot`` in ``base`` [N, H, A x C]; none for slot -1."""
+    """Pointers and mask, shaped as ``like``, of a tile of state ``slot`` in ``base`` [N, H, A x C]; -1 has none."""
     a, c = tl.arange(0, like.shape[0]), first_c + tl.arange(0, like.shape[1])
     pointers = base + (slot.to(tl.int64) * heads + head) * (A * C) + a[:, None] * stride_a + c[None, :] * stride_c
     return pointers, (a < tl.where(slot >= 0, A, 0))[:, None] & (c < C)[None, :]
@@ -82,9 +82,7 @@ def add_keys(state, b, c, weight, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def store_rows(
-    base, steps, inside, stride, first, x, raw, raw_stride, WIDTH: tl.constexpr, SILU_GRAD: tl.constexpr
-):
+def store_rows(base, steps, inside, stride, first, x, raw, raw_stride, WIDTH: tl.constexpr, SILU_GRAD: tl.constexpr):
     """Store ``x``, times the derivative of SiLU at ``raw`` if asked."""
     columns = first + tl.arange(0, x.shape[1])
     mask = inside[:, None] & (columns < WIDTH)[None, :]
@@ -160,7 +158,7 @@ def walk(
 def chain(carries, slopes, table, chains, heads, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     """Turn each segment's own state into the state of its document up to there, in place.
 
-    One program: BLOCK of a state's SIZE numbers, a head, a document. Grid: (SIZE / BLOCK, heads, documents with carries).
+    One program: BLOCK of a state's SIZE numbers, a head, a document. Grid: (SIZE / BLOCK, heads, documents).
     """
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     head = tl.program_id(1).to(tl.int64)

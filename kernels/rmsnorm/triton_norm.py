@@ -1,6 +1,6 @@
 """RMSNorm x sigmoid gate as Triton kernels: one pass over memory each way; the mean square can be shared between ranks.
 
-    i = 1 / sqrt(total / width + eps)     s = sigmoid(a)     y = x i w s           total = sum over the full width of x^2
+    i = 1 / sqrt(total / width + eps)     s = sigmoid(a)     y = x i w s     total = sum over the full width of x^2
 
 Where tensor parallelism splits the width, ``total`` is the sum of the ranks' sums, and so is sum(P) in backward, with
 P = dy s x w: dx = i dy s w - x i^3 sum(P) / width. Both partial sums come out of a kernel of their own.

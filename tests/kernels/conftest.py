@@ -1,4 +1,4 @@
-"""Triton's kernels run under its interpreter here: it must be chosen before the modules that define them are imported."""
+"""Triton's kernels run under its interpreter here, which must be chosen before they are imported."""
 
 import os
 

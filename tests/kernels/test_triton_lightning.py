@@ -28,8 +28,8 @@ pytestmark = pytest.mark.usefixtures("nan_memory")
 def bound(name: str, dtype: torch.dtype, tokens: int) -> float:
     """The relative error allowed: twice that of the recurrence with its operands rounded to ``dtype``.
 
-    With unit roundoff u = 2^-9 (bfloat16) or 2^-12 (float16), the recurrence rounds S, or the score that stands for it,
-    before the product and the result after it: two roundings of at most u, so at most 2 u, twice that is 4 u. States are
+    With unit roundoff u = 2^-9 (bfloat16) or 2^-12 (float16), the recurrence rounds S, or the score that stands for
+    it, before the product and the result after it: two roundings of at most u make 2 u, and twice that is 4 u. States are
     summed in float32 from operands in two terms, each rounded: u^2. On top comes float32's walk over the sum.
     """
     floor = 4 * tolerance(torch.float32, tokens)
@@ -144,9 +144,7 @@ def test_million_token_decays_stay_finite() -> None:
     k, v = (torch.zeros(1, 3, 16) for _ in range(2))
     slopes = EXTREME * 2.0**20  # one token that lasts as long as 2^20
     state = torch.full((1, 3, 16, 16), 1e30)
-    _, final = lightning_attention(
-        k, k, v, slopes, initial_state=state, output_final_state=True, backend="triton"
-    )
+    _, final = lightning_attention(k, k, v, slopes, initial_state=state, output_final_state=True, backend="triton")
     assert bool(final.isfinite().all())
 
 
