@@ -34,7 +34,7 @@ def walk_config(width_a: int, width_c: int, dtype: torch.dtype, capability: int,
     """The configuration for states [width_a, width_c].
 
     16 bits: chunks of 64 tokens are the least that wgmma takes, and more would waste products above the diagonal; 8
-    warps and 64 columns hold a state of 128 rows in 32 registers a thread. SiLU widens its rows to float32 in registers,
+    warps and 64 columns hold a state of 128 rows in 32 registers a thread. SiLU widens its rows to float32 in registers
     and mma.sync keeps both operands there: that leaves room for less. Compiled, none of these spills up to 128 rows.
 
     Args:
