@@ -28,9 +28,9 @@ pytestmark = pytest.mark.usefixtures("nan_memory")
 def bound(name: str, dtype: torch.dtype, tokens: int) -> float:
     """The relative error allowed: twice that of the recurrence with its operands rounded to ``dtype``.
 
-    With unit roundoff u = 2^-9 (bfloat16) or 2^-12 (float16), the recurrence rounds S or the score that stands
-    for it before the product and the result after it: two roundings of at most u make 2 u, and twice that is 4 u. States are
-    summed in float32 from operands in two terms, each rounded: u^2. On top comes float32's walk over the sum.
+    With unit roundoff u = 2^-9 (bfloat16) or 2^-12 (float16), the recurrence rounds S or the score that stands for
+    it before the product and the result after it: two roundings of at most u make 2 u, and twice that is 4 u. States
+    are summed in float32 from operands in two terms, each rounded: u^2. On top comes float32's walk over the sum.
     """
     floor = 4 * tolerance(torch.float32, tokens)
     if dtype == torch.float32:

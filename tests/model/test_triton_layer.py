@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -18,7 +16,6 @@ TOLERANCE = 1e-5
 
 def layer_gradients(rank: int, world_size: int, backend: str) -> dict[str, Tensor]:
     """The first layer's output and the gradients of its input and of every parameter."""
-    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
     trainer = start(run_config({}, lightning_backend=backend), world_size)
     layer = trainer.chunks[0].module.decoder.layers[0]
     generator = torch.Generator().manual_seed(5)
