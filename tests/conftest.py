@@ -9,7 +9,6 @@ import pytest
 
 from tests.harness import WorkerPool, nan_filled_empty
 
-
 # Triton's kernels run under its interpreter, which must be chosen before anything imports triton, here and in workers.
 os.environ["TRITON_INTERPRET"] = "1"
 
