@@ -143,7 +143,7 @@ def test_one_token_of_each_sequence() -> None:
 
 
 def test_million_token_decays_stay_finite() -> None:
-    """What a document of a million tokens leaves of a state: nothing, or 7e-32 of it, never NaN."""
+    """What a million tokens leave of a state: nothing, or 3e-23 of it, never NaN."""
     k, v = (torch.zeros(1, 3, 16) for _ in range(2))
     slopes = EXTREME * 2.0**20  # one token that lasts as long as 2^20
     state = torch.full((1, 3, 16, 16), 1e30)
