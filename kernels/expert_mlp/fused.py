@@ -1,7 +1,7 @@
 """An expert's MLP with its own backward pass: fewer temporaries, and row counts that repeat.
 
 Experts get another number of tokens at every step, and oneDNN generates code for every shape it meets. So rows are
-rounded up with zeros to one of 8 counts per power of two, once, and stay so through all six products.
+rounded up with zeros to one of 16 counts per power of two, once, and stay so through all six products.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from megatron_m1.kernels.matmul import matmul
 
 
 def round_up_rows(rows: int) -> int:
-    """Round ``rows`` up to a count of at most 4 significant bits: at most an eighth more."""
-    step = 1 << max(rows.bit_length() - 4, 0)
+    """Round ``rows`` up to a count of at most 5 significant bits: at most a sixteenth more."""
+    step = 1 << max(rows.bit_length() - 5, 0)
     return -(-rows // step) * step
 
 
@@ -44,7 +44,8 @@ class FusedExpertMlp(torch.autograd.Function):
         grad = pad(grads[0], (0, 0, 0, ctx.extra))  # [m', hidden]: zero rows add nothing to the weights' gradients
         gate, up = projected.chunk(2, dim=-1)
         weights = scale.unsqueeze(-1)
-        activated = silu(gate)
+        opened = torch.sigmoid(gate)
+        activated = gate * opened  # silu(gate)
         hidden = activated * up
         grad_weighted = matmul(grad, fc2)  # [m', ffn]
         grad_scale = torch.linalg.vecdot(grad_weighted.to(scale.dtype), hidden.to(scale.dtype))
@@ -53,7 +54,8 @@ class FusedExpertMlp(torch.autograd.Function):
         grad_projected = torch.empty_like(projected)
         grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
         torch.mul(grad_hidden, activated, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), gate, grad_input=grad_gate)
+        # The derivative of silu is s + a (1 - s), a = gate s; torch's own backward of it is not vectorised.
+        torch.mul(grad_hidden.mul_(up), torch.lerp(activated, opened.new_ones(()), opened), out=grad_gate)
         grad_fc1 = matmul(grad_projected.t(), x)
         grad_x = matmul(grad_projected, fc1)
         return grad_x[: ctx.rows], grad_scale[: ctx.rows], grad_fc1, grad_fc2

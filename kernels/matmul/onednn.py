@@ -19,8 +19,9 @@ def onednn_serves(a: Tensor, b: Tensor) -> bool:
 
 def onednn_matmul(a: Tensor, b: Tensor) -> Tensor:
     """``a`` [m, k] times ``b`` [k, n]: [m, n]. Code is generated at the first product of each (m, k, n)."""
-    if a.stride(0) == 1 and a.shape[0] > b.shape[1]:
-        # oneDNN is handed a contiguous first factor: copy the smaller of the two, as for a weight's gradient G^T X.
+    m, k, n = *a.shape, b.shape[1]
+    if a.stride(0) == 1 and m * k > n * k + m * n:
+        # oneDNN takes the first factor by rows. Of a tall weight gradient G^T X it is cheaper to copy X and the result.
         return onednn_matmul(b.t(), a.t()).t().contiguous()
     product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return product

@@ -56,7 +56,7 @@ class ColumnParallelWeight(ColumnParallelLinear):
     Reading the attribute would not run the module's hooks, in which DDP waits for parameters that are gathered late.
     """
 
-    def forward(self) -> Tensor:  # type: ignore[override]
+    def forward(self) -> Tensor:
         """This rank's rows, [out / tp, in]."""
         return self.weight
 
@@ -64,7 +64,7 @@ class ColumnParallelWeight(ColumnParallelLinear):
 class RowParallelWeight(RowParallelLinear):
     """The matrix of a ``RowParallelLinear``, returned by calling it, for the same reason."""
 
-    def forward(self) -> Tensor:  # type: ignore[override]
+    def forward(self) -> Tensor:
         """This rank's columns, [out, in / tp]."""
         return self.weight
 

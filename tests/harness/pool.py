@@ -93,7 +93,7 @@ class WorkerPool:
         function: Callable[..., Any],
         *arguments: Any,
         world_size: int = 4,
-        timeout: float = 120.0,
+        timeout: float = 240.0,
         process_group: bool = True,
     ) -> list[Any]:
         """Run ``function(rank, world_size, *arguments)`` on every rank inside a fresh gloo process group.
@@ -170,10 +170,8 @@ class WorkerPool:
         missing = [rank for rank in range(world_size) if rank not in answers]
         stuck = "".join(f"\n--- rank {rank} did not answer:\n{self._workers[rank].stacks()}" for rank in missing)
         for rank in range(world_size):
-            if rank in missing or not self._workers[rank].process.is_alive():
-                self._workers[rank].kill()
-                self._workers[rank] = Worker(rank, Path(self._folder.name))
-            elif answers[rank].threads > MOST_THREADS:
+            dead = rank in missing or not self._workers[rank].process.is_alive()
+            if dead or answers[rank].threads > MOST_THREADS:
                 self._workers[rank].kill()
                 self._workers[rank] = Worker(rank, Path(self._folder.name))
         failures = [(rank, answer) for rank, answer in answers.items() if answer.error is not None]
