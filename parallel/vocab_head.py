@@ -1,4 +1,4 @@
-"""The language-model head over a vocabulary split between ranks, and its cross-entropy without the logits of a sequence.
+"""The language-model head over a vocabulary split between ranks, and its loss without the logits of a whole sequence.
 
 One fp32 copy of MiniMax-M1's logits of 1M tokens is 3 GiB a rank even when 256 ranks share it. Here logits are made for
 a chunk of tokens at a time, in forward and again in backward; between the two one chunk's are kept, and two numbers a
@@ -91,7 +91,9 @@ def _chunks(rows: int, ranks: int, weight: Tensor, chunk_bytes: int) -> list[sli
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _gathered(hidden: Tensor, chunks: Sequence[slice], group: dist.ProcessGroup, dtype: torch.dtype) -> Iterator[Tensor]:
+def _gathered(
+    hidden: Tensor, chunks: Sequence[slice], group: dist.ProcessGroup, dtype: torch.dtype
+) -> Iterator[Tensor]:
     """Yield each chunk's tokens of all ranks, [tp * c, D], rank after rank; the next chunk's travel meanwhile."""
     if group.size() == 1:
         for rows in chunks:
@@ -164,7 +166,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         ranks = group.size()
         labels = labels.view(ranks, -1)  # [T] -> [tp, T / tp]
         chunks = _chunks(hidden.shape[0], ranks, weight, chunk_bytes)
-        # each [tp, T / tp]
+        # per token, as the labels: [tp, T / tp] each
         top, total, target = (hidden.new_empty(labels.shape, dtype=torch.float32) for _ in range(3))
         with _precision(ieee_fp32):
             for rows, tokens in zip(chunks, _gathered(hidden, chunks, group, weight.dtype), strict=True):
@@ -219,7 +221,7 @@ class _VocabParallelLoss(torch.autograd.Function):
 
 
 def _scattered(partial: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Any]:
-    """This rank's share of the ranks' sum of ``partial``, [tp * c, D] -> [c, D], complete once the work is waited for."""
+    """This rank's share of the ranks' sum of ``partial``, [tp * c, D] -> [c, D], once the work is waited for."""
     if group.size() == 1:
         return partial, None
     part = partial.new_empty(partial.shape[0] // group.size(), partial.shape[1])

@@ -63,9 +63,7 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         return logits, None
 
 
-def _loss_of_output_layer(
-    *, hidden_states: Tensor, output_layer: OutputLayer, labels: Tensor, **unused: Any
-) -> Tensor:
+def _loss_of_output_layer(*, hidden_states: Tensor, output_layer: OutputLayer, labels: Tensor, **unused: Any) -> Tensor:
     # unused: what megatron-core hands to every output processor (masks, contexts, its own loss).
     loss, _ = output_layer(hidden_states, labels=labels)
     return loss
