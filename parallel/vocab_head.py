@@ -164,7 +164,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         ieee_fp32: bool,
     ) -> Tensor:
         ranks = group.size()
-        labels = labels.view(ranks, -1)  # [T] -> [tp, T / tp]
+        labels = labels.reshape(ranks, -1)  # [T] -> [tp, T / tp]
         chunks = _chunks(hidden.shape[0], ranks, weight, chunk_bytes)
         # per token, as the labels: [tp, T / tp] each
         top, total, target = (hidden.new_empty(labels.shape, dtype=torch.float32) for _ in range(3))
