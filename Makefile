@@ -4,7 +4,7 @@ ROOMS := parallel kernels data
 # Where mypy sees the rooms under the import names that setup.py's package_dir gives them.
 TYPED := build/types
 
-.PHONY: install pretrain test test-fast checks bench clean
+.PHONY: install pretrain test test-fast checks aot bench clean
 
 install: .venv/.installed  ## make .venv and install everything that is needed
 
@@ -27,6 +27,9 @@ checks: install  ## format, lint, types, import rules
 	ln -s $(CURDIR)/megatron_m1/* $(addprefix $(CURDIR)/,$(ROOMS)) $(TYPED)/megatron_m1/
 	MYPYPATH=$(TYPED) .venv/bin/mypy -p megatron_m1 -p tests
 	$(PYTHON) -m pytest -q tests/test_imports.py
+
+aot: install  ## compile every shipped Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed)
+	$(PYTHON) -m megatron_m1.kernels.triton_aot --all --jobs 2
 
 bench: install  ## every benchmark, one file a claim
 	set -e; for file in benchmarks/*.py; do $(PYTHON) $$file; done

@@ -55,7 +55,10 @@ class ModelConfig:
     """Factor on the sub-layer's output."""
     lm_head_precision: Literal["fp32", "bf16"] = "fp32"
     """fp32: weights, forward and backward of the head in FP32 with TF32 off. bf16: what M1's pre-training used."""
-    lightning_backend: Literal["auto", "naive", "chunk"] = "auto"
+    lm_head_chunk_mib: float = 256.0
+    """MiB of logits that exist at a time on a rank: loss and gradient are computed for so many tokens together. Logits
+    that don't all fit are made twice."""
+    lightning_backend: Literal["auto", "naive", "chunk", "triton"] = "auto"
     """Form of lightning attention; auto takes the fastest that the device has."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Linear, norm and expert modules: auto takes transformer-engine when it is installed and a GPU is there."""

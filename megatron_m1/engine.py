@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,8 @@ class EngineConfig(TransformerConfig):
     """RoPE base."""
     lm_head_precision: str = "fp32"
     """fp32 or bf16."""
+    lm_head_chunk_bytes: int = 2**28
+    """Memory for the logits of the tokens whose loss is computed at a time."""
 
     def is_softmax_layer(self, index: int) -> bool:
         """Whether layer ``index`` (from 0, over the whole model) is softmax attention."""
@@ -121,4 +124,5 @@ def engine_config(config: Config, *, dtype: torch.dtype, on_meta: bool = False) 
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         lm_head_precision=model.lm_head_precision,
+        lm_head_chunk_bytes=math.ceil(model.lm_head_chunk_mib * 2**20),
     )

@@ -25,7 +25,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_m1.backend import Implementation, spec_provider
 from megatron_m1.engine import EngineConfig
-from megatron_m1.layers.head import Fp32OutputLayer
+from megatron_m1.layers.head import OutputLayer, compute_loss_in_chunks
 from megatron_m1.layers.lightning import LightningAttention, LightningAttentionSubmodules
 from megatron_m1.layers.norm import residual_norm
 from megatron_m1.layers.residual import scaled_residual
@@ -116,13 +116,13 @@ def build_chunk(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
     )
-    if post_process and config.lm_head_precision == "fp32":
-        _use_fp32_head(model, config, vocab_size)
+    if post_process:
+        _replace_head(model, config, vocab_size)
     return model
 
 
-def _use_fp32_head(model: GPTModel, config: EngineConfig, vocab_size: int) -> None:
-    head = Fp32OutputLayer(
+def _replace_head(model: GPTModel, config: EngineConfig, vocab_size: int) -> None:
+    head = OutputLayer(
         config.hidden_size,
         vocab_size,
         config=config,
@@ -131,6 +131,8 @@ def _use_fp32_head(model: GPTModel, config: EngineConfig, vocab_size: int) -> No
         gather_output=False,
         tp_group=model.pg_collection.tp,
     )
-    head.weight.data = head.weight.data.to(torch.float32)
+    if config.lm_head_precision == "fp32":
+        head.weight.data = head.weight.data.to(torch.float32)
     model.output_layer = head
     model.setup_embeddings_and_output_layer()
+    compute_loss_in_chunks(model)

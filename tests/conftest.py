@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.harness import WorkerPool, nan_filled_empty
+
+# Triton's kernels run under its interpreter, which must be chosen before anything imports triton, here and in workers.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

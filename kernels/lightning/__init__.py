@@ -1,6 +1,6 @@
 """Lightning attention, the linear attention of MiniMax-M1: causal, without softmax, with a fixed decay per head.
 
-README.md has the math, ``naive.py`` the truth, ``chunk.py`` the form that is fast on CPUs.
+README.md has the math, ``naive.py`` the truth, ``chunk.py`` the form for CPUs, ``triton_walk.py`` the kernels for GPUs.
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,21 @@ from torch import Tensor
 
 from megatron_m1.kernels.lightning.backend import choose_backend, find_backend
 from megatron_m1.kernels.lightning.checks import check_cu_seqlens, check_heads, check_state
+from megatron_m1.kernels.lightning.fused import silu_lightning_attention
 from megatron_m1.kernels.lightning.naive import state_dtype
+from megatron_m1.kernels.lightning.selected import lightning_attention_selected, lightning_state
 from megatron_m1.kernels.lightning.slopes import head_slopes, layer_slopes
 
-__all__ = ["choose_backend", "head_slopes", "layer_slopes", "lightning_attention", "lightning_attention_step"]
+__all__ = [
+    "choose_backend",
+    "head_slopes",
+    "layer_slopes",
+    "lightning_attention",
+    "lightning_attention_selected",
+    "lightning_attention_step",
+    "lightning_state",
+    "silu_lightning_attention",
+]
 
 
 @overload
@@ -73,7 +84,8 @@ def lightning_attention(
         initial_state: the state before each document's first token, [N, H, Dk, Dv] float32 (float64 for float64
             inputs). Default: zero.
         output_final_state: also return the state after each document's last token.
-        backend: "naive" (token by token, for comparison) or "chunk"; default ``choose_backend(q.device)``.
+        backend: "naive" (token by token, for comparison), "chunk" (torch) or "triton" (GPU); default
+            ``choose_backend(q.device)``.
 
     Returns:
         o [T, H, Dv] in v's dtype, contiguous; with ``output_final_state`` the pair (o, final_state), final_state being
@@ -102,7 +114,9 @@ def lightning_attention(
     return output if final_state is None else (output, final_state)
 
 
-def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def lightning_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
     """Lightning attention over one more token of each of B sequences, as in decoding.
 
     Args:
@@ -112,12 +126,14 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, st
         slopes: [H] float32 (float64 allowed), >= 0, as in ``lightning_attention``.
         state: the state after each sequence's tokens so far, [B, H, Dk, Dv] float32 (float64 for float64 inputs):
             zeros, or a final_state of ``lightning_attention``. It is not written to.
+        backend: "triton" runs one kernel, every other backend torch's operations; default ``choose_backend(q.device)``.
 
     Returns:
         o [B, H, Dv] in v's dtype, and the new state, shape and dtype as ``state``. Differentiable in all but slopes.
 
     Raises:
-        ValueError: shapes, dtypes, devices or slopes not as above.
+        ValueError: shapes, dtypes, devices or slopes not as above, an unknown backend, or a device for which there is
+            none.
 
     Example:
         >>> q, k, v = (torch.randn(1, 2, 16) for _ in range(3))
@@ -127,6 +143,12 @@ def lightning_attention_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, st
     """
     check_heads(q, k, v, slopes)
     check_state(state, "state", q, v, q.shape[0])
+    name = choose_backend(q.device) if backend is None else backend
+    if name == "triton":
+        from megatron_m1.kernels.lightning.triton_step import triton_step
+
+        return triton_step(q, k, v, slopes, state)
+    find_backend(name, q.device)
     dtype = state_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         decay = torch.exp(-slopes.to(dtype))[:, None, None]  # [H, 1, 1]

@@ -28,11 +28,26 @@ class Backend(Protocol):
         ...
 
 
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    slopes: Tensor,
+    cu_seqlens: Sequence[int],
+    initial_state: Tensor | None,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    # Triton exists for Linux alone, and takes long to import.
+    from megatron_m1.kernels.lightning.triton_attention import triton_lightning_attention
+
+    return triton_lightning_attention(q, k, v, slopes, cu_seqlens, initial_state, output_final_state)
+
+
 BACKENDS: Mapping[str, Backend] = MappingProxyType(
-    {"naive": naive_lightning_attention, "chunk": chunk_lightning_attention}
+    {"naive": naive_lightning_attention, "chunk": chunk_lightning_attention, "triton": _triton}
 )
 
-_FASTEST: Mapping[str, str] = MappingProxyType({"cpu": "chunk", "cuda": "chunk"})
+_FASTEST: Mapping[str, str] = MappingProxyType({"cpu": "chunk", "cuda": "triton"})
 
 
 def choose_backend(device: torch.device) -> str:

@@ -1,74 +1,86 @@
-"""The FP32 language-model head."""
+"""The language-model head, in FP32 or in the model's precision, and the loss that it computes chunk by chunk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_m1.kernels.matmul import matmul
+from megatron_m1.engine import EngineConfig
+from megatron_m1.parallel.vocab_head import vocab_logits, vocab_parallel_loss
 
 
-@contextmanager
-def ieee_fp32_matmul() -> Iterator[None]:
-    """Matrix products of fp32 tensors in full fp32 inside the block, whatever the process-wide TF32 switch says."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+class OutputLayer(tensor_parallel.ColumnParallelLinear):
+    """Vocabulary-parallel head: logits, or the loss without the logits of the whole sequence.
 
-
-class _Fp32Linear(torch.autograd.Function):
-    """``x @ weight.T`` with TF32 off in forward and in backward, where autograd would run outside the block."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        with ieee_fp32_matmul():
-            return matmul(x, weight.t())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        (grad,) = grads
-        with ieee_fp32_matmul():
-            return matmul(grad, weight), matmul(grad.t(), x)
-
-
-class Fp32OutputLayer(tensor_parallel.ColumnParallelLinear):
-    """Vocabulary-parallel head whose weight, products and logits are fp32 in a bf16 model, with TF32 off.
-
-    MiniMax-M1 needed it for RL: the correlation of training and inference probabilities rose from 0.987 to 0.997
-    (MiniMax-M1 report, arXiv 2506.13585, section 3.2).
+    With ``lm_head_precision`` fp32, weight, products and logits are fp32 in a bf16 model too, with TF32 off. MiniMax-M1
+    needed that for RL: the correlation of training and inference probabilities rose from 0.987 to 0.997 (MiniMax-M1
+    report, arXiv 2506.13585, section 3.2). With bf16, weight and products are in ``params_dtype``.
     """
 
+    config: EngineConfig
+
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+        *,
+        labels: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """Logits of this rank's share of the vocabulary.
+        """Logits of this rank's share of the vocabulary or, with labels, the loss of every token.
 
         Args:
-            input_: [n (/ tp with sequence parallel), 1, hidden], any float dtype.
+            input_: [n / tp, 1, hidden], any float dtype: tokens are split over tensor ranks (sequence parallelism).
             weight: must be None: the head is not tied to the embedding.
-            runtime_gather_output: must be falsy: logits stay split over the tensor ranks.
+            runtime_gather_output: gather the logits of all tensor ranks.
+            labels: int [1, n]: 0 to vocab - 1, or negative for a token without one, whose loss is 0.
 
         Returns:
-            fp32 [n, 1, vocab / tp] and no bias.
+            Without labels: [n, 1, vocab / tp] (or vocab) in the weight's dtype; with: fp32 [1, n]. And no bias.
         """
-        assert weight is None and not runtime_gather_output
-        if self.sequence_parallel:
-            gathered = tensor_parallel.gather_from_sequence_parallel_region(
-                input_, tensor_parallel_output_grad=True, group=self.tp_group
+        assert weight is None and (self.sequence_parallel or self.tp_group.size() == 1)
+        ieee_fp32 = self.config.lm_head_precision == "fp32"
+        if labels is not None:
+            # [n / tp, 1, hidden] -> [n / tp, hidden]; [1, n] -> [n]
+            loss = vocab_parallel_loss(
+                input_.squeeze(1),
+                self.weight,
+                labels.squeeze(0),
+                group=self.tp_group,
+                chunk_bytes=self.config.lm_head_chunk_bytes,
+                ieee_fp32=ieee_fp32,
             )
-        else:
-            gathered = tensor_parallel.copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+            return loss.unsqueeze(0), None
+        if self.sequence_parallel:
+            input_ = tensor_parallel.gather_from_sequence_parallel_region(input_, group=self.tp_group)
         # [n, 1, hidden] -> [n, hidden] -> [n, vocab / tp] -> [n, 1, vocab / tp]
-        logits = _Fp32Linear.apply(gathered.float().flatten(0, 1), self.weight)
-        return logits.unsqueeze(1), None
+        logits = vocab_logits(input_.to(self.weight.dtype).squeeze(1), self.weight, ieee_fp32=ieee_fp32).unsqueeze(1)
+        if runtime_gather_output:
+            logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
+        return logits, None
+
+
+def _loss_of_output_layer(*, hidden_states: Tensor, output_layer: OutputLayer, labels: Tensor, **unused: Any) -> Tensor:
+    # unused: what megatron-core hands to every output processor (masks, contexts, its own loss).
+    loss, _ = output_layer(hidden_states, labels=labels)
+    return loss
+
+
+def compute_loss_in_chunks(model: GPTModel) -> None:
+    """Let ``model``, whose head is an ``OutputLayer``, pass the labels that it is called with to that head.
+
+    megatron-core takes an output processor with every call; a hook gives it, so that no caller can forget it and get
+    the logits of the whole sequence.
+    """
+
+    def add_processor(
+        module: GPTModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if kwargs.get("labels") is not None:
+            kwargs = kwargs | {"output_processor": _loss_of_output_layer}
+        return args, kwargs
+
+    model.register_forward_pre_hook(add_processor, with_kwargs=True)

@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_m1.engine import EngineConfig
-from megatron_m1.kernels.lightning import layer_slopes, lightning_attention
+from megatron_m1.kernels.lightning import (
+    choose_backend,
+    layer_slopes,
+    lightning_attention,
+    silu_lightning_attention,
+)
 from megatron_m1.layers.norm import FullWidthRMSNorm
 from megatron_m1.packed import layout_of
 from megatron_m1.parallel.layout import SequenceLayout
@@ -120,11 +125,15 @@ class LightningAttention(MegatronModule):
         # [n, 1, heads * 4 * dim] -> [n, heads, 4, dim]
         tokens = qkvg.shape[0]
         parts = qkvg.view(tokens, self.local_heads, PARTS, self.head_dim)
-        q, k, v, gate = _Split.apply(parts)  # each [n, heads, dim]
-        self.slopes = self.slopes.to(q.device)
-        attended = lightning_attention(
-            q, k, v, self.slopes, cu_seqlens=layout.local_document_bounds, backend=self.backend
-        )  # [n, heads, dim]
+        self.slopes = self.slopes.to(parts.device)
+        backend = self.backend or choose_backend(parts.device)
+        bounds = layout.local_document_bounds
+        if backend == "triton":
+            attended, gate = silu_lightning_attention(parts, self.slopes, cu_seqlens=bounds, backend=backend)
+        else:
+            q, k, v, gate = _Split.apply(parts)
+            attended = lightning_attention(q, k, v, self.slopes, cu_seqlens=bounds, backend=backend)
+        # attended: [n, heads, dim]; gate: [n, heads, (1,) dim]
         return self.norm(attended.view(tokens, 1, -1), gate.reshape(tokens, 1, -1))
 
     def forward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_m1.kernels.matmul import matmul
+from megatron_m1.kernels.matmul import matmul, matmul_add_
 from megatron_m1.kernels.matmul.onednn import onednn_matmul, onednn_serves
 
 # A float32 sum of k products of unit normals errs by at most k * 2**-24 of the sum of their magnitudes.
@@ -40,3 +40,18 @@ def test_large_float32_products_take_onednn_and_others_do_not() -> None:
 def test_onednn_takes_all_strides(transposed: str) -> None:
     a, b = make(12, 5, 9, transposed)
     torch.testing.assert_close(onednn_matmul(a, b).double(), a.double() @ b.double(), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (129, 131, 127), (2, 0, 3)])
+def test_adds_in_place_in_the_totals_precision(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    a, b = (x.to(dtype) for x in make(*shape, "a"))
+    before = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(5))
+    total = before.t().contiguous().t()  # not contiguous
+    assert matmul_add_(total, a, b) is total
+    exact = a.double() @ b.double() + before.double()
+    bound = (a.double().abs() @ b.double().abs()) * shape[1] * UNIT + exact.abs() * 2 * UNIT
+    if dtype == torch.bfloat16:
+        bound += (exact - before.double()).abs() * 2.0**-8  # the product is rounded to bf16
+    assert total.dtype == torch.float32
+    assert bool(((total.double() - exact).abs() <= bound + before.double().abs() * UNIT).all())

@@ -50,6 +50,7 @@ def model_config(**changes: Any) -> ModelConfig:
         num_moe_experts=4,
         vocab_size=104,
         moe_aux_loss_coeff=0.02,
+        lm_head_chunk_mib=0.005,  # 48 tokens take several chunks
     )
     return ModelConfig(**(values | changes))
 

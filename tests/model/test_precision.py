@@ -87,15 +87,15 @@ def test_bf16_agrees_with_fp32(workers: WorkerPool) -> None:
 
 
 def head_gradients(rank: int, world_size: int) -> dict[str, Any]:
-    """The FP32 head alone, against fp64, with TF32 allowed around it."""
-    from megatron_m1.layers.head import _Fp32Linear
+    """The FP32 head's logits alone, against fp64, with TF32 allowed around them."""
+    from megatron_m1.parallel.vocab_head import vocab_logits
 
     generator = torch.Generator().manual_seed(1)
     x, weight, grad = (torch.randn(shape, generator=generator) for shape in ((7, 33), (41, 33), (7, 41)))
     x.requires_grad_()
     weight.requires_grad_()
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    out = _Fp32Linear.apply(x, weight)
+    out = vocab_logits(x, weight, ieee_fp32=True)
     out.backward(grad)
     kept = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "none"

@@ -43,6 +43,7 @@ def _our_config(rotary_dim: int, theta: float, alpha: float | None) -> Config:
         rotary_base=theta,
         residual_alpha=alpha,
         moe_aux_loss_coeff=0.0,
+        lm_head_chunk_mib=0.01,  # the loss in many chunks, against transformers' whole logits
     )
     config.data.seq_length = 512
     return resolve(config, 1, has_gpu=False)

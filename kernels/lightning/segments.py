@@ -1,0 +1,96 @@
+"""How a pack is cut into segments that programs walk on their own, each within one document."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+NONE = -1
+"""The slot of a state that is zero or not kept."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens of one document, and where its states are: slots, or ``NONE``."""
+
+    start: int
+    length: int
+    state_in: int = NONE
+    """Of the caller's states, walked from."""
+    carry_in: int = NONE
+    """Of the carries, walked from."""
+    state_out: int = NONE
+    """Where the state at the end goes: the caller's states, or the carries in ``Plan.carries``."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one direction's walk needs."""
+
+    segments: list[Segment]
+    """All tokens of the pack, longest first: so that the last programs to start are short."""
+    carries: list[Segment]
+    """Segments of documents cut in several, except each document's last: their states are needed first, by slot."""
+    chains: list[tuple[int, int]]
+    """First slot and number of carries of each document that has some."""
+
+
+def _cut(start: int, end: int, most: int) -> list[tuple[int, int]]:
+    """[start, end) in starts and lengths of at most ``most`` tokens."""
+    return [(at, min(most, end - at)) for at in range(start, end, most)]
+
+
+def plan_walk(
+    bounds: Sequence[int],
+    state_in: Sequence[int],
+    state_out: Sequence[int],
+    most: int,
+    reverse: bool,
+    only_kept: bool = False,
+) -> Plan:
+    """Cut documents [bounds[n], bounds[n + 1]) into segments of at most ``most`` tokens.
+
+    Args:
+        bounds: N + 1 ints, rising from 0.
+        state_in: N slots of the states that documents are entered with, at their end if ``reverse``.
+        state_out: N slots of the states that they are left with.
+        most: tokens, at least 1.
+        reverse: walk from each document's last token to its first.
+        only_kept: leave out the documents whose state is not kept.
+    """
+    plan = Plan([], [], [])
+    for document, (start, end) in enumerate(itertools.pairwise(bounds)):
+        if only_kept and state_out[document] == NONE:
+            continue
+        pieces = _cut(start, end, most)
+        if reverse:
+            pieces.reverse()
+        first_slot, last = len(plan.carries), len(pieces) - 1
+        if last > 0:
+            plan.chains.append((first_slot, last))
+        for i, (at, length) in enumerate(pieces):
+            entry = state_in[document] if i == 0 else NONE
+            carry = NONE if i == 0 else first_slot + i - 1
+            plan.segments.append(Segment(at, length, entry, carry, state_out[document] if i == last else NONE))
+            if i < last:
+                plan.carries.append(Segment(at, length, entry, NONE, first_slot + i))
+    plan.segments.sort(key=lambda segment: -segment.length)
+    return plan
+
+
+def segment_tokens(tokens: int, programs: int, processors: int, multiple: int) -> int:
+    """Tokens of the longest segment for a pack of ``tokens``: no cut if a walk of whole documents fills the GPU.
+
+    A cut costs reading the keys and values of all but the last segment twice. So documents stay whole where the
+    ``programs`` of one segment (heads x tiles) keep three quarters of the ``processors`` busy; else the pack is cut
+    in as many parts as fill them.
+    """
+    if 4 * programs >= 3 * processors:
+        return tokens
+    parts = -(-processors // programs)
+    return -(-tokens // (parts * multiple)) * multiple
+
+
+def rows_of(segments: Sequence[Segment]) -> Iterator[list[int]]:
+    """Rows of the table that the kernels read."""
+    for segment in segments:
+        yield [segment.start, segment.length, segment.state_in, segment.carry_in, segment.state_out]

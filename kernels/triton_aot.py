@@ -1,0 +1,191 @@
+"""Compile the Triton kernels for GPUs that are not there, and report what the compiler made of them.
+
+    python -m megatron_m1.kernels.triton_aot [--all] [--jobs 2]
+
+prints one JSON object a configuration: registers, stack bytes (spills), shared memory, matrix instructions, seconds.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from megatron_m1.kernels.lightning import triton_step, triton_walk
+from megatron_m1.kernels.lightning.triton_config import walk_config
+from megatron_m1.kernels.rmsnorm import triton_norm
+
+CAPABILITIES = (80, 90, 100)
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+INPUTS = {"a", "b", "c", "o", "raw", "q", "k", "v", "x", "y", "weight", "gate", "grad", "grad_x", "grad_gate"}
+FLOATS = {"slopes", "state", "new_state", "state_in", "carry_in", "state_out", "carries"}
+FLOATS |= {"total", "projection", "grad_weight"}
+MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel, compiled one way."""
+
+    kernel: str
+    role: str
+    capability: int
+    dtype: torch.dtype
+    dims: tuple[int, int]
+    constants: dict[str, Any] = field(default_factory=dict)
+    warps: int = 8
+
+    @property
+    def name(self) -> str:
+        """For people and tests."""
+        return f"{self.kernel} {self.role} sm_{self.capability} {str(self.dtype)[6:]} {self.dims[0]}x{self.dims[1]}"
+
+
+_PLAIN = dict(
+    REVERSE=False, QUERIES=True, KEYS=True, STATES_IN=True, CARRIES_IN=True, STATES_OUT=True,
+    SILU_A=False, SILU_B=False, SILU_C=False, SILU_GRAD=False,
+)  # fmt: skip
+_SILU = dict(STATES_IN=False, STATES_OUT=False)
+ROLES: dict[str, dict[str, bool]] = {
+    "output": {},
+    "reverse": dict(REVERSE=True),
+    "states": dict(QUERIES=False, CARRIES_IN=False),
+    "silu output": dict(**_SILU, SILU_A=True, SILU_B=True, SILU_C=True),
+    "silu dq": dict(**_SILU, SILU_B=True, SILU_C=True, SILU_GRAD=True),
+    "silu dk": dict(**_SILU, REVERSE=True, SILU_A=True, SILU_C=True, SILU_GRAD=True),
+    "silu dv": dict(**_SILU, REVERSE=True, SILU_A=True, SILU_B=True, SILU_GRAD=True),
+}
+"""What the walk is compiled for; dq without SiLU is "output", dk and dv are "reverse"."""
+
+
+def walk_build(role: str, capability: int, dtype: torch.dtype, width_a: int, width_c: int) -> Build:
+    """The walk in a role, with the configuration that ships."""
+    flags = _PLAIN | ROLES[role]
+    silu = (flags["SILU_A"], flags["SILU_B"], flags["SILU_C"])
+    config = walk_config(width_a, width_c, dtype, capability, silu)
+    constants = flags | dict(
+        A=width_a, C=width_c, BLOCK_T=config.block_t, BLOCK_A=config.block_a, BLOCK_C=config.block_c,
+        PRECISION=config.precision, STAGES=config.stages, stride_c=1,
+    )  # fmt: skip
+    return Build("walk", role, capability, dtype, (width_a, width_c), constants, config.warps)
+
+
+def _others(capability: int) -> Iterator[Build]:
+    bf16 = torch.bfloat16
+    row = dict(HEAD=128, WIDTH=8192, BLOCK=8192)
+    yield Build("chain", "states", capability, torch.float32, (128, 128), dict(SIZE=128 * 128, BLOCK=1024), 4)
+    step = dict(A=128, C=128, BLOCK_A=128, BLOCK_C=triton_step.COLUMNS)
+    yield Build("step", "decode", capability, bf16, (128, 128), step, 4)
+    yield Build("forward_row", "norm", capability, bf16, (64, 128), dict(**row, SUMMED=False, NORMALISE=True))
+    backward = dict(**row, ROWS=triton_norm.ROWS_PER_PROGRAM, PROJECTED=False, DIFFERENTIATE=True)
+    yield Build("backward_rows", "norm", capability, bf16, (64, 128), backward)
+
+
+def quick_builds() -> list[Build]:
+    """One configuration per kernel and architecture, and all of sm_90 in bfloat16 with D = 128."""
+    builds = [walk_build("output", capability, torch.bfloat16, 128, 128) for capability in (80, 100)]
+    builds += [walk_build(role, 90, torch.bfloat16, 128, 128) for role in ROLES]
+    return builds + [build for capability in CAPABILITIES for build in _others(capability)]
+
+
+def all_builds() -> list[Build]:
+    """What ships: the quick ones and the other roles, head dims and dtypes; at most 40 of the walk."""
+    bf16 = torch.bfloat16
+    builds = quick_builds()
+    builds += [walk_build(role, c, bf16, 128, 128) for role in ROLES if role != "output" for c in (80, 100)]
+    builds += [walk_build(role, c, bf16, 64, 64) for role in ("output", "silu dv") for c in CAPABILITIES]
+    builds += [walk_build("reverse", c, torch.float16, 128, 128) for c in CAPABILITIES]
+    builds += [walk_build("output", c, bf16, 256, 256) for c in CAPABILITIES]
+    builds += [walk_build("output", c, torch.float32, 128, 128) for c in CAPABILITIES]
+    return [*builds, walk_build("output", 90, bf16, 128, 64), walk_build("output", 90, torch.float32, 256, 256)]
+
+
+def _kernel(name: str) -> Any:
+    for module in (triton_walk, triton_step, triton_norm):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise KeyError(name)
+
+
+def _source(build: Build) -> ASTSource:
+    kernel = _kernel(build.kernel)
+    signature, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in build.constants:
+            signature[name] = "constexpr"
+            continue
+        if name in INPUTS:
+            signature[name] = TYPES[build.dtype]
+        elif name in ("table", "chains"):
+            signature[name] = "*i32"
+        elif name in FLOATS:
+            signature[name] = "*fp32"
+        else:
+            signature[name] = "fp32" if name == "eps" else "i32"
+        if signature[name] != "fp32" and name != "rows":
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, build.constants, aligned)
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    """Registers a thread and stack bytes a thread, from the tool that Triton carries."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return {"registers": int(found[1]), "stack": int(found[2])}
+
+
+def compile_build(build: Build) -> dict[str, Any]:
+    """Compile, and what came out."""
+    start = time.perf_counter()
+    target = GPUTarget("cuda", build.capability, 32)
+    compiled = triton.compile(_source(build), target=target, options={"num_warps": build.warps})
+    ptx = compiled.asm["ptx"]
+    return {
+        "name": build.name,
+        "kernel": build.kernel,
+        "role": build.role,
+        "capability": build.capability,
+        "dtype": str(build.dtype),
+        "dims": build.dims,
+        "shared": compiled.metadata.shared,
+        **_resources(compiled.asm["cubin"]),
+        **{word: ptx.count(word) for word in MATRIX_INSTRUCTIONS},
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def main() -> None:
+    """Compile and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--all", action="store_true", help="every configuration that ships")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    arguments = parser.parse_args()
+    if triton.knobs.runtime.interpret:
+        sys.exit("TRITON_INTERPRET is set: unset it, the interpreter's kernels can't be compiled")
+    builds = all_builds() if arguments.all else quick_builds()
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        for result in pool.map(compile_build, builds):
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
