@@ -12,8 +12,10 @@ from torch import Tensor
 from megatron_m1.kernels.lightning import layer_slopes
 from megatron_m1.parallel.lasp import lasp_attention
 from megatron_m1.parallel.layout import SequenceLayout
+from megatron_m1.parallel.ring_attention import ring_attention
 from megatron_m1.parallel.segments import ModelCost
 from tests.harness import nan_filled_empty
+from tests.parallel.packs import bounds_of, named_packs
 
 PAIRS_ONLY = ModelCost(per_token=0.0, per_pair=1.0, per_state=0.0)
 """A model that is all softmax attention and gets its states for nothing: it asks for the most segments."""
@@ -50,6 +52,23 @@ class Case:
         )
 
 
+def cases_for(ranks: int, **sizes: int) -> dict[str, Case]:
+    """Every pack that is easily got wrong, in zigzag order and dealt by work."""
+    tokens = 10 * ranks
+    found = {name: Case(bounds, **sizes) for name, bounds in named_packs(tokens, ranks).items()}
+    found["more than two segments"] = Case(bounds_of([*[1] * (6 * ranks), 14 * ranks]), PAIRS_ONLY, **sizes)
+    found["hundreds"] = Case(bounds_of([1, 2, 3] * (20 * ranks) + [7 * ranks]), PAIRS_ONLY, **sizes)
+    assert found["more than two segments"].layout(0, ranks).segments_per_rank > 2
+    return found
+
+
+def whole(case: Case, parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """The ranks' tensors put together in the pack's order."""
+    layouts = [case.layout(rank, len(parts)) for rank in range(len(parts))]
+    tokens = torch.cat([layout.take_local(torch.arange(case.bounds[-1])) for layout in layouts])
+    return [torch.cat(tensors)[tokens.argsort()] for tensors in zip(*parts, strict=True)]
+
+
 def lasp_results(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Tensor, ...]]:
     """Output, dq, dk, dv of this rank's tokens in every case; fresh memory is full of NaN."""
     group: Any = dist.group.WORLD
@@ -64,5 +83,21 @@ def lasp_results(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Tensor,
             again, _ = lasp_attention(q, k, v, case.slopes(), layout, group, entered=entered)
             output.backward(grad)
         assert torch.equal(output, again)
+        results.append(tuple(x.detach() for x in (output, *(x.grad for x in (q, k, v) if x.grad is not None))))
+    return results
+
+
+def ring_results(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Tensor, ...]]:
+    """Output, dq, dk, dv of this rank's tokens in every case; fresh memory is full of NaN."""
+    group: Any = dist.group.WORLD
+    results = []
+    for case in cases:
+        layout = case.layout(rank, ranks)
+        q, k, v, grad = (layout.take_local(x).clone() for x in case.inputs())
+        for x in (q, k, v):
+            x.requires_grad_()
+        with nan_filled_empty():
+            output = ring_attention(q, k, v, layout, group)
+            output.backward(grad)
         results.append(tuple(x.detach() for x in (output, *(x.grad for x in (q, k, v) if x.grad is not None))))
     return results
