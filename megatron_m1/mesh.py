@@ -49,7 +49,7 @@ def _initialise_torch(parallel: ParallelConfig) -> torch.device:
 
 
 def _connect_context_ranks(device: torch.device) -> None:
-    """Make NCCL's communicator while all ranks are here: a first message between two of them would wait for the rest."""
+    """Make NCCL's communicator while all ranks are here: a first message between two would wait for the others."""
     if device.type == "cuda" and parallel_state.get_context_parallel_world_size() > 1:
         dist.all_reduce(torch.zeros(1, device=device), group=parallel_state.get_context_parallel_group())
 

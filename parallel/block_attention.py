@@ -1,6 +1,6 @@
-"""Softmax attention of some queries with some keys, as a part of a larger softmax: with its LSE, and backward from it.
+"""Softmax attention of some queries with some keys, as part of a larger softmax: with its LSE, and backward from it.
 
-The one place that knows the kernels. Forward returns the log-sum-exp of every query's scores, by which parts are merged.
+The one place that knows the kernels. Forward returns the log-sum-exp of each query's scores, by which parts are merged.
 Backward takes the *merged* output and LSE: then each part's gradients are its share of the whole's. torch's public
 ``varlen_attn`` takes its LSE for a constant, so the operators below it are called.
 """

@@ -5,8 +5,8 @@ document goes through. The state that enters segment s is the scan of those befo
 
     o_t += lambda^t q_t S_s            t = 1 .. tokens of the head
 
-Backward, heads leave G_s = sum_t lambda^t q_t^T do_t, the gradient D_j of the state that leaves segment j is the scan of
-those after it, and tails add ``dk_t += lambda^(n-t) v_t D^T`` and ``dv_t += lambda^(n-t) k_t D``. Both scans are
+Backward, heads leave G_s = sum_t lambda^t q_t^T do_t, the gradient D_j of the state that leaves segment j is the scan
+of those after it, and tails add ``dk_t += lambda^(n-t) v_t D^T`` and ``dv_t += lambda^(n-t) k_t D``. Both scans are
 ``scan.scan``. MiniMax-01 paper (arXiv 2501.08313), section 3.2.2, which gives neither the decay nor the backward pass.
 
 States are float32 (float64 for float64 inputs), also on the wire.
@@ -117,15 +117,15 @@ class _Lasp(torch.autograd.Function):
         if entered is None:
             own = _own_states(k, v, exchange.sends, slopes, call, backwards=False)
             gather = _Gather(own, exchange, shape, q, call)
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        q, k, v = inputs = tuple(x.detach().requires_grad_() for x in (q, k, v))
         with torch.enable_grad(), record_function("lasp: local attention"):
-            local = lightning_attention(*inputs, slopes, cu_seqlens=call.bounds, backend=call.backend)
+            local = lightning_attention(q, k, v, slopes, cu_seqlens=call.bounds, backend=call.backend)
         if gather is not None:
             entered = scan(exchange.chains, gather.wait(), Decay(slopes), len(exchange.receives))
         assert entered is not None
         output = local.detach()
         for state, rows in zip(entered, exchange.receives, strict=True):
-            _add_products(output, rows, q, state, slopes, from_end=False)
+            _add_products(output, rows, q.detach(), state, slopes, from_end=False)
         ctx.save_for_backward(slopes, entered)
         ctx.call, ctx.inputs, ctx.local = call, inputs, local
         ctx.mark_non_differentiable(entered)

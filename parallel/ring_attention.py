@@ -6,8 +6,8 @@ The parts are merged by their LSE: with ``l = log(exp(l1) + exp(l2))``,
 
     o = exp(l1 - l) o1 + exp(l2 - l) o2
 
-Backward, the blocks travel again, and the gradients of their keys and values return to their owners. Sums over parts are
-float32 (float64 for float64 inputs). MiniMax-01 paper (arXiv 2501.08313), section 3.2.1.
+Backward, the blocks travel again, and the gradients of their keys and values return to their owners. Sums over parts
+are float32 (float64 for float64 inputs). MiniMax-01 paper (arXiv 2501.08313), section 3.2.1.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ class _Blocks:
             send = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else self.kv[:0]
             receive = self.buffers[index % 2][: step.receives]
             # Keys and values have even tags, their gradients odd ones.
-            return _Message(
-                self.group, 2 * step.distance, send, rank + step.distance, receive, rank - step.distance
-            )
+            return _Message(self.group, 2 * step.distance, send, rank + step.distance, receive, rank - step.distance)
 
     def take(self, index: int) -> Tensor:
         """The block [m, 2, groups, dim] of step ``index``; the next one's exchange is started."""
@@ -194,9 +192,10 @@ class _Ring(torch.autograd.Function):
                 dkv = torch.zeros(block.shape, dtype=sums.dkv.dtype, device=block.device)
                 for rectangle in step.rectangles:
                     rows, (keys, values) = rectangle.queries, _at(block, rectangle.keys).unbind(1)
-                    outside = (_at(x, rows) for x in (grad, q))
-                    merged = _at(output, rows), lse[:, rows[0] : rows[1]]
-                    dq, *parts = attend_backward(*outside, keys, values, *merged, _block_of(rectangle))
+                    queries, whole, lse_part = _at(q, rows), _at(output, rows), lse[:, rows[0] : rows[1]]
+                    dq, *parts = attend_backward(
+                        _at(grad, rows), queries, keys, values, whole, lse_part, _block_of(rectangle)
+                    )
                     _at(sums.dq, rows).add_(dq)
                     _at(dkv, rectangle.keys).add_(torch.stack(parts, dim=1))
             sums.send_back(step, dkv)
@@ -205,9 +204,7 @@ class _Ring(torch.autograd.Function):
         return sums.dq.to(q.dtype), dk, dv, None
 
 
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, group: dist.ProcessGroup
-) -> Tensor:
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, group: dist.ProcessGroup) -> Tensor:
     """Causal softmax attention of every document with itself, over a pack that is spread over ranks.
 
     Args:
@@ -224,6 +221,8 @@ def ring_attention(
         ValueError: the group is not of the layout's size.
     """
     if group.size() != layout.context_parallel_size:
-        raise ValueError(f"the group has {group.size()} ranks, the layout {layout.context_parallel_size}: give the same")
+        raise ValueError(
+            f"the group has {group.size()} ranks, the layout {layout.context_parallel_size}: give the same"
+        )
     output: Tensor = _Ring.apply(q, k, v, _Call(layout.ring_plan, group))
     return output

@@ -68,7 +68,7 @@ def test_resolving_again_changes_nothing_and_leaves_its_input_alone() -> None:
         ("train.recompute_granularity=full train.recompute_num_layers=8", 1),
         ("parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true", 1),
         ("cp=3 data.seq_length=513", 3),
-        ("tp=2 cp=3 pp=2 ep=3 data.seq_length=514", 12),
+        ("tp=2 cp=3 pp=2 ep=2 data.seq_length=514", 12),
         ("tp=2 data.seq_length=513", 2),
     ],
 )

@@ -24,7 +24,7 @@ PACKS = [
     [0, 5, 6, 7, 44, 50],
     [0, 24, 50],
 ]
-"""Document bounds of the four micro-batches, of 50 tokens: 2 and 5 ranks divide it, 3 and 4 pad it, chunks don't fit."""
+"""Document bounds of the four micro-batches. 2 and 5 ranks divide their 50 tokens, 3 and 4 pad them, no chunk fits."""
 
 
 @dataclass

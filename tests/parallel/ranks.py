@@ -14,6 +14,7 @@ from megatron_m1.parallel.lasp import lasp_attention
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.parallel.ring_attention import ring_attention
 from megatron_m1.parallel.segments import ModelCost
+from megatron_m1.parallel.traffic import ring_traffic, state_traffic
 from tests.harness import nan_filled_empty
 from tests.parallel.packs import bounds_of, named_packs
 
@@ -52,7 +53,7 @@ class Case:
         )
 
 
-def cases_for(ranks: int, **sizes: int) -> dict[str, Case]:
+def cases_for(ranks: int, **sizes: Any) -> dict[str, Case]:
     """Every pack that is easily got wrong, in zigzag order and dealt by work."""
     tokens = 10 * ranks
     found = {name: Case(bounds, **sizes) for name, bounds in named_packs(tokens, ranks).items()}
@@ -101,3 +102,73 @@ def ring_results(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Tensor,
             output.backward(grad)
         results.append(tuple(x.detach() for x in (output, *(x.grad for x in (q, k, v) if x.grad is not None))))
     return results
+
+
+class _Counted:
+    """Bytes that leave and reach this rank through torch.distributed while it is entered."""
+
+    def __init__(self) -> None:
+        self.sent = self.received = 0
+        self.originals = dist.all_gather_into_tensor, dist.batch_isend_irecv
+
+    def __enter__(self) -> _Counted:
+        gather, exchange = self.originals
+
+        def counted_gather(output: Tensor, own: Tensor, **how: Any) -> Any:
+            others = output.nbytes - own.nbytes
+            self.sent, self.received = self.sent + others, self.received + others
+            return gather(output, own, **how)
+
+        def counted_exchange(operations: list[dist.P2POp]) -> Any:
+            for operation in operations:
+                if operation.op is dist.isend:
+                    self.sent += operation.tensor.nbytes
+                else:
+                    self.received += operation.tensor.nbytes
+            return exchange(operations)
+
+        dist.all_gather_into_tensor, dist.batch_isend_irecv = counted_gather, counted_exchange
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        dist.all_gather_into_tensor, dist.batch_isend_irecv = self.originals
+
+
+def counted_bytes(rank: int, ranks: int, cases: list[Case]) -> list[dict[str, tuple[int, int]]]:
+    """Bytes (sent, received) of forward and of backward of both layer kinds, in every case."""
+    group: Any = dist.group.WORLD
+    found = []
+    for case in cases:
+        layout = case.layout(rank, ranks)
+        q, k, v, grad = (layout.take_local(x).clone().requires_grad_() for x in case.inputs())
+        heads = case.heads // case.groups
+        wide_k, wide_v = (x.detach().repeat_interleave(heads, dim=1).requires_grad_() for x in (k, v))
+        counts = {}
+        with _Counted() as counted:
+            output, _ = lasp_attention(q, wide_k, wide_v, case.slopes(), layout, group)
+        counts["lasp forward"] = (counted.sent, counted.received)
+        with _Counted() as counted:
+            output.backward(grad)
+        counts["lasp backward"] = (counted.sent, counted.received)
+        with _Counted() as counted:
+            output = ring_attention(q, k, v, layout, group)
+        counts["ring forward"] = (counted.sent, counted.received)
+        with _Counted() as counted:
+            output.backward(grad)
+        counts["ring backward"] = (counted.sent, counted.received)
+        found.append(counts)
+    return found
+
+
+def predicted_bytes(rank: int, ranks: int, case: Case) -> dict[str, tuple[int, int]]:
+    """What ``counted_bytes`` should find, from the plans alone."""
+    layout, size = case.layout(rank, ranks), torch.empty(0, dtype=case.dtype).element_size()
+    wide = max(size, 4)
+    ring = ring_traffic(
+        layout.ring_plan,
+        token_bytes=2 * case.groups * case.dim * size,
+        gradient_bytes=2 * case.groups * case.dim * wide,
+    )
+    lasp = state_traffic(layout.state_plan, ranks, state_bytes=case.heads * case.dim**2 * wide)
+    names = ("lasp forward", "lasp backward", "ring forward", "ring backward")
+    return {name: (way.sent, way.received) for name, way in zip(names, (*lasp, *ring), strict=True)}

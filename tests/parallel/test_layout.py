@@ -44,7 +44,7 @@ def test_equal_packs_have_equal_layouts() -> None:
     assert SequenceLayout.build([0, 3, 10]) != SequenceLayout.build([0, 4, 10])
 
 
-BAD_CALLS: dict[str, tuple[Any, dict[str, int], str]] = {
+BAD_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "start": ([1, 4], {}, r"begins \[1, 4\]"),
     "no document": ([0], {}, r"begins \[0\]"),
     "nothing": ([], {}, r"begins \[\]"),
