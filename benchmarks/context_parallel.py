@@ -281,7 +281,8 @@ def table(rows: list[Row]) -> str:
                     received = f"{in_words(r.softmax_received)} ({in_words(r.softmax_received_mean)})"
                     lines.append(
                         f"| {r.ranks} | {r.scheme} | {received} | {in_words(r.softmax_sent)} "
-                        f"| {in_words(r.step_received)} | {in_words(r.lightning_received)} | {r.hops} | {r.attention_work:.3f} | {r.model_work:.3f} | {r.segments} | {r.padded} "
+                        f"| {in_words(r.step_received)} | {in_words(r.lightning_received)} | {r.hops} "
+                        f"| {r.attention_work:.3f} | {r.model_work:.3f} | {r.segments} | {r.padded} "
                         f"| {in_words(r.memory)} |"
                     )
     return "\n".join(lines) + "\n"
