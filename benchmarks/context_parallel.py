@@ -44,7 +44,14 @@ STATE = HEADS * DIM * DIM * 4
 MEASURED_TOKENS, MEASURED_RANKS = 2**13, (2, 4, 8)
 OURS = "ours"
 SCHEMES = (OURS, "plain ring", "padded ring", "all-gather K/V", "all-to-all")
-COLOURS = dict(zip(SCHEMES, ("tab:blue", "tab:orange", "tab:red", "tab:green", "tab:purple"), strict=True))
+LINES = {
+    OURS: ("tab:blue", "-", 2.0),
+    "plain ring": ("tab:orange", "-", 8.0),
+    "padded ring": ("tab:red", "--", 1.5),
+    "all-gather K/V": ("tab:green", "-", 4.5),
+    "all-to-all": ("tab:purple", "--", 1.5),
+}
+"""Colour, style and width; lines that often coincide differ in width, the thickest below."""
 
 
 def short_documents(tokens: int, seed: int) -> list[int]:
@@ -295,13 +302,13 @@ def plot(rows: list[Row], field: str, title: str, path: Path, *, log: bool) -> N
         for axis, kind in zip(line, KINDS, strict=True):
             for scheme in SCHEMES:
                 part = [r for r in rows if (r.pack, r.tokens, r.scheme) == (kind, tokens, scheme)]
-                style = "-o" if scheme == OURS else "--."
-                axis.plot([r.ranks for r in part], [getattr(r, field) for r in part], style, label=scheme,
-                          color=COLOURS[scheme], zorder=3 if scheme == OURS else 2)  # fmt: skip
+                colour, style, width = LINES[scheme]
+                values = [r.ranks for r in part], [getattr(r, field) for r in part]
+                axis.plot(*values, style, marker="o", ms=4, label=scheme, color=colour, lw=width, zorder=9 - width)
             axis.set_xscale("log", base=2)
             axis.set_xticks(RANKS, [str(ranks) for ranks in RANKS])
             if log:
-                axis.set_yscale("symlog", base=2, linthresh=1.0)
+                axis.set_yscale("log", base=2)
             axis.grid(alpha=0.3)
             axis.set_title(f"{name} tokens, {kind}", fontsize=10)
     for axis in axes[-1]:

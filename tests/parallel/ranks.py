@@ -127,7 +127,8 @@ class _Counted:
                     self.received += operation.tensor.nbytes
             return exchange(operations)
 
-        dist.all_gather_into_tensor, dist.batch_isend_irecv = counted_gather, counted_exchange
+        dist.all_gather_into_tensor = counted_gather  # type: ignore[assignment]
+        dist.batch_isend_irecv = counted_exchange  # type: ignore[assignment]
         return self
 
     def __exit__(self, *error: object) -> None:
