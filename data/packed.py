@@ -52,6 +52,23 @@ class PackedSample:
     """int32 [documents + 1], strictly rising from 0 to n: where documents start and end."""
 
 
+def pad_pack(sample: PackedSample, tokens: int) -> PackedSample:
+    """``sample`` with as many tokens at its end as make ``tokens``: a document of zeros, its targets masked.
+
+    Raises:
+        ValueError: the sample is longer.
+    """
+    length = len(sample.tokens)
+    if length > tokens:
+        raise ValueError(f"a pack of {length} tokens can't be padded to {tokens}")
+    if length == tokens:
+        return sample
+    ids, labels, mask = (
+        torch.cat((x, x.new_zeros(tokens - length))) for x in (sample.tokens, sample.labels, sample.loss_mask)
+    )
+    return PackedSample(ids, labels, mask, torch.cat((sample.cu_seqlens, sample.cu_seqlens.new_tensor([tokens]))))
+
+
 @dataclass(frozen=True)
 class _DatasetTokenizer:
     """What ``GPTDataset`` reads of a tokenizer. It masks and zeroes tokens equal to ``pad``: no real id may be it."""

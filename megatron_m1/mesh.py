@@ -48,6 +48,12 @@ def _initialise_torch(parallel: ParallelConfig) -> torch.device:
     return device
 
 
+def _connect_context_ranks(device: torch.device) -> None:
+    """Make NCCL's communicator while all ranks are here: a first message between two would wait for the others."""
+    if device.type == "cuda" and parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(torch.zeros(1, device=device), group=parallel_state.get_context_parallel_group())
+
+
 def initialise(parallel: ParallelConfig, *, seed: int) -> Mesh:
     """Start torch.distributed (unless it is running) and megatron-core's process groups.
 
@@ -72,6 +78,7 @@ def initialise(parallel: ParallelConfig, *, seed: int) -> Mesh:
         create_gloo_process_groups=True,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    _connect_context_ranks(device)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)
     return Mesh(
         rank=dist.get_rank(),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
 
 from megatron_m1.parallel.layout import SequenceLayout
 
@@ -19,6 +20,9 @@ class PackedBatchParams(PackedSeqParams):
     """
 
     layout: SequenceLayout | None = None
+    entered_states: dict[int, Tensor | None] = field(default_factory=dict)
+    """By layer number, the lightning states that entered this rank's segments in a forward pass that will be
+    recomputed: [M, heads, dim, dim], taken out again by the recomputation."""
 
     @classmethod
     def of(cls, layout: SequenceLayout) -> PackedBatchParams:
@@ -26,8 +30,8 @@ class PackedBatchParams(PackedSeqParams):
         return cls(qkv_format="sbhd", layout=layout)
 
 
-def layout_of(packed_seq_params: Any) -> SequenceLayout:
-    """Return the layout that travels in ``packed_seq_params``.
+def batch_params(packed_seq_params: Any) -> PackedBatchParams:
+    """Check that ``packed_seq_params`` is ours.
 
     Raises:
         ValueError: the model was called without one.
@@ -36,4 +40,15 @@ def layout_of(packed_seq_params: Any) -> SequenceLayout:
         raise ValueError(
             f"the model needs packed_seq_params=PackedBatchParams.of(layout), got {type(packed_seq_params).__name__}"
         )
-    return packed_seq_params.layout
+    return packed_seq_params
+
+
+def layout_of(packed_seq_params: Any) -> SequenceLayout:
+    """Return the layout that travels in ``packed_seq_params``.
+
+    Raises:
+        ValueError: the model was called without one.
+    """
+    layout = batch_params(packed_seq_params).layout
+    assert layout is not None
+    return layout

@@ -132,8 +132,6 @@ def check_mesh(parallel: ParallelConfig, world_size: int) -> None:
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     pipeline, expert = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
     expert_tensor = parallel.expert_tensor_parallel_size or 1
-    if context > 1:
-        raise ValueError(f"parallel.context_parallel_size = {context} is not supported yet: use 1")
     product = tensor * context * pipeline
     if world_size % product:
         raise ValueError(
@@ -175,14 +173,13 @@ def check_split(config: Config) -> None:
         )
     _check_divides("model.num_moe_experts", model.num_moe_experts, "expert_model_parallel_size", expert)
     _check_divides("model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, "expert_tensor_parallel_size", expert_tensor)
-    if parallel.sequence_parallel:
-        length = config.data.seq_length
-        if length % tensor:
-            raise ValueError(
-                f"data.seq_length = {length} is not divisible by parallel.tensor_model_parallel_size = {tensor}: use a "
-                f"multiple of it, such as {-(-length // tensor) * tensor}"
-            )
-    elif tensor > 1:
+    context, tokens = parallel.context_parallel_size, config.data.seq_length
+    if context > 1 and tokens < 2 * context:
+        raise ValueError(
+            f"parallel.context_parallel_size = {context} needs packs of at least {2 * context} tokens, two segments a "
+            f"rank, but data.seq_length = {tokens}: use at most {max(1, tokens // 2)}"
+        )
+    if tensor > 1 and not parallel.sequence_parallel:
         raise ValueError(
             f"parallel.sequence_parallel = false with parallel.tensor_model_parallel_size = {tensor}: experts need it, "
             "leave it out"
@@ -214,7 +211,8 @@ def check_batch(config: Config, world_size: int) -> None:
         if packs % replicas:
             raise ValueError(
                 f"{name} = {packs} is not divisible by the data-parallel size {replicas} (world {world_size} / tensor "
-                f"{parallel.tensor_model_parallel_size} / pipeline {pipeline}): use a multiple of {replicas}"
+                f"{parallel.tensor_model_parallel_size} / context {parallel.context_parallel_size} / pipeline "
+                f"{pipeline}): use a multiple of {replicas}"
             )
         if parallel.virtual_pipeline_model_parallel_size and packs // replicas % pipeline:
             raise ValueError(

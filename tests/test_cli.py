@@ -104,16 +104,6 @@ def test_help_lists_commands_and_options(command: Run) -> None:
             ["pretrain", "--dry-run", "--config", str(CONFIGS / "tiny.yaml")],
             ["a stage has 1 (world 1", "start a multiple of 2"],
         ),
-        (
-            [
-                "pretrain",
-                "--dry-run",
-                "--world-size=2",
-                "--parallel.tensor_model_parallel_size=2",
-                "--data.seq_length=131",
-            ],
-            ["131", "such as 132"],
-        ),
     ],
 )
 def test_a_wrong_command_line_is_one_line(command: Run, arguments: list[str], parts: list[str]) -> None:

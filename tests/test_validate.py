@@ -67,6 +67,9 @@ def test_resolving_again_changes_nothing_and_leaves_its_input_alone() -> None:
         ("train.recompute_granularity=selective train.recompute_modules=[core_attn,moe]", 1),
         ("train.recompute_granularity=full train.recompute_num_layers=8", 1),
         ("parallel.overlap_grad_reduce=true parallel.overlap_param_gather=true", 1),
+        ("cp=3 data.seq_length=513", 3),
+        ("tp=2 cp=3 pp=2 ep=2 data.seq_length=514", 12),
+        ("tp=2 data.seq_length=513", 2),
     ],
 )
 def test_meshes_that_fit(settings: str, world_size: int) -> None:
@@ -79,7 +82,8 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("tp=2", 3, ["tensor 2 x context 1 x pipeline 1 = 2", "3 processes"]),
         ("tp=2 pp=2", 6, ["= 4 ranks", "6 processes"]),
         ("tp=0", 1, ["tensor_model_parallel_size = 0"]),
-        ("cp=2", 2, ["context_parallel_size = 2", "not supported yet"]),
+        ("cp=2", 3, ["tensor 1 x context 2 x pipeline 1 = 2", "3 processes"]),
+        ("cp=5 data.seq_length=9", 5, ["context_parallel_size = 5", "10 tokens", "seq_length = 9", "at most 4"]),
         ("ep=2", 1, ["expert 2 x expert tensor 1 = 2", "world 1 / pipeline 1"]),
         ("pp=2 ep=2 etp=2", 4, ["= 4 ranks", "world 4 / pipeline 2"]),
         ("tp=3", 3, ["num_attention_heads = 4", "tensor_model_parallel_size = 3"]),
@@ -88,7 +92,6 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("tp=2 model.vocab_size=4097", 2, ["vocab_size = 4097"]),
         ("ep=3", 3, ["num_moe_experts = 8", "expert_model_parallel_size = 3"]),
         ("etp=5", 5, ["moe_ffn_hidden_size = 192", "expert_tensor_parallel_size = 5"]),
-        ("tp=2 data.seq_length=513", 2, ["data.seq_length = 513", "tensor_model_parallel_size = 2"]),
         ("tp=2 parallel.sequence_parallel=false", 2, ["sequence_parallel = false"]),
         ("model.num_layers=12", 1, ["num_layers = 12", "attention_period = 8"]),
         ("model.moe_router_topk=9", 1, ["moe_router_topk = 9"]),

@@ -21,8 +21,8 @@ from megatron_m1.kernels.lightning import (
     silu_lightning_attention,
 )
 from megatron_m1.layers.norm import FullWidthRMSNorm
-from megatron_m1.packed import layout_of
-from megatron_m1.parallel.layout import SequenceLayout
+from megatron_m1.packed import PackedBatchParams, batch_params, layout_of
+from megatron_m1.parallel.lasp import lasp_attention
 
 PARTS = 4
 """q, k, v and the output gate, interleaved per head in one projection."""
@@ -71,7 +71,7 @@ class LightningAttention(MegatronModule):
         config: engine configuration.
         submodules: linear classes.
         layer_number: global index over all layers, from 1.
-        pg_collection: process groups; ``tp`` splits the heads.
+        pg_collection: process groups; ``tp`` splits the heads, ``cp`` the pack.
         cp_comm_type, pp_layer_offset, name: part of megatron-core's attention interface, not needed here.
     """
 
@@ -87,7 +87,8 @@ class LightningAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None
-        self.tp_group = pg_collection.tp
+        self.layer_number = layer_number
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         width = config.num_attention_heads * config.kv_channels
         self.head_dim = config.kv_channels
         self.local_heads = config.num_attention_heads // self.tp_group.size()
@@ -121,14 +122,27 @@ class LightningAttention(MegatronModule):
         first = self.tp_group.rank() * self.local_heads
         self.slopes = slopes[first : first + self.local_heads]
 
-    def _core(self, qkvg: Tensor, layout: SequenceLayout) -> Tensor:
+    def _across_ranks(self, q: Tensor, k: Tensor, v: Tensor, params: PackedBatchParams, backend: str) -> Tensor:
+        # The recomputed pass finds the states of the first one, and leaves the ranks alone.
+        entered = params.entered_states.pop(self.layer_number, None)
+        attended, entered = lasp_attention(
+            q, k, v, self.slopes, layout_of(params), self.cp_group, entered=entered, backend=backend
+        )
+        if self.training and not torch.is_grad_enabled():
+            params.entered_states[self.layer_number] = entered
+        return attended
+
+    def _core(self, qkvg: Tensor, params: PackedBatchParams) -> Tensor:
         # [n, 1, heads * 4 * dim] -> [n, heads, 4, dim]
-        tokens = qkvg.shape[0]
+        tokens, layout = qkvg.shape[0], layout_of(params)
         parts = qkvg.view(tokens, self.local_heads, PARTS, self.head_dim)
         self.slopes = self.slopes.to(parts.device)
         backend = self.backend or choose_backend(parts.device)
         bounds = layout.local_document_bounds
-        if backend == "triton":
+        if not layout.state_plan.is_empty:
+            q, k, v, gate = _Split.apply(parts)
+            attended = self._across_ranks(q, k, v, params, backend)
+        elif backend == "triton":
             attended, gate = silu_lightning_attention(parts, self.slopes, cu_seqlens=bounds, backend=backend)
         else:
             q, k, v, gate = _Split.apply(parts)
@@ -150,11 +164,11 @@ class LightningAttention(MegatronModule):
         Returns:
             The block's output, shaped and typed as ``hidden_states``, and no bias.
         """
-        layout = layout_of(packed_seq_params)
+        params = batch_params(packed_seq_params)
         qkvg, _ = self.linear_qkvg(hidden_states)
         if self.recompute and self.training:
-            core = tensor_parallel.checkpoint(partial(self._core, layout=layout), False, qkvg)
+            core = tensor_parallel.checkpoint(partial(self._core, params=params), False, qkvg)
         else:
-            core = self._core(qkvg, layout)
+            core = self._core(qkvg, params)
         output, _ = self.linear_proj(core)
         return output, None

@@ -30,7 +30,10 @@ class Router(TopKRouter):
         """Choose experts; see ``TopKRouter.routing``. Counts the choices of passes that will be differentiated."""
         probs, routing_map = super().routing(logits, padding_mask)
         if torch.is_grad_enabled():
-            counts = routing_map.detach().sum(dim=0)
+            chosen = routing_map.detach()
+            if padding_mask is not None:
+                chosen = chosen & ~padding_mask.reshape(-1, 1)  # true marks padding, whatever the library's text says
+            counts = chosen.sum(dim=0)
             self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
         return probs, routing_map
 
@@ -44,12 +47,16 @@ class Router(TopKRouter):
         needs_dp_avg: bool = True,
         valid_token_count: int | Tensor | None = None,
     ) -> Tensor:
-        """Attach the aux loss to ``activation`` and add it up; see ``TopKRouter``."""
+        """Attach the aux loss to ``activation`` and add it up; see ``TopKRouter``.
+
+        Its weight, which the library multiplies by the ranks' tokens, counts padding on every rank: else a rank with
+        padding would weigh less than the others, and the step's correction of the weight is one number for all.
+        """
         if torch.is_grad_enabled():
             value = aux_loss.detach() / aux_loss_coeff
             self.aux_loss_sum = value if self.aux_loss_sum is None else self.aux_loss_sum + value
         return super().attach_and_log_load_balancing_loss(
-            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, needs_dp_avg, valid_token_count
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, needs_dp_avg
         )
 
     def take_counts(self) -> tuple[Tensor | None, Tensor | None]:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_m1.engine import EngineConfig
 from megatron_m1.packed import layout_of
+from megatron_m1.parallel.block_attention import document_groups, document_mask
 from megatron_m1.parallel.layout import SequenceLayout
-
-GROUP_TOKENS = 256
-"""On a CPU, neighbouring documents are attended together, under a mask, up to this many tokens."""
+from megatron_m1.parallel.ring_attention import ring_attention
 
 
 def rotate(x: Tensor, positions: Tensor, rotary_dim: int, base: float) -> Tensor:
@@ -39,32 +38,14 @@ def rotate(x: Tensor, positions: Tensor, rotary_dim: int, base: float) -> Tensor
     return torch.cat((turned, rest), dim=-1)
 
 
-def document_groups(cu_seqlens: Sequence[int], limit: int = GROUP_TOKENS) -> list[tuple[int, int]]:
-    """Cut a pack into runs of whole documents, as (first, last + 1) document indices.
-
-    A run holds as many neighbouring documents as fit in ``limit`` tokens, or one longer document alone.
-    """
-    groups: list[tuple[int, int]] = []
-    first = 0
-    for document in range(len(cu_seqlens) - 1):
-        if document > first and cu_seqlens[document + 1] - cu_seqlens[first] > limit:
-            groups.append((first, document))
-            first = document
-    groups.append((first, len(cu_seqlens) - 1))
-    return groups
-
-
 def _attend_on_cpu(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
     cu_seqlens = layout.local_document_bounds
-    lengths = torch.tensor(cu_seqlens).diff()
-    documents = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     outputs = []
     for first, end in document_groups(cu_seqlens):
         tokens = slice(cu_seqlens[first], cu_seqlens[end])
         mask = None
         if end - first > 1:
-            ids = documents[tokens]
-            mask = (ids[:, None] == ids[None, :]).tril_()
+            mask = document_mask([bound - cu_seqlens[first] for bound in cu_seqlens[first : end + 1]])
         # [m, heads, dim] -> [1, heads, m, dim]
         q_part, k_part, v_part = (x[tokens].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         out = scaled_dot_product_attention(
@@ -102,11 +83,12 @@ class PackedCoreAttention(MegatronModule):
     """Core attention for megatron-core's ``SelfAttention``, whose own refuses packs.
 
     It rotates queries and keys by the layout's positions: megatron-core's packed rotary embedding assumes Transformer
-    Engine's padded documents. Holds no parameters.
+    Engine's padded documents. Over a context-parallel group it is ring attention. Holds no parameters.
     """
 
-    def __init__(self, config: EngineConfig, **interface: Any) -> None:
+    def __init__(self, config: EngineConfig, *, pg_collection: ProcessGroupCollection, **interface: Any) -> None:
         super().__init__(config=config)
+        self.cp_group = pg_collection.cp
         self.rotary_dim = int(config.kv_channels * config.rotary_percent)
         self.rotary_base = config.rotary_base
 
@@ -135,7 +117,11 @@ class PackedCoreAttention(MegatronModule):
         layout = layout_of(packed_seq_params)
         q = rotate(query.squeeze(1), layout.positions, self.rotary_dim, self.rotary_base)
         k = rotate(key.squeeze(1), layout.positions, self.rotary_dim, self.rotary_base)
-        out = packed_softmax_attention(q, k, value.squeeze(1), layout)
+        v = value.squeeze(1)
+        if layout.context_parallel_size > 1:
+            out = ring_attention(q, k, v, layout, self.cp_group)
+        else:
+            out = packed_softmax_attention(q, k, v, layout)
         return out.reshape(out.shape[0], 1, -1)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

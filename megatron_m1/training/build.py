@@ -16,6 +16,8 @@ from megatron_m1.engine import engine_config
 from megatron_m1.initialise import initialise_weights
 from megatron_m1.mesh import Mesh
 from megatron_m1.model import build_chunk
+from megatron_m1.training.flops import layout_cost
+from megatron_m1.training.microbatch import padded_pack_tokens
 from megatron_m1.training.optimizer import build_optimizer, wrap_chunks
 from megatron_m1.training.step import Trainer
 
@@ -55,6 +57,13 @@ def build_trainer(config: Config, mesh: Mesh) -> Trainer:
     """
     chunks = wrap_chunks(build_chunks(config, mesh), config)
     optimizer = build_optimizer(chunks, config, parameter_dtype(config))
-    trainer = Trainer(mesh=mesh, chunks=chunks, optimizer=optimizer, seq_length=config.data.seq_length)
+    trainer = Trainer(
+        mesh=mesh,
+        chunks=chunks,
+        optimizer=optimizer,
+        seq_length=config.data.seq_length,
+        pack_tokens=padded_pack_tokens(config),
+        cost=layout_cost(config.model),
+    )
     trainer.connect()
     return trainer

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_m1.config import ModelConfig
+from megatron_m1.parallel.segments import ModelCost
 
 PEAK_BF16_FLOPS = {
     "H100 PCIe": 756e12,
@@ -32,6 +33,22 @@ PEAK_BF16_FLOPS = {
     "B200": 2250e12,
 }
 """Dense BF16 tensor-core FLOP/s from the vendor's data sheets; of two names that fit, the more specific comes first."""
+
+
+FLOPS_PER_BYTE = 8000.0
+"""What an H100 computes at 40% of its BF16 peak while 50 GB/s of network (400 Gbit/s a GPU) bring one byte."""
+
+
+def layout_cost(config: ModelConfig) -> ModelCost:
+    """What the layout of a pack over context-parallel ranks balances: FLOPs of forward and backward.
+
+    The states of one more segment are float32, travel in both directions, and are weighed with ``FLOPS_PER_BYTE``.
+    """
+    layers, softmax_layers = config.num_layers, config.num_layers // config.attention_period
+    state_bytes = 2 * 4 * (layers - softmax_layers) * config.num_attention_heads * config.kv_channels**2
+    return ModelCost(
+        3.0 * _forward_flops_per_token(config), 3.0 * _forward_flops_per_pair(config), FLOPS_PER_BYTE * state_bytes
+    )
 
 
 def training_flops(model_config: ModelConfig, document_lengths: Iterable[int]) -> int:
@@ -58,16 +75,7 @@ def training_flops(model_config: ModelConfig, document_lengths: Iterable[int]) -
         raise ValueError(f"a document has {min(lengths)} tokens; document_lengths must be 1 or more")
     tokens = sum(lengths)
     pairs = sum(length * (length + 1) // 2 for length in lengths)
-    softmax_layers = model_config.num_layers // model_config.attention_period
-    lightning_layers = model_config.num_layers - softmax_layers
-    forward = (
-        lightning_layers * tokens * _lightning_flops_per_token(model_config)
-        + softmax_layers * (tokens * _softmax_projection_flops_per_token(model_config))
-        + softmax_layers * pairs * 4 * model_config.num_attention_heads * model_config.kv_channels
-        + model_config.num_layers * tokens * _moe_flops_per_token(model_config)
-        + tokens * 2 * model_config.hidden_size * model_config.vocab_size
-    )
-    return 3 * forward
+    return 3 * (tokens * _forward_flops_per_token(model_config) + pairs * _forward_flops_per_pair(model_config))
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
@@ -80,6 +88,21 @@ def peak_bf16_flops(device_name: str) -> float | None:
         if all(word in words for word in name.split()):
             return flops
     return None
+
+
+def _forward_flops_per_token(config: ModelConfig) -> int:
+    softmax_layers = config.num_layers // config.attention_period
+    return (
+        (config.num_layers - softmax_layers) * _lightning_flops_per_token(config)
+        + softmax_layers * _softmax_projection_flops_per_token(config)
+        + config.num_layers * _moe_flops_per_token(config)
+        + 2 * config.hidden_size * config.vocab_size
+    )
+
+
+def _forward_flops_per_pair(config: ModelConfig) -> int:
+    softmax_layers = config.num_layers // config.attention_period
+    return softmax_layers * 4 * config.num_attention_heads * config.kv_channels
 
 
 def _lightning_flops_per_token(config: ModelConfig) -> int:

@@ -20,8 +20,8 @@ from torch import distributed as dist
 
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.mesh import Mesh
-from megatron_m1.packed import PackedBatchParams
-from megatron_m1.parallel.layout import SequenceLayout
+from megatron_m1.parallel.segments import ModelCost
+from megatron_m1.training.microbatch import MicroBatch, make_micro_batch
 from megatron_m1.training.optimizer import step_if_finite
 
 type Chunk = DistributedDataParallel | GPTModel
@@ -53,6 +53,11 @@ class Trainer:
     chunks: list[DistributedDataParallel]
     optimizer: ChainedOptimizer
     seq_length: int
+    """Tokens of a pack, at most."""
+    pack_tokens: int
+    """Tokens of a pack once its end is padded."""
+    cost: ModelCost | None = None
+    """What layouts balance over context-parallel ranks; None leaves them in zigzag order."""
     heartbeat: Callable[[], None] = lambda: None
     """Called before every micro-batch's forward pass."""
 
@@ -73,26 +78,38 @@ class Trainer:
                 config.param_sync_func = gather if many else None
 
 
-def _device_batch(sample: PackedSample, device: torch.device) -> tuple[Tensor, Tensor, Tensor, PackedBatchParams]:
-    # [n] -> [1, n]: megatron-core's models take a batch dimension
-    tokens, labels, mask = (
-        x.to(device, non_blocking=True)[None] for x in (sample.tokens, sample.labels, sample.loss_mask)
-    )
-    layout = SequenceLayout.build(sample.cu_seqlens)
-    return tokens, labels, mask, PackedBatchParams.of(layout.to(device))
+def _padding_mask(batch: MicroBatch, model: Chunk, mesh: Mesh) -> Tensor | None:
+    """bool [1, tokens] as the chunk wants it: only chunks with the embedding split it over tensor-parallel ranks."""
+    if batch.padding is None or get_attr_wrapped_model(model, "pre_process"):
+        return batch.padding
+    if not get_attr_wrapped_model(model, "config").sequence_parallel:
+        return batch.padding
+    return batch.padding.chunk(mesh.groups.tp.size(), dim=1)[mesh.groups.tp.rank()]
 
 
 def _forward_step(
-    samples: Iterator[PackedSample], model: Chunk, *, heartbeat: Callable[[], None]
+    samples: Iterator[PackedSample], model: Chunk, *, trainer: Trainer
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-    heartbeat()
-    device = next(get_attr_wrapped_model(model, "parameters")()).device
-    tokens, labels, mask, params = _device_batch(next(samples), device)
-    output = model(tokens, None, None, labels=labels, packed_seq_params=params)
+    trainer.heartbeat()
+    batch = make_micro_batch(
+        next(samples),
+        trainer.mesh,
+        seq_length=trainer.seq_length,
+        pack_tokens=trainer.pack_tokens,
+        cost=trainer.cost,
+    )
+    output = model(
+        batch.tokens,
+        None,
+        None,
+        labels=batch.labels,
+        packed_seq_params=batch.params,
+        padding_mask=_padding_mask(batch, model, trainer.mesh),
+    )
 
     def loss_sum(per_token: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        total = (per_token.float() * mask).sum()
-        count = mask.sum().to(torch.int)
+        total = (per_token.float() * batch.loss_mask).sum()
+        count = batch.loss_mask.sum().to(torch.int)
         # The schedule divides what it is given in place: report a copy.
         return total, count, {"loss_sum": total.detach().clone(), "loss_tokens": count}
 
@@ -104,11 +121,11 @@ def _run_schedule(trainer: Trainer, samples: list[PackedSample], *, forward_only
     # Every virtual chunk reads the same micro-batches through an iterator of its own.
     iterators = [iter(samples) for _ in trainer.chunks]
     return run(
-        forward_step_func=partial(_forward_step, heartbeat=trainer.heartbeat),
+        forward_step_func=partial(_forward_step, trainer=trainer),
         data_iterator=iterators if len(iterators) > 1 else iterators[0],
         model=trainer.chunks if len(trainer.chunks) > 1 else trainer.chunks[0],
         num_microbatches=len(samples),
-        seq_length=trainer.seq_length,
+        seq_length=trainer.pack_tokens,
         micro_batch_size=1,
         forward_only=forward_only,
     )
@@ -157,7 +174,7 @@ def _scale_aux_loss(trainer: Trainer, samples: list[PackedSample]) -> None:
     megatron-core multiplies it by the routed tokens and later divides all gradients by the predicted tokens, which are
     fewer where documents end.
     """
-    routed = len(samples) * trainer.mesh.data_parallel_size * trainer.seq_length
+    routed = len(samples) * trainer.mesh.data_parallel_size * trainer.pack_tokens
     # One element, not a scalar: the library keeps it between calls and copies into what it has kept.
     share = torch.tensor([_count_loss_tokens(trainer, samples) / routed], device=trainer.mesh.device)
     for chunk in trainer.chunks:

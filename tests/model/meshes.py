@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +13,18 @@ from torch import Tensor
 from megatron_m1 import mesh
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.data.packed import PackedSample
+from megatron_m1.parallel.segments import ModelCost
 from megatron_m1.training.build import build_trainer
 from megatron_m1.training.step import Trainer, train_step
 from megatron_m1.validate import resolve
 
-SEQ_LENGTH = 48
-"""Divisible by 2 tensor ranks; no multiple of a chunk."""
 PACKS = [
-    [0, 1, 20, 37, 48],
-    [0, 48],
-    [0, 5, 6, 7, 44, 48],
-    [0, 24, 48],
+    [0, 1, 20, 37, 50],
+    [0, 50],
+    [0, 5, 6, 7, 44, 50],
+    [0, 24, 50],
 ]
-"""Document bounds of the four micro-batches."""
+"""Document bounds of the four micro-batches. 2 and 5 ranks divide their 50 tokens, 3 and 4 pad them, no chunk fits."""
 
 
 @dataclass
@@ -55,7 +55,12 @@ def model_config(**changes: Any) -> ModelConfig:
     return ModelConfig(**(values | changes))
 
 
-def run_config(parallel: dict[str, Any], train: dict[str, Any] | None = None, **model: Any) -> Config:
+def run_config(
+    parallel: dict[str, Any],
+    train: dict[str, Any] | None = None,
+    documents: Sequence[Sequence[int]] = PACKS,
+    **model: Any,
+) -> Config:
     """A configuration of the mesh tests."""
     config = Config()
     config.model = model_config(**model)
@@ -63,18 +68,18 @@ def run_config(parallel: dict[str, Any], train: dict[str, Any] | None = None, **
         setattr(config.parallel, name, value)
     for name, value in (train or {}).items():
         setattr(config.train, name, value)
-    config.train.global_batch_size = len(PACKS)
-    config.data.seq_length = SEQ_LENGTH
+    config.train.global_batch_size = len(documents)
+    config.data.seq_length = documents[0][-1]
     return config
 
 
-def packs(step: int = 0, vocab: int = 104) -> list[PackedSample]:
+def packs(step: int = 0, vocab: int = 104, documents: Sequence[Sequence[int]] = PACKS) -> list[PackedSample]:
     """The global batch of ``step``: targets across a document's end are masked, and a few more."""
     generator = torch.Generator().manual_seed(100 + step)
     batch = []
-    for bounds in PACKS:
-        text = torch.randint(0, vocab, (SEQ_LENGTH + 1,), generator=generator)
-        mask = torch.ones(SEQ_LENGTH)
+    for bounds in documents:
+        text = torch.randint(0, vocab, (bounds[-1] + 1,), generator=generator)
+        mask = torch.ones(bounds[-1])
         mask[torch.tensor(bounds[1:]) - 1] = 0.0
         batch.append(PackedSample(text[:-1], text[1:], mask, torch.tensor(bounds, dtype=torch.int32)))
     return batch
@@ -140,13 +145,25 @@ def assemble(by_rank: list[dict[str, Part]]) -> dict[str, Tensor]:
     return whole
 
 
-def gradients_and_trace(rank: int, world_size: int, config: Config, steps: int) -> dict[str, Any]:
-    """Every gradient of one global batch, then ``steps`` optimizer steps on further batches."""
+def gradients_and_trace(
+    rank: int,
+    world_size: int,
+    config: Config,
+    steps: int,
+    documents: Sequence[Sequence[int]] = PACKS,
+    cost: ModelCost | None = None,
+) -> dict[str, Any]:
+    """Every gradient of one global batch, then ``steps`` optimizer steps on further batches.
+
+    ``cost``, where given, is what layouts balance over context-parallel ranks, instead of the model's own.
+    """
     trainer = start(config, world_size)
+    if cost is not None:
+        trainer.cost = cost
     # Otherwise only the shard that the distributed optimizer owns is reduced.
     for chunk in trainer.chunks:
         chunk.config.finalize_model_grads_func = _finalize_with_all_reduce
-    first = train_step(trainer, my_share(trainer, packs()), lr=0.0)
+    first = train_step(trainer, my_share(trainer, packs(documents=documents)), lr=0.0)
     parts = local_parts(trainer, "main_grad")
     for chunk in trainer.chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads

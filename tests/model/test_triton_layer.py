@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_m1.packed import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from tests.harness import WorkerPool
-from tests.model.meshes import PACKS, SEQ_LENGTH, run_config, start
+from tests.model.meshes import PACKS, run_config, start
 
 TOLERANCE = 1e-5
 """Relative, float32: sums of a few hundred products, each rounded to 6e-8."""
@@ -19,7 +19,7 @@ def layer_gradients(rank: int, world_size: int, backend: str) -> dict[str, Tenso
     trainer = start(run_config({}, lightning_backend=backend), world_size)
     layer = trainer.chunks[0].module.decoder.layers[0]
     generator = torch.Generator().manual_seed(5)
-    shape = (SEQ_LENGTH, 1, 40)
+    shape = (PACKS[0][-1], 1, 40)
     x = torch.randn(shape, generator=generator).requires_grad_()
     layout = PackedBatchParams.of(SequenceLayout.build(PACKS[0]))
     y, _ = layer.self_attention(x, None, packed_seq_params=layout)

@@ -44,7 +44,7 @@ def test_equal_packs_have_equal_layouts() -> None:
     assert SequenceLayout.build([0, 3, 10]) != SequenceLayout.build([0, 4, 10])
 
 
-BAD_CALLS: dict[str, tuple[Any, dict[str, int], str]] = {
+BAD_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "start": ([1, 4], {}, r"begins \[1, 4\]"),
     "no document": ([0], {}, r"begins \[0\]"),
     "nothing": ([], {}, r"begins \[\]"),
@@ -55,7 +55,8 @@ BAD_CALLS: dict[str, tuple[Any, dict[str, int], str]] = {
     "tensor rank": (torch.tensor([[0, 3]]), {}, r"\[1, 2\]"),
     "tensor device": (torch.zeros(3, dtype=torch.int32, device="meta"), {}, "on meta"),
     "size": ([0, 3], {"context_parallel_size": 0}, "context_parallel_size is 0"),
-    "size for later": ([0, 3], {"context_parallel_size": 2}, "context_parallel_size is 2: not supported yet"),
+    "not divided": ([0, 7], {"context_parallel_size": 2}, "7 tokens, not a multiple of context_parallel_size 2: .* 8$"),
+    "too many ranks": ([0, 3, 4], {"context_parallel_size": 4}, "2 segments for at most 2 ranks"),
     "rank": ([0, 3], {"context_parallel_rank": 1}, "context_parallel_rank is 1 of 1"),
 }
 

@@ -34,6 +34,8 @@ OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True}
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "single": (1, {}),
     "dp2": (2, {}),
+    "cp2-dp2": (4, {"context_parallel_size": 2}),
+    "cp3": (3, {"context_parallel_size": 3}),
     "dp2-overlap": (2, OVERLAP),
     "tp2": (2, TP2),
     "pp2": (2, PP2),
@@ -61,6 +63,8 @@ def names(step: int) -> str:
         ("tp2", "dp2-overlap"),
         ("pp2-uneven", "ep2"),
         ("dp2", "pp2-uneven"),
+        ("cp2-dp2", "cp3"),
+        ("cp3", "tp2"),
     ],
 )
 def test_another_mesh_goes_on(workers: WorkerPool, tmp_path: Path, saved: str, loaded: str) -> None:

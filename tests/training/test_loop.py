@@ -21,7 +21,11 @@ from tests.harness import WorkerPool
 from tests.training import loop_runs as runs
 from tests.training.loop_runs import Setting
 
-TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+CP, TP, PP = (
+    "parallel.context_parallel_size",
+    "parallel.tensor_model_parallel_size",
+    "parallel.pipeline_model_parallel_size",
+)
 VPP, EP = "parallel.virtual_pipeline_model_parallel_size", "parallel.expert_model_parallel_size"
 OVERLAP = [("parallel.overlap_grad_reduce", True), ("parallel.overlap_param_gather", True)]
 
@@ -106,10 +110,11 @@ def test_the_summary_compares_with_the_baselines(straight: Path) -> None:
         (1, []),
         (2, OVERLAP),
         (2, [(EP, 2)]),
+        (3, [(CP, 3)]),
         (2, [(PP, 2), (VPP, 2)]),
         (4, [(TP, 2), (PP, 2)]),
     ],
-    ids=["alone", "dp2-overlap", "ep2", "pp2-interleaved", "tp2-pp2"],
+    ids=["alone", "dp2-overlap", "ep2", "cp3", "pp2-interleaved", "tp2-pp2"],
 )
 def test_loss_and_validation_do_not_depend_on_the_mesh(
     train: Train, straight: Path, world_size: int, mesh: list[Setting]
@@ -118,14 +123,22 @@ def test_loss_and_validation_do_not_depend_on_the_mesh(
     expected = runs.records(straight)[:6]
     for ours, theirs in zip(runs.records(folder), expected, strict=True):
         assert ours.keys() == theirs.keys()
-        for name in ours.keys() & {"step", "tokens", "loss", "aux_loss", "validation_loss", "lr"}:
+        for name in ours.keys() & {
+            "step",
+            "tokens",
+            "loss",
+            "aux_loss",
+            "validation_loss",
+            "lr",
+            "expert_load_max_over_mean",
+        }:
             assert ours[name] == pytest.approx(theirs[name], rel=MESH_TOLERANCE), name
 
 
 @pytest.mark.parametrize(
     ("world_size", "mesh"),
-    [(1, []), (4, []), (2, [(PP, 2)]), (2, [(TP, 2), (EP, 2)])],
-    ids=["alone", "dp4", "pp2", "tp2-ep2"],
+    [(1, []), (4, []), (2, [(CP, 2)]), (2, [(PP, 2)]), (2, [(TP, 2), (EP, 2)])],
+    ids=["alone", "dp4", "cp2", "pp2", "tp2-ep2"],
 )
 def test_another_mesh_resumes_the_same_stream(
     train: Train, straight: Path, tmp_path: Path, world_size: int, mesh: list[Setting]

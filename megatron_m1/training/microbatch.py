@@ -1,0 +1,81 @@
+"""From a pack to what one rank's forward pass takes: padded at its end, laid out, cut to the rank's tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_m1.config import Config
+from megatron_m1.data.packed import PackedSample, pad_pack
+from megatron_m1.mesh import Mesh
+from megatron_m1.packed import PackedBatchParams
+from megatron_m1.parallel.layout import SequenceLayout
+from megatron_m1.parallel.segments import ModelCost
+
+
+def padded_pack_tokens(config: Config) -> int:
+    """Tokens of a pack once its end is padded to what context and tensor parallelism divide."""
+    parallel = config.parallel
+    multiple = parallel.context_parallel_size * parallel.tensor_model_parallel_size
+    return -(-config.data.seq_length // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank's forward pass of one pack takes; n are the rank's tokens."""
+
+    tokens: Tensor
+    """int64 [1, n]."""
+    labels: Tensor
+    """int64 [1, n]."""
+    loss_mask: Tensor
+    """float32 [1, n]."""
+    padding: Tensor | None
+    """bool [1, n], true for the tokens that pad the pack, or None if none does. No router counts them."""
+    params: PackedBatchParams
+    """Carries the layout."""
+
+
+def make_micro_batch(
+    sample: PackedSample, mesh: Mesh, *, seq_length: int, pack_tokens: int, cost: ModelCost | None
+) -> MicroBatch:
+    """Lay ``sample`` out over the ranks of a context-parallel group and take this rank's part.
+
+    Args:
+        sample: of at most ``seq_length`` tokens, the same on all ranks of the group.
+        mesh: gives the group and the device.
+        seq_length: the configured length of a pack.
+        pack_tokens: length to which the end is padded.
+        cost: what the layout balances.
+
+    Raises:
+        ValueError: the pack is longer than configured, or its bounds are no bounds of it.
+    """
+    length = len(sample.tokens)
+    if length > seq_length:
+        raise ValueError(f"a pack has {length} tokens, more than data.seq_length = {seq_length}: cut it or raise that")
+    if int(sample.cu_seqlens[-1]) != length:
+        raise ValueError(
+            f"cu_seqlens ends at {int(sample.cu_seqlens[-1])}, but the pack has {length} tokens: its last bound must "
+            "be the length"
+        )
+    padded = pad_pack(sample, pack_tokens)
+    layout = SequenceLayout.build(
+        padded.cu_seqlens,
+        context_parallel_size=mesh.groups.cp.size(),
+        context_parallel_rank=mesh.groups.cp.rank(),
+        cost=cost,
+    ).to(mesh.device)
+
+    def local(x: Tensor) -> Tensor:
+        # [pack_tokens] -> [1, n]: megatron-core's models take a batch dimension
+        return layout.take_local(x).to(mesh.device, non_blocking=True)[None]
+
+    padding = None
+    if pack_tokens > length:
+        padding = local(torch.arange(pack_tokens) >= length)
+    return MicroBatch(
+        local(padded.tokens), local(padded.labels), local(padded.loss_mask), padding, PackedBatchParams.of(layout)
+    )
