@@ -198,6 +198,8 @@ def set_weights(rank: int, world_size: int, config: Config, source: Config, step
 
 def save_for_ever(folder: Path) -> None:
     """One process that saves after every step, to be killed."""
+    # As the workers do: sums over more threads are rounded otherwise.
+    torch.set_num_threads(1)
     config = run_config({})
     trainer = start(config, 1)
     checkpoints = open_checkpoints(folder, config)
