@@ -16,8 +16,9 @@ from megatron_m1.packed import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.training.step import evaluate, train_step
 from tests.harness import WorkerPool
-from tests.model.meshes import SEQ_LENGTH, packs, run_config, start
+from tests.model.meshes import PACKS, packs, run_config, start
 
+LENGTH = PACKS[0][-1]
 VOCAB = 104
 TOLERANCES = {"fp32": 1e-6, "bf16": 2.0**-8}
 """Relative to the logits of size 1 to 5: one more rounding in the weight's precision."""
@@ -68,9 +69,9 @@ def test_steps_and_validations_have_no_logits_of_the_sequence(precision: str, wo
     )
     for result in workers.run(rows_and_losses, config, world_size=2):
         rows = result["rows"]
-        # 24 is the transposed weight; chunks have 16 to 24 tokens, a sequence 48.
+        # 24 is the transposed weight; chunks have 16 to 24 tokens, a sequence 50.
         assert 16 <= rows["train"] <= 24 and 16 <= rows["evaluate"] <= 24
-        assert rows["logits"] >= SEQ_LENGTH
-        assert result["shapes"] == ((1, SEQ_LENGTH), (1, SEQ_LENGTH, VOCAB))
+        assert rows["logits"] >= LENGTH
+        assert result["shapes"] == ((1, LENGTH), (1, LENGTH, VOCAB))
         assert result["dtypes"] == (torch.float32, torch.float32 if precision == "fp32" else torch.bfloat16)
         assert result["error"] < TOLERANCES[precision] * 5
