@@ -56,7 +56,7 @@ class ModelConfig:
     lm_head_precision: Literal["fp32", "bf16"] = "fp32"
     """fp32: weights, forward and backward of the head in FP32 with TF32 off. bf16: what M1's pre-training used."""
     lightning_backend: Literal["auto", "naive", "chunk", "triton"] = "auto"
-    """Form of lightning attention; auto takes the fastest that the device has."""
+    """Form of lightning attention and of its gated norm; auto takes the fastest that the device has."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Linear, norm and expert modules: auto takes transformer-engine when it is installed and a GPU is there."""
     fp8: Literal["e4m3", "hybrid"] | None = None
