@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_m1.kernels.lightning import triton_step, triton_walk
-from megatron_m1.kernels.lightning.triton_config import walk_config
+from megatron_m1.kernels.lightning.triton_config import WalkConfig, walk_configs
 from megatron_m1.kernels.rmsnorm import triton_norm
 
 CAPABILITIES = (80, 90, 100)
@@ -70,16 +70,21 @@ ROLES: dict[str, dict[str, bool]] = {
 """What the walk is compiled for; dq without SiLU is "output", dk and dv are "reverse"."""
 
 
-def walk_build(role: str, capability: int, dtype: torch.dtype, width_a: int, width_c: int) -> Build:
-    """The walk in a role, with the configuration that ships."""
+def _configs(role: str, capability: int, dtype: torch.dtype, width_a: int, width_c: int) -> tuple[WalkConfig, ...]:
     flags = _PLAIN | ROLES[role]
     silu = (flags["SILU_A"], flags["SILU_B"], flags["SILU_C"])
-    config = walk_config(width_a, width_c, dtype, capability, silu)
-    constants = flags | dict(
+    return walk_configs(width_a, width_c, dtype, capability, silu)
+
+
+def walk_build(role: str, capability: int, dtype: torch.dtype, width_a: int, width_c: int, choice: int = 0) -> Build:
+    """The walk in a role, in one of the configurations that ship."""
+    config = _configs(role, capability, dtype, width_a, width_c)[choice]
+    constants = _PLAIN | ROLES[role] | dict(
         A=width_a, C=width_c, BLOCK_T=config.block_t, BLOCK_A=config.block_a, BLOCK_C=config.block_c,
-        PRECISION=config.precision, STAGES=config.stages, stride_c=1,
+        STAGES=config.stages, stride_c=1,
     )  # fmt: skip
-    return Build("walk", role, capability, dtype, (width_a, width_c), constants, config.warps)
+    name = f"{role}, slim" if choice else role
+    return Build("walk", name, capability, dtype, (width_a, width_c), constants, config.warps)
 
 
 def _others(capability: int) -> Iterator[Build]:
@@ -88,28 +93,34 @@ def _others(capability: int) -> Iterator[Build]:
     yield Build("chain", "states", capability, torch.float32, (128, 128), dict(SIZE=128 * 128, BLOCK=1024), 4)
     step = dict(A=128, C=128, BLOCK_A=128, BLOCK_C=triton_step.COLUMNS)
     yield Build("step", "decode", capability, bf16, (128, 128), step, 4)
-    yield Build("forward_row", "norm", capability, bf16, (64, 128), dict(**row, SUMMED=False, NORMALISE=True))
+    forward = dict(**row, SUMMED=False, NORMALISE=True)
+    yield Build("forward_row", "norm", capability, bf16, (64, 128), forward, triton_norm.FORWARD_WARPS)
     backward = dict(**row, ROWS=triton_norm.ROWS_PER_PROGRAM, PROJECTED=False, DIFFERENTIATE=True)
-    yield Build("backward_rows", "norm", capability, bf16, (64, 128), backward)
+    yield Build("backward_rows", "norm", capability, bf16, (64, 128), backward, triton_norm.BACKWARD_WARPS)
+
+
+def _hopper_builds() -> Iterator[Build]:
+    """Everything of the walk for sm_90, bfloat16, D = 128: all roles in all configurations."""
+    for role in ROLES:
+        for choice in range(len(_configs(role, 90, torch.bfloat16, 128, 128))):
+            yield walk_build(role, 90, torch.bfloat16, 128, 128, choice)
 
 
 def quick_builds() -> list[Build]:
     """One configuration per kernel and architecture, and all of sm_90 in bfloat16 with D = 128."""
     builds = [walk_build("output", capability, torch.bfloat16, 128, 128) for capability in (80, 100)]
-    builds += [walk_build(role, 90, torch.bfloat16, 128, 128) for role in ROLES]
-    return builds + [build for capability in CAPABILITIES for build in _others(capability)]
+    return [*builds, *_hopper_builds(), *(build for capability in CAPABILITIES for build in _others(capability))]
 
 
 def all_builds() -> list[Build]:
-    """What ships: the quick ones and the other roles, head dims and dtypes; at most 40 of the walk."""
-    bf16 = torch.bfloat16
+    """The 40 that stand for what ships: the quick ones, and of other head dims and dtypes what needs most registers."""
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     builds = quick_builds()
-    builds += [walk_build(role, c, bf16, 128, 128) for role in ROLES if role != "output" for c in (80, 100)]
-    builds += [walk_build(role, c, bf16, 64, 64) for role in ("output", "silu dv") for c in CAPABILITIES]
-    builds += [walk_build("reverse", c, torch.float16, 128, 128) for c in CAPABILITIES]
+    builds += [walk_build(role, c, bf16, 128, 128) for role in ("silu output", "silu dv") for c in (80, 100)]
+    builds += [walk_build("output", c, bf16, 64, 64) for c in CAPABILITIES]
     builds += [walk_build("output", c, bf16, 256, 256) for c in CAPABILITIES]
-    builds += [walk_build("output", c, torch.float32, 128, 128) for c in CAPABILITIES]
-    return [*builds, walk_build("output", 90, bf16, 128, 64), walk_build("output", 90, torch.float32, 256, 256)]
+    builds += [walk_build("output", c, fp32, 256, 256) for c in CAPABILITIES]
+    return [*builds, walk_build("silu dv", 90, fp16, 128, 128)]
 
 
 def _kernel(name: str) -> Any:

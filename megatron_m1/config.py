@@ -59,7 +59,7 @@ class ModelConfig:
     """MiB of logits that exist at a time on a rank: loss and gradient are computed for so many tokens together. Logits
     that don't all fit are made twice."""
     lightning_backend: Literal["auto", "naive", "chunk", "triton"] = "auto"
-    """Form of lightning attention; auto takes the fastest that the device has."""
+    """Form of lightning attention and of its gated norm; auto takes the fastest that the device has."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Linear, norm and expert modules: auto takes transformer-engine when it is installed and a GPU is there."""
     fp8: Literal["e4m3", "hybrid"] | None = None

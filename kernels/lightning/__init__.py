@@ -9,7 +9,8 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from megatron_m1.kernels.lightning.backend import choose_backend, find_backend
+from megatron_m1.kernels.backend import choose_backend
+from megatron_m1.kernels.lightning.backend import find_backend
 from megatron_m1.kernels.lightning.checks import check_cu_seqlens, check_heads, check_state
 from megatron_m1.kernels.lightning.fused import silu_lightning_attention
 from megatron_m1.kernels.lightning.naive import state_dtype
@@ -143,12 +144,11 @@ def lightning_attention_step(
     """
     check_heads(q, k, v, slopes)
     check_state(state, "state", q, v, q.shape[0])
-    name = choose_backend(q.device) if backend is None else backend
+    name = choose_backend(q.device, backend)
     if name == "triton":
         from megatron_m1.kernels.lightning.triton_step import triton_step
 
         return triton_step(q, k, v, slopes, state)
-    find_backend(name, q.device)
     dtype = state_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
         decay = torch.exp(-slopes.to(dtype))[:, None, None]  # [H, 1, 1]

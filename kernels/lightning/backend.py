@@ -1,4 +1,4 @@
-"""Which implementation runs lightning attention: the one place that knows their names."""
+"""The implementations of lightning attention, by the names that ``kernels.backend`` chooses between."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_m1.kernels.backend import choose_backend
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
 from megatron_m1.kernels.lightning.naive import naive_lightning_attention
 
@@ -47,27 +48,11 @@ BACKENDS: Mapping[str, Backend] = MappingProxyType(
     {"naive": naive_lightning_attention, "chunk": chunk_lightning_attention, "triton": _triton}
 )
 
-_FASTEST: Mapping[str, str] = MappingProxyType({"cpu": "chunk", "cuda": "triton"})
-
-
-def choose_backend(device: torch.device) -> str:
-    """Name of the fastest implementation on ``device``.
-
-    Raises:
-        ValueError: no implementation is known for this type of device.
-    """
-    if device.type not in _FASTEST:
-        raise ValueError(f"no lightning attention for device type {device.type!r}: use one of {sorted(_FASTEST)}")
-    return _FASTEST[device.type]
-
 
 def find_backend(name: str | None, device: torch.device) -> Backend:
     """The implementation called ``name``, or the fastest one on ``device`` when ``name`` is None.
 
     Raises:
-        ValueError: no implementation has this name, or none is known for this type of device.
+        ValueError: see ``choose_backend``.
     """
-    name = choose_backend(device) if name is None else name
-    if name not in BACKENDS:
-        raise ValueError(f"unknown lightning attention backend {name!r}: use one of {sorted(BACKENDS)}, or None")
-    return BACKENDS[name]
+    return BACKENDS[choose_backend(device, name)]

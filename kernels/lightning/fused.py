@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_m1.kernels.lightning.backend import choose_backend, find_backend
+from megatron_m1.kernels.backend import choose_backend
+from megatron_m1.kernels.lightning.backend import find_backend
 from megatron_m1.kernels.lightning.checks import check_cu_seqlens, check_heads
 
 
@@ -43,7 +44,7 @@ def silu_lightning_attention(
     q, k, v = parts[:, :, :3].unbind(2)  # [T, H, D]
     check_heads(q, k, v, slopes)
     bounds = check_cu_seqlens(cu_seqlens, parts.shape[0])
-    name = choose_backend(parts.device) if backend is None else backend
+    name = choose_backend(parts.device, backend)
     if name == "triton":
         from megatron_m1.kernels.lightning.triton_attention import triton_silu_attention
 

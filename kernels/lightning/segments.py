@@ -1,16 +1,20 @@
 """How a pack is cut into segments that programs walk on their own, each within one document."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 NONE = -1
 """The slot of a state that is zero or not kept."""
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive tokens of one document, and where its states are: slots, or ``NONE``."""
+class Segment(NamedTuple):
+    """Consecutive tokens of one document, and where its states are: slots, or ``NONE``. The kernels read such rows."""
 
     start: int
     length: int
@@ -24,14 +28,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one direction's walk needs."""
+    """What one direction's walk needs, int32 tables on the CPU."""
 
-    segments: list[Segment]
-    """All tokens of the pack, longest first: so that the last programs to start are short."""
-    carries: list[Segment]
-    """Segments of documents cut in several, except each document's last: their states are needed first, by slot."""
-    chains: list[tuple[int, int]]
-    """First slot and number of carries of each document that has some."""
+    segments: Tensor
+    """[S, 5] rows of ``Segment``: all tokens of the pack, longest first, so that the last programs to start are
+    short."""
+    carries: Tensor
+    """[M, 5]: segments of documents cut in several, except each document's last: their states are needed first, by
+    slot."""
+    chains: Tensor
+    """[K, 2]: first slot and number of carries of each document that has some."""
 
 
 def _cut(start: int, end: int, most: int) -> list[tuple[int, int]]:
@@ -39,15 +45,23 @@ def _cut(start: int, end: int, most: int) -> list[tuple[int, int]]:
     return [(at, min(most, end - at)) for at in range(start, end, most)]
 
 
+def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
+    """[len(rows), columns] int32 on the CPU, whatever the default device is."""
+    return torch.tensor(rows, dtype=torch.int32, device="cpu").view(-1, columns)
+
+
+@lru_cache(maxsize=64)
 def plan_walk(
-    bounds: Sequence[int],
-    state_in: Sequence[int],
-    state_out: Sequence[int],
+    bounds: tuple[int, ...],
+    state_in: tuple[int, ...],
+    state_out: tuple[int, ...],
     most: int,
     reverse: bool,
     only_kept: bool = False,
 ) -> Plan:
     """Cut documents [bounds[n], bounds[n + 1]) into segments of at most ``most`` tokens.
+
+    The layers of a model walk the same packs one after the other: a plan is kept for a while.
 
     Args:
         bounds: N + 1 ints, rising from 0.
@@ -57,24 +71,26 @@ def plan_walk(
         reverse: walk from each document's last token to its first.
         only_kept: leave out the documents whose state is not kept.
     """
-    plan = Plan([], [], [])
+    segments: list[Segment] = []
+    carries: list[Segment] = []
+    chains: list[tuple[int, int]] = []
     for document, (start, end) in enumerate(itertools.pairwise(bounds)):
         if only_kept and state_out[document] == NONE:
             continue
         pieces = _cut(start, end, most)
         if reverse:
             pieces.reverse()
-        first_slot, last = len(plan.carries), len(pieces) - 1
+        first_slot, last = len(carries), len(pieces) - 1
         if last > 0:
-            plan.chains.append((first_slot, last))
+            chains.append((first_slot, last))
         for i, (at, length) in enumerate(pieces):
             entry = state_in[document] if i == 0 else NONE
             carry = NONE if i == 0 else first_slot + i - 1
-            plan.segments.append(Segment(at, length, entry, carry, state_out[document] if i == last else NONE))
+            segments.append(Segment(at, length, entry, carry, state_out[document] if i == last else NONE))
             if i < last:
-                plan.carries.append(Segment(at, length, entry, NONE, first_slot + i))
-    plan.segments.sort(key=lambda segment: -segment.length)
-    return plan
+                carries.append(Segment(at, length, entry, NONE, first_slot + i))
+    segments.sort(key=lambda segment: -segment.length)
+    return Plan(_table(segments, 5), _table(carries, 5), _table(chains, 2))
 
 
 def segment_tokens(tokens: int, programs: int, processors: int, multiple: int) -> int:
@@ -88,9 +104,3 @@ def segment_tokens(tokens: int, programs: int, processors: int, multiple: int) -
         return tokens
     parts = -(-processors // programs)
     return -(-tokens // (parts * multiple)) * multiple
-
-
-def rows_of(segments: Sequence[Segment]) -> Iterator[list[int]]:
-    """Rows of the table that the kernels read."""
-    for segment in segments:
-        yield [segment.start, segment.length, segment.state_in, segment.carry_in, segment.state_out]

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_m1.kernels.lightning.backend import choose_backend, find_backend
+from megatron_m1.kernels.backend import choose_backend
+from megatron_m1.kernels.lightning.backend import find_backend
 from megatron_m1.kernels.lightning.checks import check_cu_seqlens, check_heads, check_state
 from megatron_m1.kernels.lightning.naive import state_dtype
 
 
 def _check_index(index: Sequence[int] | Tensor, name: str, documents: int) -> list[int]:
     """``index`` as ints, one per document, each slot at most once."""
+    if isinstance(index, Tensor) and index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} is {index.dtype}: give int32 slots, -1 for none")
     slots = index.tolist() if isinstance(index, Tensor) else list(index)
     if len(slots) != documents or any(slot < -1 for slot in slots):
         raise ValueError(f"{name} is {slots}: give one slot for each of {documents} documents, -1 for none")
@@ -94,7 +97,7 @@ def lightning_attention_selected(
         if max(entering) >= initial_state.shape[0]:
             raise ValueError(f"initial_index is {entering}: initial_state has {initial_state.shape[0]} slots")
     leaving, kept = _check_final_index(final_index, documents)
-    name = choose_backend(q.device) if backend is None else backend
+    name = choose_backend(q.device, backend)
     if name == "triton":
         from megatron_m1.kernels.lightning.triton_attention import triton_lightning_attention
 
@@ -150,12 +153,11 @@ def lightning_state(
     leaving, kept = _check_final_index(final_index, len(bounds) - 1)
     if kept == 0:
         raise ValueError(f"final_index is {leaving}: give at least one document a slot")
-    name = choose_backend(k.device) if backend is None else backend
+    name = choose_backend(k.device, backend)
     if name == "triton":
         from megatron_m1.kernels.lightning.triton_attention import triton_lightning_state
 
         return triton_lightning_state(k, v, slopes, bounds, leaving)
-    find_backend(name, k.device)
     return _plain_state(k, v, slopes, bounds, leaving)
 
 

@@ -1,146 +1,18 @@
-"""Lightning attention by the Triton kernels of ``triton_walk.py``: what is launched, forward and backward."""
+"""Lightning attention by the Triton kernels of ``triton_walk.py``: which walks make the output and the gradients."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_m1.kernels.lightning.segments import NONE, Plan, plan_walk, rows_of, segment_tokens
-from megatron_m1.kernels.lightning.triton_config import NO_SILU, Silu, WalkConfig, walk_config
-from megatron_m1.kernels.lightning.triton_walk import chain, walk
+from megatron_m1.kernels.lightning.segments import NONE
+from megatron_m1.kernels.lightning.triton_launch import Documents
+from megatron_m1.kernels.lightning.triton_tune import tuned_walk
+from megatron_m1.kernels.triton_inputs import check_triton, dense_rows
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CHAIN_BLOCK = 1024
 MAX_WIDTH = 256
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The documents of a pack, and the slots of the states they begin with and leave."""
-
-    bounds: Sequence[int]
-    initial: Sequence[int]
-    final: Sequence[int]
-    segment_tokens: int | None = None
-    """The longest segment that one program walks; None chooses by the GPU."""
-
-    @property
-    def states_kept(self) -> int:
-        """Final states to be written."""
-        return sum(slot != NONE for slot in self.final)
-
-    def plan(self, walk: "Walk", reverse: bool, only_kept: bool = False) -> Plan:
-        """Cut the pack for ``walk``."""
-        most = self.segment_tokens
-        if most is None:
-            processors = _processors(walk.c.device)
-            most = segment_tokens(self.bounds[-1], walk.programs, processors, walk.config.block_t)
-        states = (self.final, self.initial) if reverse else (self.initial, self.final)
-        return plan_walk(self.bounds, *states, most, reverse, only_kept)
-
-
-def _processors(device: torch.device) -> int:
-    """Streaming multiprocessors; 1 where Triton's interpreter runs one program after the other."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def _capability(device: torch.device) -> int:
-    """10 x major + minor; the interpreter takes what an H100 would."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@dataclass(frozen=True)
-class Walk:
-    """One direction over a pack: which tensors take which part, see ``triton_walk.py``."""
-
-    a: Tensor
-    """[T, H, A], the queries' part."""
-    b: Tensor
-    """[T, H, A], the keys' part."""
-    c: Tensor
-    """[T, H, C], the values' part."""
-    slopes: Tensor
-    reverse: bool = False
-    transposed: bool = False
-    """States are [N, H, C, A] in memory, as seen from this walk."""
-    silu: Silu = NO_SILU
-    """Take a, b, c through SiLU."""
-
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """A and C."""
-        return self.b.shape[2], self.c.shape[2]
-
-    @property
-    def config(self) -> WalkConfig:
-        """How the kernel is compiled for these tensors."""
-        return walk_config(*self.sizes, self.c.dtype, _capability(self.c.device), self.silu)
-
-    @property
-    def programs(self) -> int:
-        """Programs that walk one segment."""
-        return self.c.shape[1] * triton.cdiv(self.sizes[1], self.config.block_c)
-
-    def launch(
-        self,
-        segments: Tensor,
-        output: Tensor | None,
-        state_in: Tensor | None,
-        carry_in: Tensor | None,
-        state_out: Tensor | None,
-        *,
-        keys: bool = True,
-        raw: Tensor | None = None,
-    ) -> None:
-        """Write ``output`` [T, H, C], times SiLU's derivative at ``raw``, and ``state_out`` of ``segments`` [S, 5]."""
-        (width_a, width_c), heads, config = self.sizes, self.c.shape[1], self.config
-        unused = self.slopes
-        rows = [self.a, self.b, self.c, unused if output is None else output, unused if raw is None else raw]
-        # Strides by token and by head of each; what is unused has one dimension, so it gets zeros.
-        strides = [stride for x in rows for stride in (x.stride()[:2] if x.dim() == 3 else (0, 0))]
-        states = [unused if x is None else x for x in (state_in, carry_in, state_out)]
-        state_strides = (1, width_a) if self.transposed else (width_c, 1)
-        walk[(self.programs, segments.shape[0])](
-            *rows, self.slopes, segments, *states, heads, *strides, *state_strides,
-            A=width_a, C=width_c, BLOCK_T=config.block_t, BLOCK_A=config.block_a, BLOCK_C=config.block_c,
-            REVERSE=self.reverse, QUERIES=output is not None, KEYS=keys,
-            STATES_IN=state_in is not None, CARRIES_IN=carry_in is not None, STATES_OUT=state_out is not None,
-            SILU_A=self.silu[0], SILU_B=self.silu[1], SILU_C=self.silu[2], SILU_GRAD=raw is not None,
-            PRECISION=config.precision, STAGES=config.stages, num_warps=config.warps,
-        )  # fmt: skip
-
-    def carries(self, plan: Plan, state_in: Tensor | None, keys: bool = True) -> Tensor | None:
-        """States entering the later segments of documents cut in several, [M, H, ...] as the caller's states."""
-        if not plan.carries:
-            return None
-        shape = self.sizes[::-1] if self.transposed else self.sizes
-        carries = torch.empty(
-            len(plan.carries), self.c.shape[1], *shape, dtype=torch.float32, device=self.slopes.device
-        )
-        table = _table(plan.carries, self.slopes.device)
-        self.launch(table, None, state_in, None, carries, keys=keys)
-        chains = torch.tensor(plan.chains, dtype=torch.int32, device=carries.device)
-        size = shape[0] * shape[1]
-        grid = (triton.cdiv(size, CHAIN_BLOCK), carries.shape[1], len(plan.chains))
-        chain[grid](carries, self.slopes, table, chains, carries.shape[1], SIZE=size, BLOCK=CHAIN_BLOCK)
-        return carries
-
-
-def _table(segments: Any, device: torch.device) -> Tensor:
-    """[S, 5] int32 on ``device``."""
-    return torch.tensor(list(rows_of(segments)), dtype=torch.int32).to(device, non_blocking=True)
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """``x`` [T, H, D] itself if its last dimension is dense, as the kernels read it."""
-    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _forward(
@@ -158,10 +30,10 @@ def _forward(
     final_state = None
     if kept:
         final_state = torch.empty(kept, *k.shape[1:], v.shape[2], dtype=torch.float32, device=v.device)
-    walk_o = Walk(q, k, v, slopes, silu=(silu, silu, silu))
-    plan = documents.plan(walk_o, reverse=False)
+    walk_o = tuned_walk(q, k, v, slopes, silu=(silu, silu, silu))
+    plan = documents.plan(walk_o)
     carries = walk_o.carries(plan, initial_state)
-    walk_o.launch(_table(plan.segments, v.device), output, initial_state, carries, final_state)
+    walk_o.launch(plan.segments, output, initial_state, carries, final_state)
     return output, final_state
 
 
@@ -177,24 +49,23 @@ def _backward(
 ) -> Tensor | None:
     """Write the gradients of q, k, v to ``outputs``; return that of the initial states."""
     (q, k, v), (dq, dk, dv) = inputs, outputs
-    walk_q = Walk(grad_output, v, k, slopes, transposed=True, silu=(False, silu, silu))
-    plan = documents.plan(walk_q, reverse=False)
+    walk_q = tuned_walk(grad_output, v, k, slopes, transposed=True, silu=(False, silu, silu))
+    plan = documents.plan(walk_q)
     carries = walk_q.carries(plan, initial_state)
-    table = _table(plan.segments, q.device)
-    walk_q.launch(table, dq, initial_state, carries, None, raw=q if silu else None)
+    walk_q.launch(plan.segments, dq, initial_state, carries, None, raw=q if silu else None)
 
     grad_initial = None
     if initial_state is not None:
-        read = sum(slot != NONE for slot in documents.initial)
-        make = torch.empty_like if read == initial_state.shape[0] else torch.zeros_like
+        make = torch.empty_like if documents.states_read == initial_state.shape[0] else torch.zeros_like
         grad_initial = make(initial_state, memory_format=torch.contiguous_format)
-    walk_v = Walk(k, q, grad_output, slopes, reverse=True, silu=(silu, silu, False))
-    walk_k = Walk(v, grad_output, q, slopes, reverse=True, transposed=True, silu=(silu, False, silu))
-    plan = documents.plan(walk_v, reverse=True)
+    walk_v = tuned_walk(k, q, grad_output, slopes, reverse=True, silu=(silu, silu, False))
+    plan = documents.plan(walk_v)
     carries = walk_v.carries(plan, grad_final)
-    table = _table(plan.segments, q.device)
-    walk_v.launch(table, dv, grad_final, carries, grad_initial, raw=v if silu else None)
-    walk_k.launch(table, dk, grad_final, carries, None, raw=k if silu else None)
+    walk_v.launch(plan.segments, dv, grad_final, carries, grad_initial, raw=v if silu else None)
+    walk_k = tuned_walk(v, grad_output, q, slopes, reverse=True, transposed=True, silu=(silu, False, silu))
+    plan = documents.plan(walk_k)
+    carries = walk_k.carries(plan, grad_final)
+    walk_k.launch(plan.segments, dk, grad_final, carries, None, raw=k if silu else None)
     return grad_initial
 
 
@@ -254,18 +125,11 @@ class _SiluAttention(torch.autograd.Function):
         return grad, None, None
 
 
-def check_triton(x: Tensor, *widths: int) -> None:
-    """Check that the kernels take ``x``'s dtype and device, and head dims ``widths``.
-
-    Raises:
-        ValueError: float64, a head dim above 256, or a device that is no GPU (Triton's interpreter takes CPU tensors).
-    """
-    if x.dtype not in DTYPES:
-        raise ValueError(f"the triton backend has no {x.dtype}: give float32, bfloat16 or float16, or backend='chunk'")
+def _check(x: Tensor, *widths: int) -> None:
+    """Check that the kernels take ``x``'s dtype and device, and head dims ``widths``."""
+    check_triton(x)
     if max(widths) > MAX_WIDTH:
         raise ValueError(f"head dims {widths}: the triton backend takes at most {MAX_WIDTH}, backend='chunk' any")
-    if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(f"the triton backend needs a GPU, but the inputs are on {x.device}: use backend='chunk'")
 
 
 def triton_lightning_attention(
@@ -290,15 +154,15 @@ def triton_lightning_attention(
         The output [T, H, Dv] in v's dtype; the final states in float32, or None.
 
     Raises:
-        ValueError: see ``check_triton``.
+        ValueError: see ``check_triton``; head dims above 256.
     """
-    check_triton(q, q.shape[2], v.shape[2])
-    everyone, nobody = range(len(cu_seqlens) - 1), [NONE] * (len(cu_seqlens) - 1)
+    _check(q, q.shape[2], v.shape[2])
+    everyone, nobody = tuple(range(len(cu_seqlens) - 1)), (NONE,) * (len(cu_seqlens) - 1)
     if initial_index is None:
         initial_index = nobody if initial_state is None else everyone
     if final_index is None:
-        final_index = everyone
-    documents = Documents(cu_seqlens, initial_index, final_index if output_final_state else nobody, segment_tokens)
+        final_index = everyone if output_final_state else nobody
+    documents = Documents(tuple(cu_seqlens), tuple(initial_index), tuple(final_index), segment_tokens)
     state = None if initial_state is None else initial_state.contiguous()
     result: tuple[Tensor, Tensor | None] = _Attention.apply(
         dense_rows(q), dense_rows(k), dense_rows(v), slopes.float().contiguous(), state, documents
@@ -310,9 +174,9 @@ def triton_silu_attention(
     parts: Tensor, slopes: Tensor, cu_seqlens: Sequence[int], *, segment_tokens: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention of SiLU(q), SiLU(k), SiLU(v) out of ``parts`` [T, H, P, D]; see ``fused.silu_lightning_attention``."""
-    check_triton(parts, parts.shape[3])
-    nobody = [NONE] * (len(cu_seqlens) - 1)
-    documents = Documents(cu_seqlens, nobody, nobody, segment_tokens)
+    _check(parts, parts.shape[3])
+    nobody = (NONE,) * (len(cu_seqlens) - 1)
+    documents = Documents(tuple(cu_seqlens), nobody, nobody, segment_tokens)
     result: tuple[Tensor, Tensor] = _SiluAttention.apply(
         parts if parts.stride(3) == 1 else parts.contiguous(), slopes.float().contiguous(), documents
     )
@@ -328,11 +192,11 @@ class _State(torch.autograd.Function):
         ctx.save_for_backward(k, v, slopes)
         ctx.documents = documents
         states = torch.empty(documents.states_kept, *k.shape[1:], v.shape[2], dtype=torch.float32, device=k.device)
-        walk_s = Walk(k, k, v, slopes)
-        plan = documents.plan(walk_s, reverse=False, only_kept=True)
         with torch.cuda.device_of(k):
+            walk_s = tuned_walk(k, k, v, slopes)
+            plan = documents.plan(walk_s, only_kept=True)
             carries = walk_s.carries(plan, None)
-            walk_s.launch(_table(plan.segments, k.device), None, None, carries, states)
+            walk_s.launch(plan.segments, None, None, carries, states)
         return states
 
     @staticmethod
@@ -342,13 +206,13 @@ class _State(torch.autograd.Function):
         k, v, slopes = ctx.saved_tensors
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         grad = grads[0].contiguous()
-        walk_v = Walk(k, k, v, slopes, reverse=True)
-        walk_k = Walk(v, v, k, slopes, reverse=True, transposed=True)
         with torch.cuda.device_of(k):
+            walk_v = tuned_walk(k, k, v, slopes, reverse=True)
+            walk_k = tuned_walk(v, v, k, slopes, reverse=True, transposed=True)
             for walk_x, output in ((walk_v, dv), (walk_k, dk)):
-                plan = ctx.documents.plan(walk_x, reverse=True)
+                plan = ctx.documents.plan(walk_x)
                 carries = walk_x.carries(plan, grad, keys=False)
-                walk_x.launch(_table(plan.segments, k.device), output, grad, carries, None, keys=False)
+                walk_x.launch(plan.segments, output, grad, carries, None, keys=False)
         return dk, dv, None, None
 
 
@@ -362,7 +226,8 @@ def triton_lightning_state(
     segment_tokens: int | None = None,
 ) -> Tensor:
     """Run the kernels; arguments and result as in ``selected.lightning_state``, already checked."""
-    check_triton(k, k.shape[2], v.shape[2])
-    documents = Documents(cu_seqlens, [NONE] * len(final_index), final_index, segment_tokens)
+    _check(k, k.shape[2], v.shape[2])
+    nobody = (NONE,) * len(final_index)
+    documents = Documents(tuple(cu_seqlens), nobody, tuple(final_index), segment_tokens)
     result: Tensor = _State.apply(dense_rows(k), dense_rows(v), slopes.float().contiguous(), documents)
     return result

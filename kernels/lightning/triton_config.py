@@ -21,8 +21,6 @@ class WalkConfig:
     warps: int
     stages: int
     """Chunks in flight: 2 loads the next one while this one is multiplied."""
-    precision: str
-    """Of products of float32: three TF32 products reach float32's."""
 
 
 def _padded(size: int) -> int:
@@ -30,12 +28,22 @@ def _padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def walk_config(width_a: int, width_c: int, dtype: torch.dtype, capability: int, silu: Silu = NO_SILU) -> WalkConfig:
-    """The configuration for states [width_a, width_c].
+def walk_configs(
+    width_a: int, width_c: int, dtype: torch.dtype, capability: int, silu: Silu = NO_SILU
+) -> tuple[WalkConfig, ...]:
+    """The configurations for states [width_a, width_c] among which ``triton_tune.py`` measures; the first by default.
 
-    16 bits: chunks of 64 tokens are the least that wgmma takes, and more would waste products above the diagonal; 8
-    warps and 64 columns hold a state of 128 rows in 32 registers a thread. SiLU widens its rows to float32 in registers
-    and mma.sync keeps both operands there: that leaves room for less. Compiled, none of these spills up to 128 rows.
+    16 bits: chunks of 64 tokens are the least that wgmma and tcgen05 take, and more would waste products above the
+    diagonal; mma.sync takes 32. 8 warps and 64 columns hold a state of 128 rows in 32 registers a thread. SiLU widens
+    its rows to float32 in registers, which leaves room for 32 columns. None of these spills with up to 128 rows.
+
+    On Hopper there is a choice. Wide tiles read the rows of a and b least often; slim ones (4 warps) fit twice in a
+    processor, so that one program computes while the other waits for its chunk, and repeat no product: of 8 warps both
+    halves multiply the same 64 rows. Which one wins depends on how fast L2 gives the rows again.
+
+    32 bits: small tiles, whose products are exact. Three TF32 products each would spill 300 bytes to 6 KiB a thread.
+
+    All configurations for the same tensors have the same chunks: they round the same operands and add the same numbers.
 
     Args:
         width_a: rows of the state.
@@ -46,10 +54,14 @@ def walk_config(width_a: int, width_c: int, dtype: torch.dtype, capability: int,
     """
     block_a, block_c = _padded(width_a), _padded(width_c)
     if dtype == torch.float32:
-        return WalkConfig(16, block_a, min(block_c, 16), 4 if block_a <= 128 else 8, 2, "tf32x3")
-    if capability < 90:
-        return WalkConfig(32, block_a, min(block_c, 32), 4 if block_a <= 64 else 8, 3, "ieee")
-    wide = any(silu) or block_a > 128
-    # With a second chunk in flight, the walk for dv spills 96 bytes a thread on sm_90.
-    stages = 1 if silu == (True, True, False) and capability < 100 else 2 if wide else 3
-    return WalkConfig(64, block_a, min(block_c, 32 if wide else 64), 8, stages, "ieee")
+        return (WalkConfig(16, block_a, min(block_c, 16), 4 if block_a <= 64 else 8, 2),)
+    if capability < 90 or capability >= 120:  # mma.sync, and as little as 99 KiB of shared memory
+        columns, stages = (64, 2) if any(silu) else (32, 3)
+        return (WalkConfig(32, block_a, min(block_c, columns), 4 if block_a <= 64 else 8, stages),)
+    columns, stages = (32, 2) if any(silu) or block_a > 128 else (64, 3)
+    wide = WalkConfig(64, block_a, min(block_c, columns), 8, stages)
+    # Slim tiles of Blackwell gain nothing, its products are in tensor memory; those of dq and dv through SiLU spill.
+    if capability >= 100 or max(block_a, block_c) > 128 or silu in ((False, True, True), (True, True, False)):
+        return (wide,)
+    # Where b goes through SiLU, a second chunk in flight would spill.
+    return wide, WalkConfig(64, block_a, min(block_c, 32), 4, 1 if silu[1] else 2)

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_m1.kernels.lightning.triton_attention import check_triton, dense_rows
-from megatron_m1.kernels.lightning.triton_walk import narrow
+from megatron_m1.kernels.triton_inputs import check_triton, dense_rows
+from megatron_m1.kernels.triton_rounding import narrow
 
 COLUMNS = 32
 """Columns of a state that a program holds; with 4 warps a state of 128 rows takes 32 registers a thread."""
@@ -75,7 +75,7 @@ def triton_step(q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, state: Tensor) 
     Raises:
         ValueError: see ``check_triton``.
     """
-    check_triton(q, q.shape[2], v.shape[2])
+    check_triton(q)
     result: tuple[Tensor, Tensor] = _Step.apply(
         dense_rows(q), dense_rows(k), dense_rows(v), slopes.float().contiguous(), state.contiguous()
     )

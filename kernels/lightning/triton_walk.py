@@ -11,8 +11,7 @@ what the states at a segment's two ends are and why one loop is enough. Exponent
 import triton
 import triton.language as tl
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Triton's interpreter runs the kernels on the CPU (TRITON_INTERPRET=1); in two places it needs help with bfloat16."""
+from megatron_m1.kernels.triton_rounding import INTERPRETED, narrow
 
 START = tl.constexpr(0)
 LENGTH = tl.constexpr(1)
@@ -24,13 +23,12 @@ COLUMNS = tl.constexpr(5)
 
 
 @triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """``x``, float32, in ``dtype``, rounded to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        # Triton's interpreter cuts the bits off instead of rounding.
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    return x.to(dtype)
+def made_once(x):
+    """``x`` as it is. The compiler would repeat what led to it in every product that reads it, each in its layout."""
+    if INTERPRETED:
+        return x
+    packed: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=packed)
 
 
 @triton.jit
@@ -41,7 +39,7 @@ def load_rows(base, steps, inside, stride, first, WIDTH: tl.constexpr, BLOCK: tl
     x = tl.load(base + (steps[:, None] * stride + columns[None, :]), mask=mask, other=0.0)
     if SILU:
         wide = x.to(tl.float32)
-        x = narrow(wide * tl.sigmoid(wide), x.dtype)
+        x = made_once(narrow(wide * tl.sigmoid(wide), x.dtype))
     return x
 
 
@@ -61,23 +59,23 @@ def add_state(state, base, slot, head, heads, stride_a, stride_c, A: tl.constexp
 
 
 @triton.jit
-def multiply(x, y, to, PRECISION: tl.constexpr):
-    """``to + x y`` in float32."""
+def multiply(x, y, to):
+    """``to + x y`` in float32, of float32 not through TF32."""
     if INTERPRETED:
         # Triton's interpreter multiplies bfloat16 as if its bits were integers.
         return tl.dot(x.to(tl.float32), y.to(tl.float32), to)
-    return tl.dot(x, y, to, input_precision=PRECISION)
+    return tl.dot(x, y, to, input_precision="ieee")
 
 
 @triton.jit
-def add_keys(state, b, c, weight, PRECISION: tl.constexpr):
+def add_keys(state, b, c, weight):
     """``state + b^T (weight c)``; in 16 bits the weighted rows are two terms, so that states keep more than 8 bits."""
     weighted = c.to(tl.float32) * weight[:, None]
     high = narrow(weighted, c.dtype)
-    state = multiply(tl.trans(b), high, state, PRECISION)
+    state = multiply(tl.trans(b), high, state)
     if c.dtype != tl.float32:
         low = narrow(weighted - high.to(tl.float32), c.dtype)
-        state = multiply(tl.trans(b), low, state, PRECISION)
+        state = multiply(tl.trans(b), low, state)
     return state
 
 
@@ -101,9 +99,12 @@ def walk(
     REVERSE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     STATES_IN: tl.constexpr, CARRIES_IN: tl.constexpr, STATES_OUT: tl.constexpr,
     SILU_A: tl.constexpr, SILU_B: tl.constexpr, SILU_C: tl.constexpr, SILU_GRAD: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: a segment of one document, a head, BLOCK_C columns of c and o. Grid: (C tiles x heads, segments)."""
+    """One program: a segment of one document, a head, BLOCK_C columns of c and o. Grid: (C tiles x heads, segments).
+
+    Tiles of a head are neighbours, so that they find its rows in L2.
+    """
     tiles: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     head = (tl.program_id(0) // tiles).to(tl.int64)
     first_c = (tl.program_id(0) % tiles) * BLOCK_C
@@ -137,16 +138,16 @@ def walk(
         if QUERIES:
             a_rows = load_rows(a + at * a_t, steps, inside, a_t, 0, A, BLOCK_A, SILU_A)
             result = tl.zeros([BLOCK_T, BLOCK_C], dtype=tl.float32)
-            result = multiply(a_rows, narrow(state, a_rows.dtype), result, PRECISION)
+            result = multiply(a_rows, narrow(state, a_rows.dtype), result)
             result *= (to_last if REVERSE else from_first)[:, None]
             if KEYS:
                 scores = tl.zeros([BLOCK_T, BLOCK_T], dtype=tl.float32)
-                scores = multiply(a_rows, tl.trans(b_rows), scores, PRECISION) * decay
-                result = multiply(narrow(scores, c_rows.dtype), c_rows, result, PRECISION)
+                scores = multiply(a_rows, tl.trans(b_rows), scores) * decay
+                result = multiply(narrow(scores, c_rows.dtype), c_rows, result)
             store_rows(o + at * o_t, steps, inside, o_t, first_c, result, raw + at * raw_t, raw_t, C, SILU_GRAD)
         state *= tl.exp(-slope * size)
         if KEYS:
-            state = add_keys(state, b_rows, c_rows, from_first if REVERSE else to_last, PRECISION)
+            state = add_keys(state, b_rows, c_rows, from_first if REVERSE else to_last)
 
     if STATES_OUT:
         slot = tl.load(row + STATE_OUT)

@@ -1,5 +1,6 @@
 """RMSNorm with its own backward pass, in as few passes over memory as torch's operations allow."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,34 +9,52 @@ from torch.autograd.function import once_differentiable
 
 
 class FusedRmsNorm(torch.autograd.Function):
-    """See ``rms_norm``. Keeps its inputs and one number per row."""
+    """See ``rms_norm`` and ``gated_rms_norm``. Keeps its inputs and one number per row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, gate: Tensor | None, eps: float) -> Tensor:
-        """Output, shaped as ``x``."""
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # [..., 1]
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gate: Tensor | None,
+        eps: float,
+        width: int,
+        add_over_ranks: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        """Output [..., n], typed as ``x``; a row has ``width`` numbers over all ranks."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        wide = x.to(dtype)
+        total = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()  # [..., 1]
+        if add_over_ranks is not None:
+            total = add_over_ranks(total)
+        inverse = total.div(width).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, gate, inverse)
-        output = (x * inverse).mul_(weight)
-        return output if gate is None else output.mul_(torch.sigmoid(gate))
+        ctx.width, ctx.add_over_ranks = width, add_over_ranks
+        output = (wide * inverse).mul_(weight)
+        if gate is not None:
+            output.mul_(torch.sigmoid(gate.to(dtype)))
+        return output.to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and gate."""
         x, weight, gate, inverse = ctx.saved_tensors
-        width = x.shape[-1]
-        opened = None if gate is None else torch.sigmoid(gate)
-        grad = grads[0] if opened is None else grads[0] * opened
-        product = grad * x
-        # [..., width] -> [n, width]
-        grad_weight = inverse.flatten() @ product.view(-1, width)
+        wide, grad = x.to(inverse.dtype), grads[0].to(inverse.dtype)
+        opened = None if gate is None else torch.sigmoid(gate.to(inverse.dtype))
+        if opened is not None:
+            grad = grad * opened
+        product = grad * wide
+        # [..., n] -> [rows, n]
+        grad_weight = inverse.flatten() @ product.reshape(-1, x.shape[-1])
         grad_normal = product.mul_(weight)
         projection = grad_normal.sum(dim=-1, keepdim=True)  # [..., 1]
+        if ctx.add_over_ranks is not None:
+            projection = ctx.add_over_ranks(projection)
         grad_x = (grad * weight).mul_(inverse)
-        grad_x.addcmul_(x, projection * inverse.pow(3), value=-1.0 / width)
-        if opened is None:
-            return grad_x, grad_weight, None, None
-        grad_gate = grad_normal.mul_(inverse)
-        grad_gate.addcmul_(grad_gate, opened, value=-1.0)
-        return grad_x, grad_weight, grad_gate, None
+        grad_x.addcmul_(wide, projection * inverse.pow(3), value=-1.0 / ctx.width)
+        grad_gate = None
+        if opened is not None:
+            grad_gate = grad_normal.mul_(inverse)
+            grad_gate = grad_gate.addcmul_(grad_gate, opened, value=-1.0).to(x.dtype)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_gate, None, None, None

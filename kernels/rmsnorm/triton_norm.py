@@ -15,18 +15,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from megatron_m1.kernels.triton_inputs import check_triton, dense_rows
+from megatron_m1.kernels.triton_rounding import narrow
+
+FORWARD_WARPS, BACKWARD_WARPS = 8, 16
+"""A row of 8192 numbers is 32 or 16 a thread; backward holds five such arrays."""
 ROWS_PER_PROGRAM = 64
 """Rows whose weight gradient one program sums: [rows / 64, width] float32 are added up in the end."""
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr):
-    """``x``, float32, in ``dtype``, rounded to nearest even (Triton's interpreter cuts the bits off)."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -83,6 +78,9 @@ def backward_rows(
             tl.store(projection + row, project)
         if DIFFERENTIATE:
             scale = 1.0 / tl.sqrt(tl.load(total + row) / full_width + eps)
+            # Read once more, out of the L1 cache: kept over the sum, the row makes the kernel spill.
+            values = load_row(x, row, x_t, x_h, HEAD, WIDTH, BLOCK)
+            product = flow * values
             sum_weight += product * scale
             dx = flow * factor * scale - values * (scale * scale * scale * project / full_width)
             tl.store(grad_x + row.to(tl.int64) * WIDTH + at, narrow(dx, grad_x.dtype.element_ty), mask=inside)
@@ -100,7 +98,7 @@ def _launch_forward(
     forward_row[(tokens,)](
         x, weight, gate, x if y is None else y, total, *x.stride()[:2], *gate.stride()[:2], eps, width,
         HEAD=head, WIDTH=heads * head, BLOCK=triton.next_power_of_2(heads * head),
-        SUMMED=summed, NORMALISE=y is not None, num_warps=8,
+        SUMMED=summed, NORMALISE=y is not None, num_warps=FORWARD_WARPS,
     )  # fmt: skip
 
 
@@ -134,7 +132,7 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, weight and gate."""
         x, weight, gate, total = ctx.saved_tensors
-        grad = grads[0] if grads[0].stride(2) == 1 else grads[0].contiguous()
+        grad = dense_rows(grads[0])
         tokens, heads, head = x.shape
         programs = triton.cdiv(tokens, ROWS_PER_PROGRAM)
         dx, dgate = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate))
@@ -146,7 +144,7 @@ class _GatedNorm(torch.autograd.Function):
                 grad, x, weight, gate, total, projection, dx, dgate, sums, tokens,
                 *grad.stride()[:2], *x.stride()[:2], *gate.stride()[:2], *dgate.stride()[:2], ctx.eps, ctx.width,
                 HEAD=head, WIDTH=heads * head, BLOCK=triton.next_power_of_2(heads * head), ROWS=ROWS_PER_PROGRAM,
-                PROJECTED=projected, DIFFERENTIATE=differentiate, num_warps=8,
+                PROJECTED=projected, DIFFERENTIATE=differentiate, num_warps=BACKWARD_WARPS,
             )  # fmt: skip
 
         with torch.cuda.device_of(x):
@@ -165,7 +163,11 @@ def triton_gated_rms_norm(
     width: int,
     add_over_ranks: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
-    """Run the kernels; arguments and result as in ``gated_rms_norm``, already checked; a last stride of 1."""
-    x, gate = (t if t.stride(2) == 1 else t.contiguous() for t in (x, gate))
-    result: Tensor = _GatedNorm.apply(x, weight.contiguous(), gate, eps, width, add_over_ranks)
+    """Run the kernels; arguments and result as in ``gated_rms_norm``, already checked.
+
+    Raises:
+        ValueError: see ``check_triton``.
+    """
+    check_triton(x)
+    result: Tensor = _GatedNorm.apply(dense_rows(x), weight.contiguous(), dense_rows(gate), eps, width, add_over_ranks)
     return result

@@ -116,7 +116,7 @@ class LightningAttention(MegatronModule):
             is_expert=False,
             tp_group=self.tp_group,
         )
-        self.norm = FullWidthRMSNorm(config, width, config.lightning_norm_epsilon, self.tp_group)
+        self.norm = FullWidthRMSNorm(config, width, config.lightning_norm_epsilon, self.tp_group, self.backend)
         with torch.device("cpu"):
             slopes = layer_slopes(config.num_attention_heads, layer_number - 1, config.num_layers)
         first = self.tp_group.rank() * self.local_heads
@@ -137,18 +137,19 @@ class LightningAttention(MegatronModule):
         tokens, layout = qkvg.shape[0], layout_of(params)
         parts = qkvg.view(tokens, self.local_heads, PARTS, self.head_dim)
         self.slopes = self.slopes.to(parts.device)
-        backend = self.backend or choose_backend(parts.device)
+        backend = choose_backend(parts.device, self.backend)
         bounds = layout.local_document_bounds
         if not layout.state_plan.is_empty:
             q, k, v, gate = _Split.apply(parts)
             attended = self._across_ranks(q, k, v, params, backend)
         elif backend == "triton":
-            attended, gate = silu_lightning_attention(parts, self.slopes, cu_seqlens=bounds, backend=backend)
+            attended, gates = silu_lightning_attention(parts, self.slopes, cu_seqlens=bounds, backend=backend)
+            gate = gates.squeeze(2)  # [n, heads, 1, dim] -> [n, heads, dim]
         else:
             q, k, v, gate = _Split.apply(parts)
             attended = lightning_attention(q, k, v, self.slopes, cu_seqlens=bounds, backend=backend)
-        # attended: [n, heads, dim]; gate: [n, heads, (1,) dim]
-        return self.norm(attended.view(tokens, 1, -1), gate.reshape(tokens, 1, -1))
+        # [n, heads, dim] -> [n, 1, heads * dim]
+        return self.norm(attended, gate).view(tokens, 1, -1)
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *, packed_seq_params: Any, **unused: Any

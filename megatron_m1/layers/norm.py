@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
-from megatron_m1.kernels.rmsnorm import rms_norm
+from megatron_m1.kernels.rmsnorm import gated_rms_norm, rms_norm
 
 NormBuilder = Callable[..., nn.Module]
 
@@ -72,13 +72,20 @@ class FullWidthRMSNorm(nn.Module):
         width: full width, over all tensor ranks.
         eps: added to the mean square.
         tp_group: tensor-parallel group; its size divides ``width``.
+        backend: form of ``gated_rms_norm``; None takes the fastest that the device has.
     """
 
     def __init__(
-        self, config: TransformerConfig, width: int, eps: float, tp_group: torch.distributed.ProcessGroup
+        self,
+        config: TransformerConfig,
+        width: int,
+        eps: float,
+        tp_group: torch.distributed.ProcessGroup,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
         self.eps = eps
+        self.backend = backend
         self.width = width
         self.tp_group = tp_group
         local = width // tp_group.size()
@@ -86,19 +93,19 @@ class FullWidthRMSNorm(nn.Module):
         set_tensor_model_parallel_attributes(self.weight, is_parallel=True, dim=0, stride=1)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """Normalise ``x`` [..., width / tp] and multiply by ``sigmoid(gate)``, shaped as ``x``.
+        """Normalise ``x`` [n, heads / tp, dim] and multiply by ``sigmoid(gate)``, shaped as ``x``, any strides.
 
         Statistics are fp32, the result has ``x``'s dtype.
         """
-        if self.tp_group.size() == 1:
-            return rms_norm(x, self.weight, self.eps, gate)
-        wide = x.float()
-        square = wide.square().sum(dim=-1, keepdim=True)
-        # Every rank's output depends on the total, so its gradient is summed over the ranks as well.
-        square = reduce_from_tensor_model_parallel_region(square, group=self.tp_group)
-        square = copy_to_tensor_model_parallel_region(square, group=self.tp_group)
-        normal = wide * torch.rsqrt(square / self.width + self.eps)
-        return torch.sigmoid(gate) * (normal * self.weight.float()).to(x.dtype)
+        add = None if self.tp_group.size() == 1 else self._add_over_ranks
+        return gated_rms_norm(
+            x, self.weight, gate, self.eps, width=self.width, add_over_ranks=add, backend=self.backend
+        )
+
+    def _add_over_ranks(self, sums: Tensor) -> Tensor:
+        # Every rank's output depends on the total, so under autograd its gradient is summed over the ranks as well.
+        total = reduce_from_tensor_model_parallel_region(sums, group=self.tp_group)
+        return copy_to_tensor_model_parallel_region(total, group=self.tp_group)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
