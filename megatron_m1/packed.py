@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from megatron_m1.generate.caches import Caches
 from megatron_m1.parallel.layout import SequenceLayout
 
 
@@ -19,6 +20,8 @@ class PackedBatchParams(PackedSeqParams):
     """
 
     layout: SequenceLayout | None = None
+    caches: Caches | None = None
+    """For generation: each document goes on where its sequence's last pass ended."""
 
     @classmethod
     def of(cls, layout: SequenceLayout) -> PackedBatchParams:

@@ -17,8 +17,8 @@ DIRECTIONS = {
 }
 DESCRIPTION = """\
 to-hf writes safetensors, their index, config.json, generation_config.json and the tokenizer. from-hf writes a folder
-like a run's, whose checkpoint any mesh reads. OUT must not exist; until it is whole it is OUT.partial, where a run after
-a kill goes on. Under torchrun the processes share the work."""
+like a run's, whose checkpoint any mesh reads. OUT must not exist; until it is whole it is OUT.partial, where the same
+command goes on after a kill. Under torchrun the processes share the work."""
 
 
 def command_parser(direction: str) -> CommandParser:
@@ -123,8 +123,6 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
 
 
 def _from_hf(options: argparse.Namespace) -> list[str]:
-    import torch
-
     from megatron_m1.convert.hf_config import DTYPES
     from megatron_m1.convert.hub_folder import expected_bytes, open_hub_folder
     from megatron_m1.convert.load_hf import LoadOptions, load_hf
@@ -134,9 +132,10 @@ def _from_hf(options: argparse.Namespace) -> list[str]:
         dtype=DTYPES.get(options.dtype), shard_size=parse_size(options.shard_size), verify=options.verify
     )
     if options.dry_run:
-        source = open_hub_folder(options.source, headers=False)
-        size = expected_bytes(source.units, choices.dtype or torch.bfloat16)
-        return [f"would write {len(source.files):,} tensors, {size:,} bytes of weights in {options.dtype}"]
+        source = open_hub_folder(options.source, headers=any(options.source.glob("*.safetensors")))
+        dtype = choices.dtype or source.dtype
+        size = expected_bytes(source.units, dtype)
+        return [f"would write {len(source.files):,} tensors, {size:,} bytes of weights, {str(dtype)[6:]}"]
     source = open_hub_folder(options.source)
     with started_ranks() as ranks:
         checkpoint = load_hf(source, options.out, choices, ranks)

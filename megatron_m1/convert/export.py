@@ -197,7 +197,9 @@ def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Rank
     if options.remote_code is not None:
         missing = [name for name in REMOTE_FILES if not (options.remote_code / name).is_file()]
         if missing:
-            raise ValueError(f"{options.remote_code} has no {missing[0]}: give the folder with the hub's modeling files")
+            raise ValueError(
+                f"{options.remote_code} has no {missing[0]}: give the folder with the hub's modeling files"
+            )
     plan = _Plan(source, options)
     work = WorkFolder(out, _description(plan), ranks)
 

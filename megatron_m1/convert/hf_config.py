@@ -124,7 +124,7 @@ def caveats(model: ModelConfig) -> list[str]:
     if model.rotary_percent != 1.0:
         lines.append(
             f"native transformers rotates whole softmax heads ({model.kv_channels} dimensions instead of the first "
-            f"{rotary_dim(model)}): it ignores rotary_dim and partial_rotary_factor for this model, so its logits differ"
+            f"{rotary_dim(model)}): it ignores rotary_dim and partial_rotary_factor here, so its logits differ"
         )
     if model.lightning_norm_epsilon != NATIVE_NORM_EPSILON:
         lines.append(
@@ -217,7 +217,9 @@ def _period(config: Mapping[str, Any], layers: int) -> int:
         raise ValueError(f"{name} has {len(softmax)} entries, {sum(softmax)} of them softmax, for {layers} layers")
     period = softmax.index(True) + 1
     if softmax != [(layer + 1) % period == 0 for layer in range(layers)] or layers % period:
-        raise ValueError(f"{name} is not periodic: every {period}th layer should be softmax attention, the last as well")
+        raise ValueError(
+            f"{name} is not periodic: every {period}th layer should be softmax attention, the last as well"
+        )
     return period
 
 
@@ -240,7 +242,9 @@ def _rotary(config: Mapping[str, Any], dim: int) -> tuple[float, float]:
     parameters = config.get("rope_parameters") or {}
     scaling = parameters.get("rope_type", "default") != "default" or config.get("rope_scaling")
     if scaling:
-        raise ValueError(f"rope_parameters = {parameters or config['rope_scaling']}: only the default kind is supported")
+        raise ValueError(
+            f"rope_parameters = {parameters or config['rope_scaling']}: only the default kind is supported"
+        )
     thetas = {float(place["rope_theta"]) for place in (config, parameters) if "rope_theta" in place}
     if len(thetas) != 1:
         raise ValueError(f"rope_theta is {sorted(thetas) or 'missing'}: one value is needed")

@@ -165,7 +165,8 @@ def _object_items(wanted: Sequence[Unit]) -> list[WriteItem]:
         elif module.rpartition(".")[2].startswith("linear_"):
             names.append(f"{module}._extra_state/shard_0_1")
     return [
-        WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(nbytes=0)) for name in names
+        WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO, bytes_io_data=BytesIOWriteData(nbytes=0))
+        for name in names
     ]
 
 
@@ -223,9 +224,7 @@ class LateWriter:
         # Nothing to copy ahead: everything is on the CPU.
         self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
         self._resolve = resolve
-        self._units = {
-            MetadataIndex(unit.ours, torch.Size(unit.offsets)): unit for group in groups for unit in group
-        }
+        self._units = {MetadataIndex(unit.ours, torch.Size(unit.offsets)): unit for group in groups for unit in group}
         plans = [SavePlan([_tensor_item(unit, dtypes(unit)) for unit in group]) for group in groups]
         plans[0] = replace(plans[0], items=[*_object_items(list(self._units.values())), *plans[0].items])
         plans, self._metadata = create_default_global_save_plan(plans)

@@ -52,7 +52,9 @@ def export_tokenizer(tokenizer: Path, folder: Path, vocab_size: int) -> dict[str
     except OSError as error:
         raise ValueError(f"tokenizer {tokenizer} can't be read: {error.strerror or error}") from error
     if loaded.vocab_size > vocab_size:
-        raise ValueError(f"tokenizer {tokenizer} has {loaded.vocab_size} tokens, the model's embedding {vocab_size} rows")
+        raise ValueError(
+            f"tokenizer {tokenizer} has {loaded.vocab_size} tokens, the model's embedding {vocab_size} rows"
+        )
     if tokenizer.is_dir():
         copy_tokenizer(tokenizer, folder)
     else:

@@ -95,15 +95,18 @@ class Unit:
 
 def rules(model: ModelConfig) -> tuple[Rule, ...]:
     """All rules for a model of this shape, in the order in which a layer's tensors are written."""
-    hidden, dim, heads, kv_heads = model.hidden_size, model.kv_channels, model.num_attention_heads, model.num_query_groups
+    hidden, dim, heads, kv_heads = (
+        model.hidden_size,
+        model.kv_channels,
+        model.num_attention_heads,
+        model.num_query_groups,
+    )
     vocabulary, inner = model.vocab_size, model.moe_ffn_hidden_size
     attention, hub_attention = f"{_LAYER}.self_attention", f"{_HUB_LAYER}.self_attn"
     experts, hub_experts = f"{_LAYER}.mlp.experts.experts", f"{_HUB_LAYER}.block_sparse_moe.experts.{{expert}}"
     norms = (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
     return (
-        Rule(
-            "embedding.word_embeddings.weight", (("model.embed_tokens.weight", vocabulary),), hidden, layers="none"
-        ),
+        Rule("embedding.word_embeddings.weight", (("model.embed_tokens.weight", vocabulary),), hidden, layers="none"),
         *(
             Rule(f"{_LAYER}.{ours}.weight", ((f"{_HUB_LAYER}.{hub}.weight", hidden),), columns=None)
             for ours, hub in norms
@@ -172,8 +175,7 @@ def _units_of(rule: Rule, model: ModelConfig, layer: int | None) -> Iterator[Uni
             expert=expert,
             groups=rule.groups,
             parts=tuple(
-                Part(name.format(layer=layer, expert=expert), (rule.groups * count, *row))
-                for name, count in rule.parts
+                Part(name.format(layer=layer, expert=expert), (rule.groups * count, *row)) for name, count in rule.parts
             ),
             keeps_fp32=rule.keeps_fp32,
         )

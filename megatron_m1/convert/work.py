@@ -239,7 +239,9 @@ def run_jobs(
             for pending in ends:
                 pending.result()
         except OSError as error:
-            fault = f"{work.path} can't be written: {_disk_fault(error)}; make room and run again, it goes on from there"
+            fault = (
+                f"{work.path} can't be written: {_disk_fault(error)}; make room and run again, it goes on from there"
+            )
         except ValueError as error:
             damage = str(error)
         damage = checking.result() or damage

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from megatron_m1.engine import EngineConfig
+from megatron_m1.generate.caches import Caches
 from megatron_m1.kernels.lightning import layer_slopes, lightning_attention
 from megatron_m1.layers.norm import FullWidthRMSNorm
 from megatron_m1.packed import layout_of
@@ -84,6 +85,7 @@ class LightningAttention(MegatronModule):
         assert pg_collection is not None
         self.tp_group = pg_collection.tp
         width = config.num_attention_heads * config.kv_channels
+        self.layer_number = layer_number
         self.head_dim = config.kv_channels
         self.local_heads = config.num_attention_heads // self.tp_group.size()
         self.recompute = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
@@ -116,15 +118,18 @@ class LightningAttention(MegatronModule):
         first = self.tp_group.rank() * self.local_heads
         self.slopes = slopes[first : first + self.local_heads]
 
-    def _core(self, qkvg: Tensor, layout: SequenceLayout) -> Tensor:
+    def _core(self, qkvg: Tensor, layout: SequenceLayout, caches: Caches | None = None) -> Tensor:
         # [n, 1, heads * 4 * dim] -> [n, heads, 4, dim]
         tokens = qkvg.shape[0]
         parts = qkvg.view(tokens, self.local_heads, PARTS, self.head_dim)
         q, k, v, gate = _Split.apply(parts)  # each [n, heads, dim]
         self.slopes = self.slopes.to(q.device)
-        attended = lightning_attention(
-            q, k, v, self.slopes, cu_seqlens=layout.local_document_bounds, backend=self.backend
-        )  # [n, heads, dim]
+        bounds = layout.local_document_bounds
+        if caches is None:
+            attended = lightning_attention(q, k, v, self.slopes, cu_seqlens=bounds, backend=self.backend)
+        else:
+            attended = caches.lightning(self.layer_number, q, k, v, self.slopes, bounds, self.backend)
+        # [n, heads, dim] -> [n, 1, heads * dim]
         return self.norm(attended.view(tokens, 1, -1), gate.reshape(tokens, 1, -1))
 
     def forward(
@@ -146,6 +151,6 @@ class LightningAttention(MegatronModule):
         if self.recompute and self.training:
             core = tensor_parallel.checkpoint(partial(self._core, layout=layout), False, qkvg)
         else:
-            core = self._core(qkvg, layout)
+            core = self._core(qkvg, layout, packed_seq_params.caches)
         output, _ = self.linear_proj(core)
         return output, None

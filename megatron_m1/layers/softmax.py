@@ -105,8 +105,9 @@ class PackedCoreAttention(MegatronModule):
     Engine's padded documents. Holds no parameters.
     """
 
-    def __init__(self, config: EngineConfig, **interface: Any) -> None:
+    def __init__(self, config: EngineConfig, layer_number: int, **interface: Any) -> None:
         super().__init__(config=config)
+        self.layer_number = layer_number
         self.rotary_dim = int(config.kv_channels * config.rotary_percent)
         self.rotary_base = config.rotary_base
 
@@ -133,9 +134,14 @@ class PackedCoreAttention(MegatronModule):
             [n, 1, heads * dim].
         """
         layout = layout_of(packed_seq_params)
-        q = rotate(query.squeeze(1), layout.positions, self.rotary_dim, self.rotary_base)
-        k = rotate(key.squeeze(1), layout.positions, self.rotary_dim, self.rotary_base)
-        out = packed_softmax_attention(q, k, value.squeeze(1), layout)
+        bounds, caches = layout.local_document_bounds, packed_seq_params.caches
+        positions = layout.positions if caches is None else caches.positions(layout.positions, bounds)
+        q = rotate(query.squeeze(1), positions, self.rotary_dim, self.rotary_base)
+        k = rotate(key.squeeze(1), positions, self.rotary_dim, self.rotary_base)
+        if caches is None:
+            out = packed_softmax_attention(q, k, value.squeeze(1), layout)
+        else:
+            out = caches.attend(self.layer_number, q, k, value.squeeze(1), bounds)
         return out.reshape(out.shape[0], 1, -1)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
