@@ -113,7 +113,8 @@ class _Loading:
         tokenizer = self.work.path / "tokenizer"
         if copy_tokenizer(self.source.folder, tokenizer):
             config.data.tokenizer = str((self.work.out / "tokenizer").absolute())
-        state = {"step": 0, "tokens": 0, "consumed_samples": 0, "weights_only": True}
+        state: dict[str, Any] = {"step": 0, "tokens": 0, "consumed_samples": 0, "weights_only": True}
+        state["source"] = str(self.source.folder.resolve())
         texts = {
             folders.CONFIG: config_text(config),
             folders.STATE: json.dumps(state, indent=2) + "\n",

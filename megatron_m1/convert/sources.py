@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_m1.checkpoint_contents import complete_checkpoints
+from megatron_m1.config import ModelConfig
+from megatron_m1.config_io import load_config
 from megatron_m1.convert.hf_config import CONFIG
 from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint, open_checkpoint
+
+HUGGING_FACE = "hf:"
+"""Prefix of ``run.init_from`` that names a Hugging Face folder."""
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -35,3 +40,14 @@ def open_any(path: Path) -> OurCheckpoint | HubFolder:
     if (path / CONFIG).is_file():
         return open_hub_folder(path)
     return open_checkpoint(find_checkpoint(path))
+
+
+def initial_model(init_from: str) -> ModelConfig:
+    """Shape and numerics of the model whose weights ``run.init_from`` names.
+
+    Raises:
+        ValueError: there is none, or it is none of ours.
+    """
+    if init_from.startswith(HUGGING_FACE):
+        return open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
+    return load_config(find_checkpoint(Path(init_from)) / "config.yaml").model

@@ -75,15 +75,22 @@ def find_damage(checkpoint: Path) -> str | None:
     return next((fault for fault in faults if fault is not None), None)
 
 
-def _check_shape(config_text: str, checkpoint: Path) -> None:
+def check_shape(config_text: str, checkpoint: Path, *, fix: str) -> None:
+    """Check that a checkpoint's model has the shape of a configuration's.
+
+    Args:
+        config_text: the configuration as YAML.
+        checkpoint: its folder.
+        fix: what the user can do.
+
+    Raises:
+        ValueError: it has another one.
+    """
     saved = yaml.safe_load((checkpoint / folders.CONFIG).read_text())["model"]
     wanted = yaml.safe_load(config_text)["model"]
     for field in MODEL_SHAPE:
         if saved[field] != wanted[field]:
-            raise ValueError(
-                f"model.{field} is {wanted[field]}, but checkpoint {checkpoint} has {saved[field]}: "
-                "restore it, or give another run.folder"
-            )
+            raise ValueError(f"model.{field} is {wanted[field]}, but checkpoint {checkpoint} has {saved[field]}: {fix}")
 
 
 class Checkpoints:
@@ -204,7 +211,13 @@ class Checkpoints:
             self._note(f"checkpoint {name} is damaged ({fault}): falling back to the one before")
 
     def _load(self, trainer: Trainer, checkpoint: Path, damaged: list[Path]) -> dict[str, Any]:
-        _check_shape(self._config_text, checkpoint)
+        check_shape(self._config_text, checkpoint, fix="restore it, or give another run.folder")
+        saved = json.loads((checkpoint / folders.STATE).read_text())
+        if saved.get("weights_only"):
+            raise ValueError(
+                f"checkpoint {checkpoint} holds imported weights and no optimizer state: give it to --init-from, and "
+                "choose another run.folder"
+            )
         load_train_state(trainer, checkpoint)
 
         def settle() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Every rank holds parameters named as vLLM names them. A tensor in the folder finds its parameter by its own name, by the
 fused ``qkv_proj`` of softmax layers, or by ``w13_weight`` / ``w2_weight`` of the experts. A name that leads nowhere is
-an error, and so is a parameter, or part of one, that nothing filled. Config keys are read with vLLM's own defaults, which
+an error, and so is a parameter, or part of one, that nothing filled. Config keys are read with vLLM's defaults, which
 differ from what M1 needs. Prefill follows the recurrence: vLLM's kernel is off by one factor between blocks.
 """
 
