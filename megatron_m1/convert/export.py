@@ -17,7 +17,7 @@ from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
 from megatron_m1.convert.native_buffers import buffer_entries, native_buffers
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
-from megatron_m1.convert.tokenizer import export_tokenizer
+from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
 from megatron_m1.convert.weight_map import Unit, is_softmax_layer, to_hub
 from megatron_m1.convert.work import Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
 from megatron_m1.data.files import write_atomically
@@ -148,14 +148,14 @@ def source_fault(folder: Path, ranks: Ranks) -> Callable[[], str | None]:
     return check
 
 
-def _finish(plan: _Plan, folder: Path) -> None:
+def _finish(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None:
     """Write all that is no weight; the index last."""
     options, contents = plan.options, plan.source.contents
     build = native_config if options.format == "native" else hub_config
     config = build(contents.config.model, plan.dtype, options.max_positions or contents.config.data.seq_length)
     generation: dict[str, Any] = {"do_sample": False}
-    if options.tokenizer is not None:
-        ids = export_tokenizer(options.tokenizer, folder, contents.config.model.vocab_size)
+    if tokenizer is not None:
+        ids = tokenizer.write(folder)
         config |= ids
         generation |= ids
     if options.remote_code is not None:
@@ -200,6 +200,8 @@ def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Rank
             raise ValueError(
                 f"{options.remote_code} has no {missing[0]}: give the folder with the hub's modeling files"
             )
+    place = options.tokenizer
+    tokenizer = None if place is None else ready_tokenizer(place, source.model.vocab_size)
     plan = _Plan(source, options)
     work = WorkFolder(out, _description(plan), ranks)
 
@@ -215,7 +217,7 @@ def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Rank
     run_jobs(work, jobs, ranks, title="to-hf", beside=source_fault(source.folder, ranks))
 
     def finish() -> None:
-        _finish(plan, work.path)
+        _finish(plan, work.path, tokenizer)
         if options.format == "hub":
             open_hub_folder(work.path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,35 +32,43 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     return True
 
 
-def export_tokenizer(tokenizer: Path, folder: Path, vocab_size: int) -> dict[str, Any]:
-    """Put a tokenizer into a Hugging Face folder.
+@dataclass(frozen=True)
+class ReadyTokenizer:
+    """A tokenizer that can be put into a folder. Make one with ``ready_tokenizer``."""
+
+    source: Path
+    eos_token_id: int
+    converted: Any
+    """transformers' tokenizer; None where the source's files are copied."""
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Put it into a Hugging Face folder; returns the ids that config.json and generation_config.json name."""
+        if self.converted is None:
+            copy_tokenizer(self.source, folder)
+        else:
+            self.converted.save_pretrained(str(folder))
+        return {"eos_token_id": self.eos_token_id}
+
+
+def ready_tokenizer(path: Path, vocab_size: int) -> ReadyTokenizer:
+    """Load, and if need be convert, a tokenizer for a Hugging Face folder.
 
     Args:
-        tokenizer: SentencePiece ``.model`` or Hugging Face tokenizer folder, whose special tokens and chat template
-            are kept.
-        folder: where config.json goes.
+        path: SentencePiece ``.model`` or Hugging Face tokenizer folder, whose special tokens and chat template are
+            kept.
         vocab_size: rows of the model's embedding.
-
-    Returns:
-        The ids that config.json and generation_config.json name.
 
     Raises:
         ValueError: it can't be read, is larger than the embedding, or is a SentencePiece model of a kind that has no
             exact counterpart.
     """
     try:
-        loaded = load_tokenizer(tokenizer)
+        loaded = load_tokenizer(path)
     except OSError as error:
-        raise ValueError(f"tokenizer {tokenizer} can't be read: {error.strerror or error}") from error
+        raise ValueError(f"tokenizer {path} can't be read: {error.strerror or error}") from error
     if loaded.vocab_size > vocab_size:
-        raise ValueError(
-            f"tokenizer {tokenizer} has {loaded.vocab_size} tokens, the model's embedding {vocab_size} rows"
-        )
-    if tokenizer.is_dir():
-        copy_tokenizer(tokenizer, folder)
-    else:
-        from_sentencepiece(tokenizer).save_pretrained(str(folder))
-    return {"eos_token_id": loaded.eod}
+        raise ValueError(f"tokenizer {path} has {loaded.vocab_size} tokens, the model's embedding {vocab_size} rows")
+    return ReadyTokenizer(path, loaded.eod, None if path.is_dir() else from_sentencepiece(path))
 
 
 def from_sentencepiece(path: Path) -> Any:

@@ -12,6 +12,7 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 from megatron_m1.checkpoint_contents import read_checkpoint
+from megatron_m1.data.tokenizers import load_tokenizer
 from tests.convert import runs
 from tests.convert.folders import convert
 from tests.convert.test_generate import prompts_of
@@ -22,6 +23,7 @@ from tests.training.conftest import tiny_corpus  # noqa: F401
 from tests.training.loop_runs import records
 
 STEPS = 50
+TEXT = "def convert(path):\n    return 42  # naïve\n"
 VOCAB = 504
 SHAPE: dict[str, Any] = {"layers": 8, "hidden": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "ffn": 24, "experts": 4}
 LOSS_TOLERANCE = 1e-5
@@ -73,6 +75,8 @@ def test_fifty_steps_from_a_hugging_face_folder(
     assert read_checkpoint(first / "checkpoints" / f"step_{STEPS:08d}").config.model.num_moe_experts == 4
 
     convert("to-hf", first, tmp_path / "out", "--max-positions", "4096", "--verify")
+    exported, own = load_tokenizer(tmp_path / "out"), load_tokenizer(tiny_corpus["tokenizer"])
+    assert exported.encode(TEXT) == own.encode(TEXT) and exported.eod == own.eod
     tokens = prompts_of([300], VOCAB)
     (ours,) = workers.run(runs.logits_of, first, tokens, world_size=1)
     with torch.no_grad():
