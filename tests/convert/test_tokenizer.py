@@ -13,8 +13,6 @@ from transformers import AutoTokenizer
 from megatron_m1.convert.tokenizer import copy_tokenizer, ready_tokenizer
 from megatron_m1.data.corpus import build_corpus
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
-from tests.convert.conftest import Run
-from tests.convert.folders import convert
 from tests.data.test_tokenizers import TEXTS, hugging_face_folder
 
 CHARACTERS = 1_000_000
@@ -49,27 +47,25 @@ def test_equal_ids_on_the_corpus(corpus: Path, tmp_path: Path) -> None:
     for text in texts:
         ids = ours.encode(text)
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
-        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids)
     assert len(theirs) == ours.vocab_size == 4096
     assert theirs.eos_token == "</s>" and theirs.eos_token_id == ours.eod == 1
     assert load_tokenizer(tmp_path / "hf").encode(texts[0]) == ours.encode(texts[0])
 
 
-def test_a_run_is_exported_with_its_tokenizer(fp32_run: Run, tmp_path: Path) -> None:
+def test_more_tokens_than_rows(tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
-    train_sentencepiece([inspect.getsource(inspect)], model, vocab_size=330)
+    train_sentencepiece(TEXTS[:3] * 20, model, vocab_size=330)
     with pytest.raises(ValueError, match=r"^tokenizer .* has 330 tokens, the model's embedding 104 rows$"):
-        convert("to-hf", fp32_run.folder, tmp_path / "hub", "--tokenizer", model)
+        ready_tokenizer(model, 104)
 
 
-def test_an_imported_tokenizer_comes_back_byte_for_byte(fp32_run: Run, tmp_path: Path) -> None:
+def test_an_imported_tokenizer_comes_back_byte_for_byte(tmp_path: Path) -> None:
     folder = hugging_face_folder(tmp_path / "theirs", eos="<end>")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["chat_template"] = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text('{"eos_token_id": [256]}')
-    with pytest.raises(ValueError, match="has 257 tokens, the model's embedding 104 rows"):
-        convert("to-hf", fp32_run.folder, tmp_path / "hub", "--tokenizer", folder)
     assert ready_tokenizer(folder, 300).write(tmp_path / "out") == {"eos_token_id": 256}
     assert copy_tokenizer(tmp_path / "out", tmp_path / "again")
     for file in folder.iterdir():
@@ -77,7 +73,7 @@ def test_an_imported_tokenizer_comes_back_byte_for_byte(fp32_run: Run, tmp_path:
     loaded = AutoTokenizer.from_pretrained(tmp_path / "again")
     chat = loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat == "<user>hi<end>" and loaded.eos_token_id == 256
-    assert not copy_tokenizer(fp32_run.folder, tmp_path / "nothing")
+    assert not copy_tokenizer(tmp_path, tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
