@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class _Loading:
 
     def jobs(self) -> list[Job]:
         return [
-            Job(self.writer.name(number), size, write=lambda number=number: self.write(number))
+            Job(self.writer.name(number), size, write=partial(self.write, number))
             for number, size in enumerate(self.sizes)
         ]
 

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.metadata import (
-    STATE_DICT_TYPE,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -30,7 +32,6 @@ from torch.distributed.checkpoint.planner import (
     LoadPlan,
     ReadItem,
     SavePlan,
-    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
@@ -170,13 +171,14 @@ def _object_items(wanted: Sequence[Unit]) -> list[WriteItem]:
     ]
 
 
-class _LatePlanner(SavePlanner):
+class _LatePlanner(DefaultSavePlanner):
     """Resolves a tensor when the writer asks for it, and empties the one before.
 
     torch's writer keeps every tensor of a file until the file is finished.
     """
 
     def __init__(self, resolve: Callable[[MetadataIndex], Tensor]) -> None:
+        super().__init__()
         self._resolve = resolve
         self._last: Tensor | None = None
 
@@ -187,20 +189,6 @@ class _LatePlanner(SavePlanner):
             self._last.untyped_storage().resize_(0)
         self._last = self._resolve(write_item.index)
         return self._last
-
-    def set_up_planner(
-        self, state_dict: STATE_DICT_TYPE, storage_meta: StorageMeta | None = None, is_coordinator: bool = False
-    ) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> SavePlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        raise NotImplementedError
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        raise NotImplementedError
 
 
 class LateWriter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def from_sentencepiece(path: Path) -> Any:
     Raises:
         ValueError: the model's kind has no exact counterpart.
     """
-    from sentencepiece import sentencepiece_model_pb2 as proto
+    proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
     from tokenizers import AddedToken, Tokenizer, decoders, normalizers
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast

@@ -134,8 +134,8 @@ class Caches:
                 # Row t of the new ones sees everything before them, and the new ones up to itself.
                 mask = torch.ones(new, every, dtype=torch.bool, device=q.device).tril_(every - new)
             # [m, heads, dim] -> [1, heads, m, dim]
-            parts = (x.transpose(0, 1).unsqueeze(0) for x in (q[start:stop], keys, values))
-            out = scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
+            query, key, value = (x.transpose(0, 1).unsqueeze(0) for x in (q[start:stop], keys, values))
+            out = scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
             outputs.append(out.squeeze(0).transpose(0, 1))
         return torch.cat(outputs)
 

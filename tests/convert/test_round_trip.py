@@ -25,7 +25,7 @@ from tests.reference.transformers_minimax import build
 
 IMPORTED = Path("checkpoints") / "step_00000000"
 SHAPE: dict[str, Any] = {"layers": 8, "hidden": 48, "heads": 4, "kv_heads": 2, "head_dim": 24, "ffn": 40, "experts": 5}
-NATIVE = {"rotary_dim": 24, "rope_theta": 5e5, "softmax_every": 4, "alpha": 2.5}
+NATIVE: dict[str, Any] = {"rotary_dim": 24, "rope_theta": 5e5, "softmax_every": 4, "alpha": 2.5}
 
 
 @pytest.fixture(scope="module")

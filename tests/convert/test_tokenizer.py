@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -85,8 +86,8 @@ def test_an_imported_tokenizer_comes_back_byte_for_byte(tmp_path: Path) -> None:
         ({"remove_extra_whitespaces": True}, "it removes spaces"),
     ],
 )
-def test_models_without_an_exact_counterpart(options: dict[str, object], reason: str, tmp_path: Path) -> None:
-    settings = {
+def test_models_without_an_exact_counterpart(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
         "model_type": "bpe",
         "byte_fallback": True,
         "normalization_rule_name": "identity",

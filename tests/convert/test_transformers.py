@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MiniMaxForCausalLM
 
 from megatron_m1 import cpu
+from megatron_m1.generate.sampler import Sampling
 from tests.convert import runs
 from tests.convert.conftest import Run
 from tests.convert.folders import convert
@@ -27,10 +29,12 @@ PROMPTS = [1, 300, 40]
 NEW = 24
 
 
-def load(folder: Path) -> MiniMaxForCausalLM:
+def load(folder: Path) -> Any:
     """Load a folder as a user would, and check that transformers found every weight and knew every name."""
     assert not cpu.is_installed(), "our stand-in for torch.cuda must not reach transformers"
-    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    model: Any
+    report: Any
+    model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)  # type: ignore[misc]
     assert isinstance(model, MiniMaxForCausalLM)
     buffers = {name for name, _ in model.named_buffers()}
     assert set(report["missing_keys"]) <= buffers and not report["unexpected_keys"] and not report["mismatched_keys"]
@@ -49,7 +53,7 @@ def test_logits_and_greedy_text(
     assert model.config.mlp_alpha_factor == 2.0
     prompts = prompts_of(PROMPTS)
     (ours,) = workers.run(runs.logits_of, run.folder, prompts, world_size=1)
-    (generated,) = workers.run(runs.sample, run.folder, prompts, runs.Sampling(max_tokens=NEW), world_size=1)
+    (generated,) = workers.run(runs.sample, run.folder, prompts, Sampling(max_tokens=NEW), world_size=1)
     if rotary == "half":
         rotary_embedding = model.model.rotary_emb
         rotary_embedding.inv_freq = 1e4 ** -(torch.arange(0, 8, 2, dtype=torch.float32) / 8)
