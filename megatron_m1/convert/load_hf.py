@@ -36,7 +36,7 @@ class LoadOptions:
 
     dtype: torch.dtype | None = None
     """Of all weights but the router's, which is fp32; None keeps each as it is stored."""
-    shard_size: int = 2 * 10**9
+    shard_size: int = 5 * 10**8
     """Bytes of a file at most, unless one tensor of ours is larger."""
     verify: bool = False
     """Read the whole checkpoint again and compare it with the folder, bit by bit."""
