@@ -6,6 +6,8 @@ ROOMS = {"megatron_m1": "megatron_m1"} | {f"megatron_m1.{room}": room for room i
 PACKAGES = [
     *ROOMS,
     "megatron_m1.commands",
+    "megatron_m1.convert",
+    "megatron_m1.generate",
     "megatron_m1.layers",
     "megatron_m1.training",
     "megatron_m1.kernels.lightning",
@@ -28,6 +30,8 @@ setup(
         "megatron-core>=0.19.2,<0.20",  # TP, PP, EP, distributed optimizer, dist_checkpointing, datasets
         "transformers>=5.10",  # Hugging Face tokenizers and the native MiniMax model
         "numpy>=2.0",  # token files
+        "safetensors>=0.5",  # weights of Hugging Face folders
+        "tokenizers>=0.21",  # SentencePiece models as Hugging Face tokenizers
         "sentencepiece>=0.2",  # BPE tokenizers, trained and loaded
         "pyarrow>=18",  # Parquet corpora
         "zstandard>=0.23",  # .zst corpora

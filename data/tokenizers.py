@@ -13,7 +13,7 @@ import sentencepiece
 
 from megatron_m1.data.files import write_atomically
 
-_FOLDER_FILES = (
+FOLDER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -107,7 +107,7 @@ class HuggingFaceTokenizer:
     """Any tokenizer folder that transformers' ``AutoTokenizer`` loads; its ``eos_token`` ends documents."""
 
     def __init__(self, path: Path) -> None:
-        files = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
         if not files:
             raise ValueError(f"{path} holds no tokenizer files; give a folder with tokenizer.json or its like")
         # Importing transformers takes seconds, which only those who use one of its tokenizers should wait.

@@ -63,23 +63,27 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
     return [folder for folder in found if re.fullmatch(r"step_\d+", folder.name)]
 
 
-def check_shape(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Path) -> None:
+def check_shape(
+    wanted: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    checkpoint: Path,
+    *,
+    fix: str = "restore it, or give another run.folder",
+) -> None:
     """Check that a model can take a checkpoint's tensors.
 
     Args:
         wanted: fields of ``model`` of this run.
         saved: those of the checkpoint's configuration.
         checkpoint: its folder, for the message.
+        fix: what the user can do, for the message.
 
     Raises:
         ValueError: one of ``MODEL_SHAPE`` differs.
     """
     for field in MODEL_SHAPE:
         if saved[field] != wanted[field]:
-            raise ValueError(
-                f"model.{field} is {wanted[field]}, but checkpoint {checkpoint} has {saved[field]}: "
-                "restore it, or give another run.folder"
-            )
+            raise ValueError(f"model.{field} is {wanted[field]}, but checkpoint {checkpoint} has {saved[field]}: {fix}")
 
 
 def read_checkpoint(folder: Path) -> CheckpointContents:

@@ -14,6 +14,8 @@ from megatron_m1.launch import report_error
 COMMANDS = {
     "pretrain": "train a model from tokenised text, or continue a run",
     "tokenize": "turn JSONL, text or Parquet files into .bin/.idx token files",
+    "convert": "from our checkpoints to Hugging Face folders, and back",
+    "generate": "continue prompts with a checkpoint, a run or a Hugging Face folder",
     "inspect": "parameter counts of a preset, contents of a checkpoint or of a run folder",
 }
 

@@ -187,6 +187,9 @@ class RunConfig:
 
     folder: str = "runs/m1"
     """Everything of the run goes here: config, checkpoints, metrics.jsonl, TensorBoard, profiles."""
+    init_from: str | None = None
+    """Weights that a new run starts from, and whose model it takes (set by --init-from): hf:FOLDER is a Hugging Face
+    folder, anything else a checkpoint or a run; none draws them."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the folder; false refuses a folder that has one."""
     save_interval: int = 0

@@ -19,7 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from megatron_m1.config import Config
+from megatron_m1.config import Config, ModelConfig
 from megatron_m1.presets import preset
 
 NONE_WORDS = ("none", "None", "null", "~")
@@ -88,6 +88,7 @@ def parse_config(
     preset_name: str | None = None,
     *,
     command_options: Sequence[str] = (),
+    model: ModelConfig | None = None,
 ) -> Config:
     """Build the configuration from a preset, YAML files (later ones win) and dotted flags, in rising precedence.
 
@@ -96,6 +97,7 @@ def parse_config(
         flags: command line left after the command's own options: ``--train.max_steps 5`` or ``--train.max_steps=5``.
         preset_name: name given on the command line; None takes the files' ``preset``, else the default one.
         command_options: the command's own options without ``--``, which an unknown flag may have meant.
+        model: what ``model`` starts from instead of the preset's.
 
     Raises:
         ValueError: a file can't be read, a key is unknown, or a value has the wrong type.
@@ -105,7 +107,7 @@ def parse_config(
         values |= read_yaml(file)
     values |= read_flags(flags, command_options)
     name = str(preset_name or values.get("preset") or Config().preset)
-    return _typed(values | {"preset": name}, Config(preset=name, model=preset(name)))
+    return _typed(values | {"preset": name}, Config(preset=name, model=model or preset(name)))
 
 
 def load_config(path: str | Path) -> Config:

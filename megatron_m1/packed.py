@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from megatron_m1.generate.caches import Caches
 from megatron_m1.parallel.layout import SequenceLayout
 
 
@@ -23,6 +24,8 @@ class PackedBatchParams(PackedSeqParams):
     entered_states: dict[int, Tensor | None] = field(default_factory=dict)
     """By layer number, the lightning states that entered this rank's segments in a forward pass that will be
     recomputed: [M, heads, dim, dim], taken out again by the recomputation."""
+    caches: Caches | None = None
+    """For generation: each document goes on where its sequence's last pass ended."""
 
     @classmethod
     def of(cls, layout: SequenceLayout) -> PackedBatchParams:

@@ -37,6 +37,9 @@ def command_parser() -> CommandParser:
     parser.add_argument("--config", metavar="FILE.yaml", action="append", default=[], help="YAML of the groups below")
     parser.add_argument("--preset", metavar="NAME", help="model values to start from: tiny, m1-mid, m1-456b")
     parser.add_argument(
+        "--init-from", metavar="WHAT", help="weights and model to start a new run from: hf:FOLDER, a checkpoint, a run"
+    )
+    parser.add_argument(
         "--nproc-per-node", type=positive_integer, metavar="N", help="processes to start on this node (GPUS_PER_NODE)"
     )
     parser.add_argument(
@@ -76,7 +79,15 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     options, flags = parser.parse_known_args(arguments)
     if options.resume is not None:
         flags.append(f"--run.resume={str(options.resume).lower()}")
-    config = parse_config(options.config, flags, options.preset, command_options=parser.option_names())
+    if options.init_from is not None:
+        flags += ["--run.init_from", options.init_from]
+    names = parser.option_names()
+    config = parse_config(options.config, flags, options.preset, command_options=names)
+    if config.run.init_from is not None:
+        from megatron_m1.convert.sources import initial_model
+
+        model = initial_model(config.run.init_from)
+        config = parse_config(options.config, flags, options.preset, command_options=names, model=model)
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
     gpus = count_gpus()
@@ -119,6 +130,7 @@ def _say(line: str) -> None:
 
 def _train(config: Config) -> int:
     """Train in this process, show the summary on one rank; a failure that we know is one line."""
+    from megatron_m1.convert.work import ConversionError
     from megatron_m1.training.checkpoint import CheckpointError
     from megatron_m1.training.loop import pretrain
     from megatron_m1.training.steps_guard import NonFiniteError
@@ -127,7 +139,7 @@ def _train(config: Config) -> int:
 
     try:
         summary = pretrain(config)
-    except (CheckpointError, CollectiveError, NonFiniteError) as error:
+    except (CheckpointError, CollectiveError, ConversionError, NonFiniteError) as error:
         hung = isinstance(error, CollectiveError)
         # Ranks that wait for the same one give up at about the same time; it will never come.
         report_once(error, name_silent_ranks=hung, patience=5.0 if hung else 10.0)

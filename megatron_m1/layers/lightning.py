@@ -138,8 +138,11 @@ class LightningAttention(MegatronModule):
         parts = qkvg.view(tokens, self.local_heads, PARTS, self.head_dim)
         self.slopes = self.slopes.to(parts.device)
         backend = choose_backend(parts.device, self.backend)
-        bounds = layout.local_document_bounds
-        if not layout.state_plan.is_empty:
+        bounds, caches = layout.local_document_bounds, params.caches
+        if caches is not None:
+            q, k, v, gate = _Split.apply(parts)
+            attended = caches.lightning(self.layer_number, q, k, v, self.slopes, bounds, backend)
+        elif not layout.state_plan.is_empty:
             q, k, v, gate = _Split.apply(parts)
             attended = self._across_ranks(q, k, v, params, backend)
         elif backend == "triton":

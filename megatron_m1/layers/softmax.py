@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_m1.engine import EngineConfig
-from megatron_m1.packed import layout_of
+from megatron_m1.packed import batch_params, layout_of
 from megatron_m1.parallel.block_attention import document_groups, document_mask
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.parallel.ring_attention import ring_attention
@@ -86,8 +86,11 @@ class PackedCoreAttention(MegatronModule):
     Engine's padded documents. Over a context-parallel group it is ring attention. Holds no parameters.
     """
 
-    def __init__(self, config: EngineConfig, *, pg_collection: ProcessGroupCollection, **interface: Any) -> None:
+    def __init__(
+        self, config: EngineConfig, layer_number: int, *, pg_collection: ProcessGroupCollection, **interface: Any
+    ) -> None:
         super().__init__(config=config)
+        self.layer_number = layer_number
         self.cp_group = pg_collection.cp
         self.rotary_dim = int(config.kv_channels * config.rotary_percent)
         self.rotary_base = config.rotary_base
@@ -115,10 +118,15 @@ class PackedCoreAttention(MegatronModule):
             [n, 1, heads * dim].
         """
         layout = layout_of(packed_seq_params)
-        q = rotate(query.squeeze(1), layout.positions, self.rotary_dim, self.rotary_base)
-        k = rotate(key.squeeze(1), layout.positions, self.rotary_dim, self.rotary_base)
+        caches, positions = batch_params(packed_seq_params).caches, layout.positions
+        if caches is not None:
+            positions = caches.positions(positions, layout.local_document_bounds)
+        q = rotate(query.squeeze(1), positions, self.rotary_dim, self.rotary_base)
+        k = rotate(key.squeeze(1), positions, self.rotary_dim, self.rotary_base)
         v = value.squeeze(1)
-        if layout.context_parallel_size > 1:
+        if caches is not None:
+            out = caches.attend(self.layer_number, q, k, v, layout.local_document_bounds)
+        elif layout.context_parallel_size > 1:
             out = ring_attention(q, k, v, layout, self.cp_group)
         else:
             out = packed_softmax_attention(q, k, v, layout)

@@ -183,8 +183,14 @@ class Checkpoints:
             )
 
     def _load(self, trainer: Trainer, checkpoint: Path, damaged: list[Path]) -> dict[str, Any]:
-        saved = yaml.safe_load((checkpoint / folders.CONFIG).read_text())["model"]
-        check_shape(yaml.safe_load(self.config_text)["model"], saved, checkpoint)
+        model = yaml.safe_load((checkpoint / folders.CONFIG).read_text())["model"]
+        check_shape(yaml.safe_load(self.config_text)["model"], model, checkpoint)
+        saved = json.loads((checkpoint / folders.STATE).read_text())
+        if saved.get("weights_only"):
+            raise ValueError(
+                f"checkpoint {checkpoint} holds imported weights and no optimizer state: give it to --init-from, and "
+                "choose another run.folder"
+            )
         load_train_state(trainer, checkpoint)
 
         def settle() -> dict[str, Any]:

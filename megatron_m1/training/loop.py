@@ -16,6 +16,7 @@ from megatron_m1.training.build import build_trainer
 from megatron_m1.training.checkpoint import Checkpoints
 from megatron_m1.training.checkpoint_folder import CONFIG, folder_name
 from megatron_m1.training.feed import Feed, global_flops, open_feed
+from megatron_m1.training.initial import load_initial
 from megatron_m1.training.interrupt import Interrupt, any_rank
 from megatron_m1.training.lr import learning_rate
 from megatron_m1.training.metrics import MetricsLog
@@ -96,6 +97,9 @@ class Run:
         assert samples is not None
         state = self.checkpoints.load_newest(self.trainer) if self.config.run.resume else None
         if state is None:
+            if self.config.run.init_from is not None:
+                initial = load_initial(self.trainer, self.config)
+                self.note(f"starting from the weights of {initial}")
             return Progress(train_samples=samples)
         progress = Progress(**state)
         self.note(f"resumed from step {progress.step} ({progress.tokens:,} tokens)")
@@ -274,6 +278,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     Raises:
         CheckpointError: no checkpoint could be written, or none of those there could be read.
         CollectiveError: a collective failed or timed out.
+        ConversionError: the weights to start from could not be written as a checkpoint.
         NonFiniteError: too many steps in a row were not finite.
         ValueError: the run folder's checkpoint does not fit the configuration.
     """

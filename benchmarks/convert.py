@@ -1,0 +1,227 @@
+"""Memory and speed of conversion, both ways, against ``cp`` and ``fsync`` of the same bytes.
+
+Run ``python benchmarks/convert.py``; it takes a minute or two and 10 GB of disk. README.md says how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_m1.cli import run
+from megatron_m1.config import ModelConfig
+from megatron_m1.convert.hf_config import hub_config
+from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
+from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
+from megatron_m1.convert.safetensors_files import Entry, StreamedFile
+from megatron_m1.convert.weight_map import units
+from megatron_m1.convert.work import Ranks
+
+RESULTS = Path(__file__).resolve().parent / "results"
+MODEL = ModelConfig(
+    num_layers=16,
+    hidden_size=1024,
+    num_attention_heads=16,
+    kv_channels=64,
+    num_query_groups=2,
+    moe_ffn_hidden_size=2048,
+    num_moe_experts=8,
+    vocab_size=65_536,
+)
+"""1.0B parameters in M1's proportions: 2 GB in bf16."""
+IMPORTED = ("megatron_m1.convert.export", "megatron_m1.convert.load_hf", "megatron_m1.convert.sources")
+"""What the command imports when it begins."""
+ROUNDS = 3
+MEMORY_LIMIT = 600 * 10**6
+SPEED_LIMIT = 0.5
+
+
+def write_model(folder: Path) -> int:
+    """Write a random bf16 model as a hub folder of eight files; returns the bytes of its weights."""
+    folder.mkdir()
+    every = units(MODEL)
+    shards = [every[start::8] for start in range(8)]
+    weights, total = {}, 0
+    generator = torch.Generator().manual_seed(0)
+    for number, shard in enumerate(shards):
+        entries = [Entry(p.name, unit.dtype(torch.bfloat16), p.shape) for unit in shard for p in unit.parts]
+        name = f"model-{number + 1:05}-of-00008.safetensors"
+        with StreamedFile(folder / name, entries) as file:
+            for entry in entries:
+                file.add(torch.randn(entry.shape, generator=generator).to(entry.dtype))
+        weights |= {entry.name: name for entry in entries}
+        total += sum(entry.size for entry in entries)
+    (folder / "config.json").write_text(json.dumps(hub_config(MODEL, torch.bfloat16, 4096)))
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weights}))
+    return total
+
+
+def anonymous_memory() -> int:
+    """Resident bytes of this process that no file backs."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no RssAnon in /proc/self/status: this needs Linux")
+
+
+class PeakMemory:
+    """The most anonymous memory while the block runs, beyond what there was before, sampled every 2 ms."""
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.peak = anonymous_memory()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.002):
+            self.peak = max(self.peak, anonymous_memory())
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def extra(self) -> int:
+        """Bytes."""
+        return self.peak - self.before
+
+
+def measure_alone(direction: str, source: Path, out: Path) -> dict[str, float]:
+    """Seconds and peak memory of the command with its defaults, in this process, which has done nothing else.
+
+    Its modules are imported before: that is the interpreter's own time and memory.
+    """
+    for module in IMPORTED:
+        importlib.import_module(module)
+    with PeakMemory() as memory:
+        began = time.perf_counter()
+        if run(["convert", direction, str(source), str(out)]) != 0:
+            raise RuntimeError(f"{direction} failed")
+        seconds = time.perf_counter() - began
+    return {"seconds": seconds, "memory": memory.extra}
+
+
+def in_own_process(direction: str, source: Path, out: Path) -> dict[str, float]:
+    """``measure_alone`` in a fresh interpreter."""
+    command = [sys.executable, __file__, "--alone", direction, str(source), str(out)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def copy(source: Path, out: Path) -> dict[str, float]:
+    """``cp -r`` of a folder and fsync of every file."""
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", str(source), str(out)], check=True)
+    for path in out.rglob("*"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    return {"seconds": time.perf_counter() - began, "memory": 0.0}
+
+
+def require_same_bytes(hub: Path, again: Path) -> None:
+    """Compare two hub folders, tensor by tensor.
+
+    Raises:
+        ValueError: they differ.
+    """
+    first, second = open_hub_folder(hub), open_hub_folder(again)
+    for unit in first.units:
+        if not torch.equal(first.read(unit).view(torch.uint8), second.read(unit).view(torch.uint8)):
+            raise ValueError(f"refusing to report: {unit.ours} did not come back")
+
+
+def take_turns(root: Path, hub: Path) -> dict[str, list[dict[str, float]]]:
+    """All sides once a round, after one uncounted round; what they wrote is removed."""
+    ours = root / "ours"
+    load_hf(open_hub_folder(hub), ours, LoadOptions(), Ranks())
+    out = root / "out"
+    sides: dict[str, Callable[[], dict[str, float]]] = {
+        "cp, hub": lambda: copy(hub, out),
+        "from-hf": lambda: in_own_process("from-hf", hub, out),
+        "cp, ours": lambda: copy(ours, out),
+        "to-hf": lambda: in_own_process("to-hf", ours / CHECKPOINT, out),
+    }
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+    for turn in range(-1, ROUNDS):
+        for name, side in sides.items():
+            result = side()
+            if turn >= 0:
+                found[name].append(result)
+            if turn == ROUNDS - 1 and name == "to-hf":
+                require_same_bytes(hub, out)
+            shutil.rmtree(out)
+    return found
+
+
+def report(found: dict[str, list[dict[str, float]]], size: int) -> dict[str, Any]:
+    """Print the medians and say whether both limits are kept."""
+    seconds = {name: statistics.median(r["seconds"] for r in results) for name, results in found.items()}
+    memory = {name: max(r["memory"] for r in results) for name, results in found.items()}
+    lines: dict[str, Any] = {}
+    for direction, other in (("from-hf", "cp, hub"), ("to-hf", "cp, ours")):
+        ratio = seconds[other] / seconds[direction]
+        lines[direction] = {
+            "speed_of_cp": ratio,
+            "memory_mb": memory[direction] / 1e6,
+            "kept": ratio >= SPEED_LIMIT and memory[direction] < MEMORY_LIMIT,
+        }
+        print(
+            f"{direction}: {size / 1e9:.2f} GB, {ratio:.2f} of the speed of cp and fsync (at least {SPEED_LIMIT}), "
+            f"{memory[direction] / 1e6:.0f} MB of anonymous memory at most (below {MEMORY_LIMIT / 1e6:.0f})"
+        )
+    return lines
+
+
+def main() -> int:
+    """Run everything; status 1 when a limit is not kept."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--alone", nargs=3, metavar=("DIRECTION", "SOURCE", "OUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the system's temporary one)")
+    options = parser.parse_args()
+    if options.alone is not None:
+        print(json.dumps(measure_alone(options.alone[0], Path(options.alone[1]), Path(options.alone[2]))))
+        return 0
+    with ExitStack() as stack:
+        root = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
+        size = write_model(root / "hub")
+        found = take_turns(root, root / "hub")
+    lines = report(found, size)
+    RESULTS.mkdir(exist_ok=True)
+    now = datetime.now(UTC)
+    content = {
+        "when": now.isoformat(timespec="seconds"),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": {name: version(name) for name in ("torch", "safetensors")},
+        "bytes": size,
+        "result": lines,
+        "all": found,
+    }
+    (RESULTS / f"convert_{now:%Y%m%d}.json").write_text(json.dumps(content, indent=2) + "\n")
+    return 0 if all(line["kept"] for line in lines.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""``megatron-m1 generate``: continue prompts, to look at what was trained."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_m1.commands.options import CommandParser, positive_integer
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+
+
+def command_parser() -> CommandParser:
+    """Return the parser of the command's options."""
+    parser = CommandParser(
+        "generate",
+        "Continue prompts with one process, exactly as the model was trained: no token is dropped or padded.",
+        "CHECKPOINT_OR_RUN_OR_HF_FOLDER --prompt TEXT [--prompt TEXT ...]",
+    )
+    parser.add_argument("source", type=Path, metavar="CHECKPOINT_OR_RUN_OR_HF_FOLDER")
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; repeatable")
+    parser.add_argument("--max-tokens", type=positive_integer, default=64, metavar="N", help="new tokens (default: 64)")
+    parser.add_argument("--temperature", type=_number, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=_number, default=1.0, metavar="P", help="share of probability to draw from")
+    parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draws")
+    parser.add_argument(
+        "--chunk-tokens", type=positive_integer, default=2048, metavar="N", help="prompt tokens of a pass"
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="PATH", help="default: the folder's own, or the checkpoint's data.tokenizer"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="parameters and products (default: as the weights are stored)"
+    )
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command.
+
+    Raises:
+        ValueError: wrong input, in one line.
+    """
+    options = command_parser().parse_all(arguments)
+    from megatron_m1.convert.hf_config import DTYPES
+    from megatron_m1.convert.hub_folder import HubFolder
+    from megatron_m1.convert.sources import open_any
+    from megatron_m1.data.tokenizers import load_tokenizer
+
+    source = open_any(options.source)
+    recorded = source.folder if isinstance(source, HubFolder) else source.contents.config.data.tokenizer
+    place = options.tokenizer or recorded
+    if not place:
+        raise ValueError(f"{options.source} names no tokenizer: give --tokenizer")
+    try:
+        tokenizer = load_tokenizer(place)
+    except OSError as error:
+        raise ValueError(f"tokenizer {place} can't be read: {error.strerror or error}; give --tokenizer") from error
+    prompts = [tokenizer.encode(text) for text in options.prompt]
+
+    from megatron_m1.generate.build import build_model
+    from megatron_m1.generate.sampler import Sampling, generate
+    from megatron_m1.mesh import shut_down
+
+    sampling = Sampling(
+        max_tokens=options.max_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        chunk_tokens=options.chunk_tokens,
+        stop=tokenizer.eod,
+    )
+    sampling.check()
+    stored = source.stored_dtype(source.units[0])
+    model = build_model(source, DTYPES[options.precision] if options.precision else stored)
+    try:
+        ids: list[list[int]] = [[] for _ in prompts]
+        for tokens in generate(model, prompts, sampling):
+            for sequence, token in tokens.items():
+                ids[sequence].append(token)
+    finally:
+        shut_down()
+    for text, new in zip(options.prompt, ids, strict=True):
+        print(f"{text}{tokenizer.decode(new)}" if len(prompts) == 1 else f"--- {text}\n{text}{tokenizer.decode(new)}")
+    return 0

@@ -1,0 +1,236 @@
+"""From our checkpoint to a Hugging Face folder, shard by shard."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from megatron_m1.convert.hf_config import CONFIG, hub_config, native_config
+from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
+from megatron_m1.convert.native_buffers import buffer_entries, native_buffers
+from megatron_m1.convert.our_checkpoint import OurCheckpoint
+from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
+from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
+from megatron_m1.convert.weight_map import Unit, is_softmax_layer, to_hub
+from megatron_m1.convert.work import Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
+from megatron_m1.data.files import write_atomically
+from megatron_m1.training.checkpoint_folder import first_fault, read_manifest
+
+REMOTE_FILES = ("configuration_minimax_m1.py", "modeling_minimax_m1.py")
+"""The hub's own code; written by others, so only copied where the caller has it."""
+AUTO_MAP = {
+    "AutoConfig": "configuration_minimax_m1.MiniMaxM1Config",
+    "AutoModelForCausalLM": "modeling_minimax_m1.MiniMaxM1ForCausalLM",
+}
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How a folder is written."""
+
+    dtype: torch.dtype | None = None
+    """Of all weights but the router's, which stays fp32; None keeps each as it is stored."""
+    shard_size: int = 10**9
+    """Bytes of a file at most, unless one tensor of ours is larger."""
+    format: Literal["hub", "native"] = "hub"
+    """hub: names and config keys for transformers, vLLM and the hub's code. native: what transformers itself saves, its
+    buffers included, on which vLLM fails."""
+    max_positions: int | None = None
+    """max_position_embeddings of config.json; None takes the packs' length."""
+    tokenizer: Path | None = None
+    """SentencePiece model or Hugging Face tokenizer folder to put beside the weights."""
+    remote_code: Path | None = None
+    """Folder with the hub's own modeling files, to be copied and named in auto_map."""
+    verify: bool = False
+    """Read every file again and compare it with the checkpoint, bit by bit."""
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    units: tuple[Unit, ...]
+    entries: tuple[Entry, ...]
+
+
+class _Plan:
+    """Which tensor goes to which shard."""
+
+    def __init__(self, source: OurCheckpoint, options: ExportOptions) -> None:
+        self.source = source
+        self.options = options
+        groups = group_by_size(source.units, lambda unit: total_size(self.entries(unit)), options.shard_size)
+        count = len(groups)
+        self.shards = [
+            _Shard(
+                f"model-{number:05}-of-{count:05}.safetensors",
+                tuple(group),
+                tuple(entry for unit in group for entry in self.entries(unit)),
+            )
+            for number, group in enumerate(groups, start=1)
+        ]
+        self.total = sum(total_size(shard.entries) for shard in self.shards)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What config.json says."""
+        return self.options.dtype or self.source.stored_dtype(self.source.units[0])
+
+    def dtype_of(self, unit: Unit) -> torch.dtype:
+        """What a unit is written as."""
+        return unit.dtype(self.options.dtype or self.source.stored_dtype(unit))
+
+    def _buffers_layer(self, unit: Unit) -> int | None:
+        """Layer whose buffers follow this unit, if any do."""
+        if self.options.format != "native" or not unit.ours.endswith(".linear_qkvg.weight"):
+            return None
+        return int(unit.ours.split(".")[2])
+
+    def entries(self, unit: Unit) -> list[Entry]:
+        """Tensors that are written for a unit."""
+        written = [Entry(part.name, self.dtype_of(unit), part.shape) for part in unit.parts]
+        layer = self._buffers_layer(unit)
+        return written if layer is None else [*written, *buffer_entries(self.source.model, layer, self.dtype)]
+
+    def tensors(self, unit: Unit) -> Iterator[Tensor]:
+        """The same, with their numbers."""
+        ours = self.source.read(unit)
+        dtype = self.dtype_of(unit)
+        for piece in to_hub(unit, ours):
+            yield piece.to(dtype)
+        layer = self._buffers_layer(unit)
+        if layer is not None:
+            yield from native_buffers(self.source.model, layer, self.dtype)
+
+
+def _write(plan: _Plan, folder: Path, shard: _Shard) -> None:
+    with StreamedFile(folder / shard.name, shard.entries) as file:
+        for unit in shard.units:
+            for tensor in plan.tensors(unit):
+                file.add(tensor)
+
+
+def _check(plan: _Plan, folder: Path, shard: _Shard) -> None:
+    from safetensors import safe_open
+
+    with safe_open(folder / shard.name, framework="pt") as file:
+        for unit in shard.units:
+            for entry, tensor in zip(plan.entries(unit), plan.tensors(unit), strict=True):
+                if not same_bits(file.get_tensor(entry.name), tensor):
+                    raise ValueError(f"{folder / shard.name}: {entry.name} is not what was written: check the disk")
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits; NaNs compare by their bits."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    # [...] -> bytes
+    return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
+
+
+def source_fault(folder: Path, ranks: Ranks) -> Callable[[], str | None]:
+    """Return what checks this rank's share of a folder's files against its integrity.json."""
+
+    def check() -> str | None:
+        try:
+            files = read_manifest(folder)
+        except ValueError as error:
+            return f"{folder} is damaged: {error}"
+        fault = first_fault(folder, dict(list(files.items())[ranks.rank :: ranks.size]))
+        return None if fault is None else f"{folder} is damaged: {fault}"
+
+    return check
+
+
+def _finish(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None:
+    """Write all that is no weight; the index last."""
+    options, contents = plan.options, plan.source.contents
+    build = native_config if options.format == "native" else hub_config
+    config = build(contents.config.model, plan.dtype, options.max_positions or contents.config.data.seq_length)
+    generation: dict[str, Any] = {"do_sample": False}
+    if tokenizer is not None:
+        ids = tokenizer.write(folder)
+        config |= ids
+        generation |= ids
+    if options.remote_code is not None:
+        for name in REMOTE_FILES:
+            shutil.copyfile(options.remote_code / name, folder / name)
+        config["auto_map"] = AUTO_MAP
+    _write_json(folder / CONFIG, config)
+    _write_json(folder / "generation_config.json", generation)
+    index = {
+        "metadata": {"total_size": plan.total},
+        "weight_map": {entry.name: shard.name for shard in plan.shards for entry in shard.entries},
+    }
+    _write_json(folder / INDEX, index)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def describe_export(source: OurCheckpoint, options: ExportOptions) -> str:
+    """One line: what an export will write."""
+    plan = _Plan(source, options)
+    count = sum(len(shard.entries) for shard in plan.shards)
+    return (
+        f"{count:,} tensors, {plan.total:,} bytes in {len(plan.shards)} files, "
+        f"{sum(not is_softmax_layer(source.model, i) for i in range(source.model.num_layers))} lightning and "
+        f"{sum(is_softmax_layer(source.model, i) for i in range(source.model.num_layers))} softmax layers, "
+        f"{str(plan.dtype).removeprefix('torch.')}"
+    )
+
+
+def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Ranks) -> None:
+    """Write ``out``. Collective over ``ranks``; memory is that of the largest unit, a few times.
+
+    Raises:
+        ConversionError: the disk refuses, or the checkpoint is damaged; ``out`` is not there.
+        ValueError: ``out`` exists.
+    """
+    if options.remote_code is not None:
+        missing = [name for name in REMOTE_FILES if not (options.remote_code / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{options.remote_code} has no {missing[0]}: give the folder with the hub's modeling files"
+            )
+    place = options.tokenizer
+    tokenizer = None if place is None else ready_tokenizer(place, source.model.vocab_size)
+    plan = _Plan(source, options)
+    work = WorkFolder(out, _description(plan), ranks)
+
+    def job(shard: _Shard) -> Job:
+        return Job(
+            shard.name,
+            total_size(shard.entries),
+            write=lambda: _write(plan, work.path, shard),
+            check=(lambda: _check(plan, work.path, shard)) if options.verify else None,
+        )
+
+    jobs: Sequence[Job] = [job(shard) for shard in plan.shards]
+    run_jobs(work, jobs, ranks, title="to-hf", beside=source_fault(source.folder, ranks))
+
+    def finish() -> None:
+        _finish(plan, work.path, tokenizer)
+        if options.format == "hub":
+            open_hub_folder(work.path)
+
+    work.commit(finish)
+
+
+def _description(plan: _Plan) -> dict[str, Any]:
+    options = plan.options
+    return {
+        "from": str(plan.source.folder.resolve()),
+        "files": stamps(plan.source.folder),
+        "dtype": str(options.dtype),
+        "shard_size": options.shard_size,
+        "format": options.format,
+        "verify": options.verify,
+    }

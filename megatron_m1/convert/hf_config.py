@@ -1,0 +1,258 @@
+"""``config.json`` of a Hugging Face folder: written with the keys of every reader, read from either spelling.
+
+The hub's MiniMax-M1 and native transformers name the same things differently, and each silently ignores the other's
+names: a reader that misses ``postnorm``, ``rotary_dim`` or the residual factors computes another model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_m1.config import ModelConfig
+from megatron_m1.convert.weight_map import is_softmax_layer
+
+CONFIG = "config.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Our names of the dtypes that weights may have."""
+NATIVE_BLOCK = 256
+"""Tokens of a block in native transformers' lightning attention; its saved buffers have this size."""
+NATIVE_NORM_EPSILON = 1e-6
+"""Epsilon inside lightning layers of native transformers and of the hub's own code."""
+_NORM_EPSILON_KEY = "lightning_norm_eps"
+"""Ours; no other reader knows it."""
+_FACTORS = {"full": "full_attention", "linear": "linear_attention", "mlp": "mlp"}
+"""Native name of a residual factor -> the hub's."""
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (False,),
+    "sliding_window": (None,),
+    "shared_intermediate_size": (0, None),
+    "router_jitter_noise": (0, 0.0, None),
+    "attention_dropout": (0, 0.0, None),
+    "quantization_config": (None,),
+    "postnorm": (True,),
+}
+"""Keys whose other values this model has no counterpart for; where a key is missing, its first value is meant."""
+
+
+def residual_alpha(model: ModelConfig) -> float:
+    """Factor on the residual: the model's, or DeepNorm's."""
+    return model.residual_alpha if model.residual_alpha is not None else (2.0 * model.num_layers) ** 0.25
+
+
+def rotary_dim(model: ModelConfig) -> int:
+    """Dimensions of each softmax head that are rotated."""
+    return int(model.kv_channels * model.rotary_percent)
+
+
+def native_config(model: ModelConfig, dtype: torch.dtype, max_positions: int) -> dict[str, Any]:
+    """Return the keys that native transformers' ``MiniMaxConfig`` reads.
+
+    Args:
+        model: shape and numerics.
+        dtype: of the weights.
+        max_positions: tokens of the longest sequence that the model is meant for.
+    """
+    alpha, beta = residual_alpha(model), model.residual_beta
+    kinds = ["full_attention" if is_softmax_layer(model, i) else "linear_attention" for i in range(model.num_layers)]
+    return {
+        "architectures": ["MiniMaxForCausalLM"],
+        "model_type": "minimax",
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.moe_ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_positions,
+        "rms_norm_eps": model.layernorm_epsilon,
+        "tie_word_embeddings": False,
+        "num_experts_per_tok": model.moe_router_topk,
+        "num_local_experts": model.num_moe_experts,
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": model.rotary_base,
+            "partial_rotary_factor": model.rotary_percent,
+        },
+        "layer_types": kinds,
+        "block_size": NATIVE_BLOCK,
+        **{f"{native}_{part}_factor": value for native, part, value in _native_factors(alpha, beta)},
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+
+
+def _native_factors(alpha: float, beta: float) -> list[tuple[str, str, float]]:
+    prefixes = [name if name == "mlp" else f"{name}_attn" for name in _FACTORS]
+    return [(prefix, part, value) for prefix in prefixes for part, value in (("alpha", alpha), ("beta", beta))]
+
+
+def hub_config(model: ModelConfig, dtype: torch.dtype, max_positions: int) -> dict[str, Any]:
+    """Return native transformers' keys and, besides, those of the hub's MiniMax-M1, which vLLM reads.
+
+    ``model_type`` is native transformers' ``minimax``: it refuses ``minimax_m1``.
+    """
+    alpha, beta = residual_alpha(model), model.residual_beta
+    config = native_config(model, dtype, max_positions)
+    config |= {
+        "attn_type_list": [int(is_softmax_layer(model, layer)) for layer in range(model.num_layers)],
+        **{f"layernorm_{hub}_alpha": alpha for hub in _FACTORS.values()},
+        **{f"layernorm_{hub}_beta": beta for hub in _FACTORS.values()},
+        "postnorm": True,
+        "rotary_dim": rotary_dim(model),
+        _NORM_EPSILON_KEY: model.lightning_norm_epsilon,
+        "rope_theta": model.rotary_base,
+        "shared_intermediate_size": 0,
+        "shared_moe_mode": "sigmoid",
+        "sliding_window": None,
+    }
+    return config
+
+
+def caveats(model: ModelConfig) -> list[str]:
+    """What readers of an exported folder will get wrong, one line each, and why."""
+    lines = []
+    if model.rotary_percent != 1.0:
+        lines.append(
+            f"native transformers rotates whole softmax heads ({model.kv_channels} dimensions instead of the first "
+            f"{rotary_dim(model)}): it ignores rotary_dim and partial_rotary_factor here, so its logits differ"
+        )
+    if model.lightning_norm_epsilon != NATIVE_NORM_EPSILON:
+        lines.append(
+            f"native transformers uses {NATIVE_NORM_EPSILON:g} in the norm inside lightning layers, this model "
+            f"{model.lightning_norm_epsilon:g}: no key of config.json says so"
+        )
+    if model.lightning_norm_epsilon != model.layernorm_epsilon:
+        lines.append(
+            f"vLLM uses {model.layernorm_epsilon:g} in the norm inside lightning layers, this model "
+            f"{model.lightning_norm_epsilon:g}: it takes rms_norm_eps or its own default there"
+        )
+    return lines
+
+
+def read_hf_config(folder: Path) -> dict[str, Any]:
+    """Read ``config.json``.
+
+    Raises:
+        ValueError: it is missing or no JSON object.
+    """
+    path = folder / CONFIG
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}; give a Hugging Face model folder") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return content
+
+
+def model_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Translate the content of a ``config.json``, in the hub's spelling, in native transformers', or in both.
+
+    Raises:
+        ValueError: it is another kind of model, has a feature that ours lacks, or the two spellings contradict each
+            other; one line.
+    """
+    kind = config.get("model_type")
+    if kind not in ("minimax", "minimax_m1", "minimax_text_01"):
+        raise ValueError(f"model_type = {kind!r}: only minimax, minimax_m1 and minimax_text_01 can be converted")
+    for key, allowed in _MUST_BE.items():
+        if config.get(key, allowed[0]) not in allowed:
+            raise ValueError(f"{key} = {config[key]!r} has no counterpart here: it must be {allowed[0]!r}")
+    if "postnorm" not in config and "layer_types" not in config:
+        raise ValueError("postnorm is missing, which the hub's code reads as false: this model needs postnorm = true")
+    try:
+        layers, heads, hidden = config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]
+        dim = config.get("head_dim") or hidden // heads
+        alpha, beta = _residual(config)
+        theta, percent = _rotary(config, dim)
+        return ModelConfig(
+            num_layers=layers,
+            hidden_size=hidden,
+            num_attention_heads=heads,
+            kv_channels=dim,
+            num_query_groups=config["num_key_value_heads"],
+            attention_period=_period(config, layers),
+            moe_ffn_hidden_size=config["intermediate_size"],
+            num_moe_experts=config["num_local_experts"],
+            moe_router_topk=config["num_experts_per_tok"],
+            vocab_size=config["vocab_size"],
+            rotary_base=theta,
+            rotary_percent=percent,
+            layernorm_epsilon=config["rms_norm_eps"],
+            lightning_norm_epsilon=config.get(_NORM_EPSILON_KEY, NATIVE_NORM_EPSILON),
+            residual_alpha=alpha,
+            residual_beta=beta,
+        )
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]} is missing") from error
+
+
+def _period(config: Mapping[str, Any], layers: int) -> int:
+    lists = []
+    if "attn_type_list" in config:
+        lists.append(("attn_type_list", [kind == 1 for kind in config["attn_type_list"]]))
+    if config.get("layer_types") is not None:
+        lists.append(("layer_types", [kind == "full_attention" for kind in config["layer_types"]]))
+    if not lists:
+        raise ValueError("neither attn_type_list nor layer_types is there: which layers are softmax attention?")
+    if len(lists) == 2 and lists[0][1] != lists[1][1]:
+        raise ValueError(
+            "attn_type_list and layer_types contradict each other: a config that native transformers has read from the "
+            "hub's keys and saved looks so; correct it"
+        )
+    name, softmax = lists[0]
+    if len(softmax) != layers or not any(softmax):
+        raise ValueError(f"{name} has {len(softmax)} entries, {sum(softmax)} of them softmax, for {layers} layers")
+    period = softmax.index(True) + 1
+    if softmax != [(layer + 1) % period == 0 for layer in range(layers)] or layers % period:
+        raise ValueError(
+            f"{name} is not periodic: every {period}th layer should be softmax attention, the last as well"
+        )
+    return period
+
+
+def _residual(config: Mapping[str, Any]) -> tuple[float, float]:
+    found = []
+    for part in ("alpha", "beta"):
+        values = {}
+        for native, hub in _FACTORS.items():
+            prefix = native if native == "mlp" else f"{native}_attn"
+            for key in (f"layernorm_{hub}_{part}", f"{prefix}_{part}_factor"):
+                if key in config:
+                    values[key] = float(config[key])
+        if len(set(values.values())) > 1:
+            raise ValueError(f"residual factors differ, and this model has one {part} for all: {values}")
+        found.append(next(iter(values.values()), 1.0))
+    return found[0], found[1]
+
+
+def _rotary(config: Mapping[str, Any], dim: int) -> tuple[float, float]:
+    parameters = config.get("rope_parameters") or {}
+    scaling = parameters.get("rope_type", "default") != "default" or config.get("rope_scaling")
+    if scaling:
+        raise ValueError(
+            f"rope_parameters = {parameters or config['rope_scaling']}: only the default kind is supported"
+        )
+    thetas = {float(place["rope_theta"]) for place in (config, parameters) if "rope_theta" in place}
+    if len(thetas) != 1:
+        raise ValueError(f"rope_theta is {sorted(thetas) or 'missing'}: one value is needed")
+    percents = set()
+    if "rotary_dim" in config:
+        percents.add(config["rotary_dim"] / dim)
+    if "partial_rotary_factor" in parameters:
+        percents.add(float(parameters["partial_rotary_factor"]))
+    if len(percents) > 1:
+        raise ValueError(f"rotary_dim and partial_rotary_factor contradict each other: shares {sorted(percents)}")
+    return thetas.pop(), percents.pop() if percents else 1.0

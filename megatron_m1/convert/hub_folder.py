@@ -1,0 +1,148 @@
+"""A Hugging Face folder as a source of our tensors: names, shapes and sizes checked before any data are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_m1.config import ModelConfig
+from megatron_m1.convert.hf_config import model_from_hf, read_hf_config
+from megatron_m1.convert.safetensors_files import Entry, read_header
+from megatron_m1.convert.weight_map import Unit, check_names, is_native_buffer, to_ours, units
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass
+class HubFolder:
+    """An opened folder. Make one with ``open_hub_folder``."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    """Content of config.json."""
+    model: ModelConfig
+    units: list[Unit]
+    files: dict[str, str]
+    """File of every weight, by the weight's name."""
+    entries: dict[str, Entry] = field(default_factory=dict)
+    """dtype and shape of every weight, by name; empty for a dry run without the weights' files."""
+    _open: tuple[str, Any] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that most of the weights' bytes have."""
+        sizes: dict[torch.dtype, int] = {}
+        for entry in self.entries.values():
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.bfloat16)
+
+    def stored_dtype(self, unit: Unit) -> torch.dtype:
+        """dtype in which the folder has a unit.
+
+        Raises:
+            ValueError: its tensors have several.
+        """
+        dtypes = {self.entries[part.name].dtype for part in unit.parts}
+        if len(dtypes) > 1:
+            names = ", ".join(part.name for part in unit.parts)
+            raise ValueError(f"{self.folder}: {names} have different dtypes, and together they are one tensor here")
+        return dtypes.pop()
+
+    def read(self, unit: Unit) -> Tensor:
+        """Read a unit as a tensor of ours: shape ``unit.sizes``, dtype as stored, on the CPU.
+
+        Raises:
+            ValueError: the file can't be read any more.
+        """
+        return to_ours(unit, [self._tensor(part.name) for part in unit.parts])
+
+    def _tensor(self, name: str) -> Tensor:
+        file = self.files[name]
+        path = self.folder / file
+        try:
+            if self._open is None or self._open[0] != file:
+                self._open = (file, safe_open(path, framework="pt"))
+            tensor: Tensor = self._open[1].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} can't be read: {error}") from error
+        return tensor
+
+
+def open_hub_folder(folder: Path, *, headers: bool = True) -> HubFolder:
+    """Open a folder with ``config.json`` and safetensors weights, named as in the hub or as native transformers saves.
+
+    Args:
+        folder: where it is.
+        headers: check the weights' files too; False looks at the index alone, and needs nothing else.
+
+    Raises:
+        ValueError: a file is missing or damaged, a name, a shape or the total size is not what config.json implies, or
+            config.json describes what this model can't be; one line.
+    """
+    config = read_hf_config(folder)
+    try:
+        model = model_from_hf(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    files, announced = _read_index(folder)
+    files = {name: file for name, file in files.items() if not is_native_buffer(name)}
+    wanted = units(model)
+    check_names([part.name for unit in wanted for part in unit.parts], files, str(folder))
+    opened = HubFolder(folder, config, model, wanted, files)
+    if headers:
+        _read_headers(opened)
+    elif announced is not None and announced != expected_bytes(wanted, torch.bfloat16):
+        raise ValueError(
+            f"{folder / INDEX}: total_size is {announced:,}, but the map's tensors have "
+            f"{expected_bytes(wanted, torch.bfloat16):,} bytes in bf16"
+        )
+    return opened
+
+
+def expected_bytes(wanted: list[Unit], dtype: torch.dtype) -> int:
+    """Bytes of a folder's weights when they have ``dtype``, counted on tensors without memory."""
+    total = 0
+    for unit in wanted:
+        parts = [torch.empty(part.shape, dtype=unit.dtype(dtype), device="meta") for part in unit.parts]
+        ours = to_ours(unit, parts)
+        assert tuple(ours.shape) == unit.sizes
+        total += ours.numel() * ours.element_size()
+    return total
+
+
+def _read_index(folder: Path) -> tuple[dict[str, str], int | None]:
+    path = folder / INDEX
+    if not path.is_file():
+        if not (folder / SINGLE).is_file():
+            raise ValueError(f"{folder} has neither {INDEX} nor {SINGLE}: give a Hugging Face model folder")
+        return dict.fromkeys(read_header(folder / SINGLE), SINGLE), None
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        files = {str(name): str(file) for name, file in index["weight_map"].items()}
+        return files, index.get("metadata", {}).get("total_size")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+
+
+def _read_headers(opened: HubFolder) -> None:
+    folder = opened.folder
+    for file in sorted(set(opened.files.values())):
+        held = {name: entry for name, entry in read_header(folder / file).items() if not is_native_buffer(name)}
+        check_names([name for name, place in opened.files.items() if place == file], held, str(folder / file))
+        opened.entries |= held
+    for unit in opened.units:
+        for part in unit.parts:
+            shape = opened.entries[part.name].shape
+            if shape != part.shape:
+                raise ValueError(
+                    f"{folder / opened.files[part.name]}: {part.name} has shape {list(shape)}, config.json implies "
+                    f"{list(part.shape)}"
+                )

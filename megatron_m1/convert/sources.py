@@ -1,0 +1,53 @@
+"""What a path on the command line means: a checkpoint, a run, a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_m1.checkpoint_contents import complete_checkpoints
+from megatron_m1.config import ModelConfig
+from megatron_m1.config_io import load_config
+from megatron_m1.convert.hf_config import CONFIG
+from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
+from megatron_m1.convert.our_checkpoint import OurCheckpoint, open_checkpoint
+
+HUGGING_FACE = "hf:"
+"""Prefix of ``run.init_from`` that names a Hugging Face folder."""
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return ``path`` if it is a checkpoint, else the newest complete one of the run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder: give a checkpoint or a run folder")
+    if path.resolve().name.startswith("step_"):
+        return path
+    found = complete_checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} is no checkpoint, and as a run folder it has no complete one below checkpoints/")
+    return found[-1]
+
+
+def open_any(path: Path) -> OurCheckpoint | HubFolder:
+    """Open a Hugging Face folder (it has a config.json), a checkpoint, or a run's newest one.
+
+    Raises:
+        ValueError: it is none of these, or is damaged.
+    """
+    if (path / CONFIG).is_file():
+        return open_hub_folder(path)
+    return open_checkpoint(find_checkpoint(path))
+
+
+def initial_model(init_from: str) -> ModelConfig:
+    """Shape and numerics of the model whose weights ``run.init_from`` names.
+
+    Raises:
+        ValueError: there is none, or it is none of ours.
+    """
+    if init_from.startswith(HUGGING_FACE):
+        return open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
+    return load_config(find_checkpoint(Path(init_from)) / "config.yaml").model

@@ -1,0 +1,141 @@
+"""Tokenizers of Hugging Face folders: a SentencePiece model becomes one with equal ids, a folder's files are copied."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_m1.data.tokenizers import FOLDER_FILES, load_tokenizer
+
+SPACE = "\u2581"
+"""SentencePiece's space."""
+FILES = (*FOLDER_FILES, "chat_template.jinja", "generation_config.json")
+"""What belongs to a tokenizer in a Hugging Face folder."""
+_BPE = 2
+_NORMAL, _USER_DEFINED = 1, 4
+
+
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy a Hugging Face folder's tokenizer, byte by byte.
+
+    Returns:
+        Whether there is one.
+    """
+    found = [name for name in FILES if (source / name).is_file()]
+    if not set(found) & set(FOLDER_FILES):
+        return False
+    target.mkdir(exist_ok=True)
+    for name in found:
+        shutil.copyfile(source / name, target / name)
+    return True
+
+
+@dataclass(frozen=True)
+class ReadyTokenizer:
+    """A tokenizer that can be put into a folder. Make one with ``ready_tokenizer``."""
+
+    source: Path
+    eos_token_id: int
+    converted: Any
+    """transformers' tokenizer; None where the source's files are copied."""
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Put it into a Hugging Face folder; returns the ids that config.json and generation_config.json name."""
+        if self.converted is None:
+            copy_tokenizer(self.source, folder)
+        else:
+            self.converted.save_pretrained(str(folder))
+        return {"eos_token_id": self.eos_token_id}
+
+
+def ready_tokenizer(path: Path, vocab_size: int) -> ReadyTokenizer:
+    """Load, and if need be convert, a tokenizer for a Hugging Face folder.
+
+    Args:
+        path: SentencePiece ``.model`` or Hugging Face tokenizer folder, whose special tokens and chat template are
+            kept.
+        vocab_size: rows of the model's embedding.
+
+    Raises:
+        ValueError: it can't be read, is larger than the embedding, or is a SentencePiece model of a kind that has no
+            exact counterpart.
+    """
+    try:
+        loaded = load_tokenizer(path)
+    except OSError as error:
+        raise ValueError(f"tokenizer {path} can't be read: {error.strerror or error}") from error
+    if loaded.vocab_size > vocab_size:
+        raise ValueError(f"tokenizer {path} has {loaded.vocab_size} tokens, the model's embedding {vocab_size} rows")
+    return ReadyTokenizer(path, loaded.eod, None if path.is_dir() else from_sentencepiece(path))
+
+
+def from_sentencepiece(path: Path) -> Any:
+    """Make a transformers tokenizer of a SentencePiece BPE model with byte fallback.
+
+    SentencePiece joins the neighbours whose joint piece has the best score; Hugging Face's BPE follows a list of pairs.
+    All pairs that make some piece, in the order of the pieces' scores, are that list.
+
+    Raises:
+        ValueError: the model's kind has no exact counterpart.
+    """
+    proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    from tokenizers import AddedToken, Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    model = proto.ModelProto.FromString(path.read_bytes())
+    _check(model, path)
+    vocabulary = {piece.piece: index for index, piece in enumerate(model.pieces)}
+    unknown = model.pieces[model.trainer_spec.unk_id].piece
+    tokenizer = Tokenizer(
+        BPE(vocabulary, _merges(model, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefixed = model.normalizer_spec.add_dummy_prefix
+    steps = [normalizers.Prepend(SPACE)] if prefixed else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    ends = [decoders.Strip(" ", 1, 0)] if prefixed else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
+    )
+    longer = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED and len(piece.piece) > 1]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in longer])
+    marks = {
+        name: model.pieces[index].piece
+        for name, index in (
+            ("bos_token", model.trainer_spec.bos_id),
+            ("eos_token", model.trainer_spec.eos_id),
+            ("pad_token", model.trainer_spec.pad_id),
+        )
+        if index >= 0
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unknown, clean_up_tokenization_spaces=False, **marks
+    )
+
+
+def _check(model: Any, path: Path) -> None:
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    faults = [
+        (trainer.model_type != _BPE, "it is no BPE model"),
+        (not trainer.byte_fallback, "it has no byte fallback"),
+        (bool(normalizer.precompiled_charsmap), f"it normalises text ({normalizer.name})"),
+        (normalizer.remove_extra_whitespaces, "it removes spaces"),
+        (trainer.treat_whitespace_as_suffix, "it treats spaces as suffixes"),
+    ]
+    for is_fault, reason in faults:
+        if is_fault:
+            raise ValueError(f"tokenizer {path} has no exact Hugging Face counterpart: {reason}")
+
+
+def _merges(model: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
+    normal = {piece.piece for piece in model.pieces if piece.type == _NORMAL}
+    merges = []
+    for piece in sorted((p for p in model.pieces if p.type == _NORMAL), key=lambda p: -p.score):
+        text = piece.piece
+        pairs = [(text[:at], text[at:]) for at in range(1, len(text))]
+        known = [(left, right) for left, right in pairs if left in normal and right in normal]
+        merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    return merges

@@ -1,0 +1,47 @@
+"""Checkpoints that several tests of conversion start from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.convert import runs
+from tests.harness import WorkerPool
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder with one checkpoint, and its parameters' hashes by rank."""
+
+    folder: Path
+    prints: list[dict[str, str]]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "step_00000001"
+
+
+@pytest.fixture(scope="session")
+def fp32_run(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """fp32 weights written by TP2 x PP2 x EP2."""
+    folder = tmp_path_factory.mktemp("fp32")
+    prints = workers.run(runs.train_and_save, runs.config_of(runs.MESH), folder, world_size=runs.MESH_SIZE)
+    return Run(folder, prints)
+
+
+@pytest.fixture(scope="session")
+def bf16_run(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """bf16 weights written by TP2 x PP2 x EP2, router and head fp32."""
+    folder = tmp_path_factory.mktemp("bf16")
+    prints = workers.run(runs.train_and_save, runs.config_of(runs.MESH, "bf16"), folder, world_size=runs.MESH_SIZE)
+    return Run(folder, prints)
+
+
+@pytest.fixture(scope="session")
+def full_rotary_run(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """fp32 weights of one process, whole heads rotated: what native transformers computes."""
+    folder = tmp_path_factory.mktemp("rotary")
+    config = runs.config_of({}, rotary_percent=1.0)
+    return Run(folder, workers.run(runs.train_and_save, config, folder, world_size=1))

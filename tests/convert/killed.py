@@ -1,0 +1,44 @@
+"""Conversions with small files, and one that dies on the way: imported by the process that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from megatron_m1.convert.export import ExportOptions, export
+from megatron_m1.convert.hub_folder import open_hub_folder
+from megatron_m1.convert.load_hf import LoadOptions, load_hf
+from megatron_m1.convert.our_checkpoint import open_checkpoint
+from megatron_m1.convert.work import Ranks
+
+SHARD = 60_000
+"""Bytes of a file."""
+
+
+def start(direction: str, source: Path, out: Path) -> None:
+    """Convert with small files, in this process."""
+    if direction == "to-hf":
+        export(open_checkpoint(source), out, ExportOptions(shard_size=SHARD), Ranks())
+    else:
+        load_hf(open_hub_folder(source), out, LoadOptions(shard_size=SHARD), Ranks())
+
+
+def die_after(direction: str, source: Path, out: Path, files: int) -> None:
+    """Die of SIGKILL as soon as so many files are recorded and the next is begun."""
+    journal = out.with_name(out.name + ".partial") / "journal"
+    resolve = open_checkpoint if direction == "to-hf" else open_hub_folder
+    opened: Any = resolve(source)
+    read = opened.read
+
+    def read_or_die(unit: Any) -> Any:
+        if len(list(journal.glob("*.json"))) >= files:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(unit)
+
+    opened.read = read_or_die
+    if direction == "to-hf":
+        export(opened, out, ExportOptions(shard_size=SHARD), Ranks())
+    else:
+        load_hf(opened, out, LoadOptions(shard_size=SHARD), Ranks())

@@ -1,0 +1,205 @@
+"""Kills, full disks and damaged files: nothing looks complete that is not, and finished work is kept."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_m1.cli import run
+from megatron_m1.convert import export as exporting
+from megatron_m1.convert.export import ExportOptions, export
+from megatron_m1.convert.our_checkpoint import open_checkpoint
+from megatron_m1.convert.work import ConversionError, Ranks, parse_size
+from tests.convert.folders import convert, prints, weights
+from tests.convert.killed import SHARD, die_after, start
+from tests.reference.transformers_minimax import build
+from tests.training.checkpoint_runs import file_size_limit
+
+DATA = {"to-hf": "*.safetensors", "from-hf": "**/*.distcp"}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub folder of several shards."""
+    root = tmp_path_factory.mktemp("hub")
+    shape: dict[str, Any] = dict(layers=8, hidden=48, heads=4, kv_heads=2, head_dim=24, ffn=40, experts=5)
+    model = build(**shape, vocab=99, rotary_dim=24, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=9)
+    model.save_pretrained(root / "native")
+    convert("from-hf", root / "native", root / "ours")
+    convert("to-hf", root / "ours", root / "hub", "--shard-size", f"{SHARD}")
+    return root
+
+
+def source_of(direction: str, hub: Path) -> Path:
+    return hub / ("ours/checkpoints/step_00000000" if direction == "to-hf" else "hub")
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
+def test_a_killed_conversion_goes_on(direction: str, hub: Path, tmp_path: Path) -> None:
+    source, out = source_of(direction, hub), tmp_path / "out"
+    process = multiprocessing.get_context("forkserver").Process(target=die_after, args=(direction, source, out, 3))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert not out.exists()
+    partial = tmp_path / "out.partial"
+    done = {path.name.removesuffix(".json") for path in (partial / "journal").iterdir()}
+    assert len(done) >= 3
+    before = {path.name: path.stat() for path in partial.glob(DATA[direction]) if path.name in done}
+    start(direction, source, out)
+    after = {path.name: path.stat() for path in out.glob(DATA[direction])}
+    assert len(after) > len(before) >= 3
+    for name, stat in before.items():
+        assert (after[name].st_ino, after[name].st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns), "not written again"
+    start(direction, source, tmp_path / "straight")
+    for path in (tmp_path / "straight").glob(DATA[direction]):
+        assert (out / path.relative_to(tmp_path / "straight")).read_bytes() == path.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "straight"]
+    if direction == "from-hf":
+        convert("to-hf", out, tmp_path / "again", "--shard-size", f"{SHARD}")
+        assert prints(weights(tmp_path / "again")) == prints(weights(hub / "hub"))
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
+def test_a_full_disk(direction: str, hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A limit on file sizes stands for the disk. What fitted is kept, and the same command goes on with it."""
+    source, out = source_of(direction, hub), tmp_path / "out"
+    words = ["convert", direction, str(source), str(out), "--shard-size", f"{SHARD}"]
+    with file_size_limit(45_000):
+        assert run(words) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"megatron-m1: error: {out}.partial can't be written: ")
+    assert "File too large" in error and error.endswith("make room and run again, it goes on from there\n")
+    assert not out.exists()
+    assert run(words) == 0
+    assert not (tmp_path / "out.partial").exists()
+    if direction == "to-hf":
+        assert prints(weights(out)) == prints(weights(hub / "hub"))
+
+
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_a_damaged_checkpoint_is_not_exported(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_folder = tmp_path / "run"
+    shutil.copytree(hub / "ours", run_folder)
+    (data,) = (run_folder / "checkpoints/step_00000000").glob("*.distcp")
+    flip(data, data.stat().st_size // 2)
+    assert run(["convert", "to-hf", str(run_folder), str(tmp_path / "out"), "--shard-size", f"{SHARD}"]) == 1
+    assert capsys.readouterr().err.endswith("is damaged: __0_0.distcp is not what was saved\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    os.truncate(data, 1000)
+    with pytest.raises(ValueError, match=r"is damaged: __0_0\.distcp has 1000 bytes, not"):
+        run(["convert", "to-hf", str(run_folder), str(tmp_path / "out")])
+
+
+def cut_off(file: Path) -> str:
+    os.truncate(file, file.stat().st_size - 1)
+    return r"is damaged: it has [\d,]+ bytes, its header describes [\d,]+$"
+
+
+def tear_header(file: Path) -> str:
+    flip(file, 8)
+    return "is no safetensors file or is damaged: its header can't be read$"
+
+
+def empty(file: Path) -> str:
+    os.truncate(file, 0)
+    return "is no safetensors file or is damaged: its header can't be read$"
+
+
+def remove(file: Path) -> str:
+    file.unlink()
+    return "can't be read: No such file or directory$"
+
+
+def rename_a_tensor(file: Path) -> str:
+    content = file.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + length].replace(b"model.layers", b"madel.layers", 1)
+    file.write_bytes(content[:8] + header + content[8 + length :])
+    return r"lacks 1 tensors: model\.layers.*; it has, and the map does not know, 1 tensors: madel"
+
+
+def other_shape(file: Path) -> str:
+    content = file.read_bytes()
+    assert content.count(b'"shape":[40,48]')
+    file.write_bytes(content.replace(b'"shape":[40,48]', b'"shape":[48,40]', 1))
+    return r"w1\.weight has shape \[48, 40\], config\.json implies \[40, 48\]$"
+
+
+@pytest.mark.parametrize("damage", [cut_off, tear_header, empty, remove, rename_a_tensor, other_shape])
+def test_a_damaged_shard_is_not_imported(damage: Any, hub: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(hub / "hub", folder)
+    message = damage(sorted(folder.glob("*.safetensors"))[3])
+    with pytest.raises(ValueError, match=message):
+        run(["convert", "from-hf", str(folder), str(tmp_path / "out")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
+
+
+def test_verify_sees_what_a_disk_did(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte that changes between writing and reading again."""
+    write = exporting._write
+
+    def write_and_flip(plan: Any, folder: Path, shard: Any) -> None:
+        write(plan, folder, shard)
+        flip(folder / shard.name, (folder / shard.name).stat().st_size - 1)
+
+    monkeypatch.setattr(exporting, "_write", write_and_flip)
+    source = open_checkpoint(source_of("to-hf", hub))
+    with pytest.raises(ConversionError, match=r"model-00001-of-.* is not what was written: check the disk"):
+        export(source, tmp_path / "out", ExportOptions(verify=True), Ranks())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_old_partial_of_another_conversion_is_begun_anew(hub: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    (partial / "journal").mkdir(parents=True)
+    (partial / "conversion.json").write_text("{}")
+    (partial / "stray.safetensors").write_bytes(b"x")
+    convert("to-hf", hub / "ours", tmp_path / "out", "--shard-size", f"{SHARD}")
+    assert prints(weights(tmp_path / "out")) == prints(weights(hub / "hub"))
+
+
+def test_an_existing_folder_is_not_touched(hub: Path, tmp_path: Path) -> None:
+    for direction in ("to-hf", "from-hf"):
+        with pytest.raises(ValueError, match=rf"^{tmp_path} exists: choose another folder, or remove it$"):
+            run(["convert", direction, str(source_of(direction, hub)), str(tmp_path)])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["to-hf", "{}/x", "{}/y"], r"x is no folder: give a checkpoint or a run folder$"),
+        (["from-hf", "{}", "{}/y"], r"config\.json can't be read: No such file or directory; give a Hugging Face"),
+        (["tohf", "{}", "{}/y"], r"^unknown direction tohf: did you mean to-hf\?$"),
+        (["to-hf", "{hub}/ours", "{}/y", "--shard-size", "2XB"], r"^shard size '2XB': give a number"),
+        (["to-hf", "{hub}/ours", "{}/y", "--remote-code", "{}"], r"has no configuration_minimax_m1\.py: give the"),
+        (["to-hf", "{hub}/ours", "{}/y", "--tokenizer", "{}/t"], r"^tokenizer .*/t can't be read: "),
+    ],
+)
+def test_wrong_input(words: list[str], message: str, hub: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(["convert", *(word.format(tmp_path, hub=hub) for word in words)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes() -> None:
+    assert [parse_size(text) for text in ("7", "2GB", "3 MiB".replace(" ", ""), "5kb")] == [7, 2 * 10**9, 3 << 20, 5000]
+    for text in ("", "0", "-1", "1.5GB", "GB", "1TB1"):
+        with pytest.raises(ValueError, match=r"^shard size "):
+            parse_size(text)

@@ -1,0 +1,126 @@
+"""Continued pre-training of an imported model, and what comes out of it again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.nn.functional import cross_entropy
+
+from megatron_m1.checkpoint_contents import read_checkpoint
+from megatron_m1.data.tokenizers import load_tokenizer
+from tests.convert import runs
+from tests.convert.folders import convert
+from tests.convert.test_generate import prompts_of
+from tests.convert.test_transformers import load
+from tests.harness import WorkerPool
+from tests.reference.transformers_minimax import build
+from tests.training.conftest import tiny_corpus  # noqa: F401
+from tests.training.loop_runs import records
+
+STEPS = 50
+TEXT = "def convert(path):\n    return 42  # naïve\n"
+VOCAB = 504
+SHAPE: dict[str, Any] = {"layers": 8, "hidden": 32, "heads": 2, "kv_heads": 2, "head_dim": 16, "ffn": 24, "experts": 4}
+LOSS_TOLERANCE = 1e-5
+"""Relative; a mean over 300 tokens of logits that agree to 1e-4."""
+
+
+def settings(folder: Path, corpus: dict[str, Any], ranks: int = 2, **changes: Any) -> list[str]:
+    """Options of a run in ``folder``, on two ranks TP2 x EP2."""
+    tree: dict[str, Any] = {
+        "data": {**corpus, "seq_length": 64, "train_samples": 64},
+        "parallel": {"tensor_model_parallel_size": ranks, "expert_model_parallel_size": ranks},
+        "optimizer": {"lr": 3e-3},
+        "train": {"global_batch_size": 4, "eval_samples": 4, "max_steps": 1, **changes},
+        "run": {"folder": str(folder), "tensorboard": False},
+    }
+    file = folder.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(tree))
+    return ["--config", str(file)]
+
+
+def pretrain_command(rank: int, world_size: int, words: list[str]) -> int:
+    """``megatron-m1 pretrain`` as torchrun's workers run it."""
+    from megatron_m1.cli import run
+
+    return run(["pretrain", *words])
+
+
+def pretrain(workers: WorkerPool, *words: object, ranks: int = 2) -> None:
+    statuses = workers.run(pretrain_command, [str(word) for word in words], world_size=ranks, process_group=False)
+    assert statuses == [0] * ranks
+
+
+def loss_of(logits: torch.Tensor, tokens: list[int]) -> float:
+    return float(cross_entropy(logits[:-1], torch.tensor(tokens[1:])))
+
+
+def test_fifty_steps_from_a_hugging_face_folder(
+    workers: WorkerPool,
+    tmp_path: Path,
+    tiny_corpus: dict[str, Any],  # noqa: F811
+) -> None:
+    theirs = tmp_path / "theirs"
+    model = build(**SHAPE, vocab=VOCAB, rotary_dim=16, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=6)
+    model.save_pretrained(theirs)
+    first = tmp_path / "first"
+    options = settings(first, tiny_corpus, ranks=1, max_steps=STEPS)
+    pretrain(workers, *options, "--init-from", f"hf:{theirs}", ranks=1)
+    assert (first / "initial" / "checkpoints" / "step_00000000" / "integrity.json").is_file()
+    assert read_checkpoint(first / "checkpoints" / f"step_{STEPS:08d}").config.model.num_moe_experts == 4
+
+    convert("to-hf", first, tmp_path / "out", "--max-positions", "4096", "--verify")
+    exported, own = load_tokenizer(tmp_path / "out"), load_tokenizer(tiny_corpus["tokenizer"])
+    assert exported.encode(TEXT) == own.encode(TEXT) and exported.eod == own.eod
+    tokens = prompts_of([300], VOCAB)
+    (ours,) = workers.run(runs.logits_of, first, tokens, world_size=1)
+    with torch.no_grad():
+        after = load(tmp_path / "out")(torch.tensor(tokens)).logits[0]
+        before = load(theirs)(torch.tensor(tokens)).logits[0]
+    assert loss_of(after, tokens[0]) == pytest.approx(loss_of(ours, tokens[0]), rel=LOSS_TOLERANCE)
+    assert loss_of(after, tokens[0]) != pytest.approx(loss_of(before, tokens[0]), rel=0.01)
+
+    losses = [line["loss"] for line in records(first) if "loss" in line]
+    assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5
+    # A run that starts from it sees the loss that it ended with, whichever way the weights have taken.
+    starts = {}
+    for name, source in (("run", first), ("hub", f"hf:{tmp_path / 'out'}")):
+        pretrain(workers, *settings(tmp_path / name, tiny_corpus), "--init-from", source)
+        starts[name] = records(tmp_path / name)[0]["loss"]
+    assert starts["run"] == starts["hub"] < losses[0] - 0.5
+    assert starts["run"] == pytest.approx(losses[-1], abs=0.5)
+
+
+def test_a_folder_of_imported_weights_is_no_run_to_resume(
+    workers: WorkerPool,
+    tmp_path: Path,
+    tiny_corpus: dict[str, Any],  # noqa: F811
+) -> None:
+    theirs = tmp_path / "theirs"
+    build(**SHAPE, vocab=VOCAB, rotary_dim=16, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=6).save_pretrained(
+        theirs
+    )
+    convert("from-hf", theirs, tmp_path / "run")
+    assert json.loads((tmp_path / "run/checkpoints/step_00000000/state.json").read_text())["weights_only"]
+    with pytest.raises(ValueError, match=r"holds imported weights and no optimizer state: give it to --init-from"):
+        pretrain(workers, *settings(tmp_path / "run", tiny_corpus), "--init-from", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf:{}/nowhere", r"nowhere/config\.json can't be read: No such file"),
+        ("{}/nowhere", r"nowhere is no folder: give a checkpoint or a run folder"),
+        ("{}", r"has no complete one below checkpoints/"),
+    ],
+)
+def test_wrong_sources(tmp_path: Path, source: str, message: str) -> None:
+    from megatron_m1.cli import run
+
+    with pytest.raises(ValueError, match=message):
+        run(["pretrain", "--init-from", source.format(tmp_path), "--dry-run"])

@@ -1,0 +1,165 @@
+"""Bit-exact: ours to the hub's and back on any mesh, and the hub's to ours and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_m1.checkpoint_contents import read_checkpoint
+from megatron_m1.config_io import load_config
+from megatron_m1.convert.hub_folder import open_hub_folder
+from megatron_m1.convert.our_checkpoint import open_checkpoint
+from megatron_m1.training.checkpoint_folder import first_fault, read_manifest
+from tests.convert import runs
+from tests.convert.conftest import Run
+from tests.convert.folders import convert, prints, weights
+from tests.harness import WorkerPool
+from tests.model.weights import expected
+from tests.reference.transformers_minimax import build
+
+IMPORTED = Path("checkpoints") / "step_00000000"
+SHAPE: dict[str, Any] = {"layers": 8, "hidden": 48, "heads": 4, "kv_heads": 2, "head_dim": 24, "ffn": 40, "experts": 5}
+NATIVE: dict[str, Any] = {"rotary_dim": 24, "rope_theta": 5e5, "softmax_every": 4, "alpha": 2.5}
+
+
+@pytest.fixture(scope="module")
+def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that native transformers has saved: another softmax period, odd sizes, its own buffers."""
+    folder = tmp_path_factory.mktemp("native") / "model"
+    build(**SHAPE, **NATIVE, vocab=99, seed=4).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_ours_to_the_hub_and_back_over_meshes(
+    precision: str, request: pytest.FixtureRequest, workers: WorkerPool, tmp_path: Path
+) -> None:
+    """TP2 x PP2 x EP2 -> hub -> TP2 x PP2 x EP2, and -> one process -> hub."""
+    run: Run = request.getfixturevalue(f"{precision}_run")
+    hub, back, again = tmp_path / "hub", tmp_path / "back", tmp_path / "again"
+    convert("to-hf", run.folder, hub, "--shard-size", "100KB", "--verify")
+    assert len(list(hub.glob("*.safetensors"))) > 3
+    convert("from-hf", hub, back, "--shard-size", "90KB", "--verify")
+    assert len(list((back / IMPORTED).glob("*.distcp"))) > 3
+    meshed = runs.config_of(runs.MESH, precision)
+    loaded = workers.run(runs.load_and_save, meshed, back / IMPORTED, tmp_path / "meshed", world_size=runs.MESH_SIZE)
+    assert loaded == run.prints
+    alone = runs.config_of({}, precision)
+    workers.run(runs.load_and_save, alone, back / IMPORTED, tmp_path / "alone", world_size=1)
+    first = prints(weights(hub))
+    assert len(first) == 3 + 7 * 6 + 6 + 8 * (1 + 3 * 4)
+    for folder in (tmp_path / "meshed", tmp_path / "alone"):
+        convert("to-hf", folder, again / folder.name)
+        assert prints(weights(again / folder.name)) == first
+
+
+def test_dtypes_and_config_of_an_export(bf16_run: Run, tmp_path: Path) -> None:
+    convert("to-hf", bf16_run.checkpoint, tmp_path / "kept")
+    convert("to-hf", bf16_run.checkpoint, tmp_path / "low", "--dtype", "bf16", "--max-positions", "777")
+    kept, low = weights(tmp_path / "kept"), weights(tmp_path / "low")
+    routers = {name for name in kept if name.endswith("block_sparse_moe.gate.weight")}
+    assert len(routers) == 8
+    assert {name for name, value in kept.items() if value.dtype == torch.float32} == routers | {"lm_head.weight"}
+    assert {name for name, value in low.items() if value.dtype == torch.float32} == routers
+    assert torch.equal(low["lm_head.weight"], kept["lm_head.weight"].bfloat16())
+    config = json.loads((tmp_path / "low" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 777 and config["dtype"] == "bfloat16"
+    convert("from-hf", tmp_path / "low", tmp_path / "wide", "--dtype", "fp32")
+    metadata = FileSystemReader(tmp_path / "wide" / IMPORTED).read_metadata().state_dict_metadata
+    assert {m.properties.dtype for m in metadata.values() if isinstance(m, TensorStorageMetadata)} == {torch.float32}
+    assert load_config(tmp_path / "wide" / IMPORTED / "config.yaml").train.precision == "fp32"
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_native_to_ours_and_back(native_folder: Path, tmp_path: Path, dtype: str) -> None:
+    """What native transformers saved comes back, buffers included, and ours has what another map says."""
+    source = native_folder
+    if dtype == "bf16":
+        source = tmp_path / "bf16"
+        build(**SHAPE, **NATIVE, vocab=99, seed=4).bfloat16().save_pretrained(source)
+    convert("from-hf", source, tmp_path / "ours", "--verify", "--shard-size", "100KB")
+    convert("to-hf", tmp_path / "ours", tmp_path / "again", "--format", "native", "--shard-size", "300KB")
+    before, after = open_weights(source), weights(tmp_path / "again")
+    assert sum(name.endswith(("decay", "slope_rate")) for name in after) == 6 * 4
+    for name, value in after.items():
+        if name.endswith(".gate.weight"):  # stays fp32; widening loses nothing
+            assert value.dtype == torch.float32
+            value = value.to(before[name].dtype)
+        assert prints({name: value}) == prints({name: before[name]}), name
+    assert after.keys() == before.keys()
+
+
+def open_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def test_ours_is_what_an_independent_map_says(native_folder: Path, tmp_path: Path) -> None:
+    theirs = build(**SHAPE, **NATIVE, vocab=99, seed=4)
+    convert("from-hf", native_folder, tmp_path / "ours")
+    ours = open_checkpoint(tmp_path / "ours" / IMPORTED)
+    read = {}
+    for unit in ours.units:
+        name = unit.ours.replace(".experts.experts.", f".experts.local_experts.{unit.expert}.")
+        read[name] = ours.read(unit)
+    for name, value in expected(theirs):
+        assert torch.equal(read.pop(name).view(value.shape), value), name
+    assert not read
+
+
+def test_the_hub_to_ours_and_back(native_folder: Path, tmp_path: Path) -> None:
+    """Names and dtypes of the hub: no buffers, bf16, router fp32."""
+    convert("from-hf", native_folder, tmp_path / "first")
+    convert("to-hf", tmp_path / "first", tmp_path / "hub", "--dtype", "bf16", "--shard-size", "111KB")
+    convert("from-hf", tmp_path / "hub", tmp_path / "ours", "--verify")
+    convert("to-hf", tmp_path / "ours", tmp_path / "again", "--shard-size", "1GB")
+    assert prints(weights(tmp_path / "again")) == prints(weights(tmp_path / "hub"))
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) == 1
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "again" / name).read_text() == (tmp_path / "hub" / name).read_text()
+
+
+def test_an_import_is_a_checkpoint_like_any_other(native_folder: Path, tmp_path: Path) -> None:
+    convert("from-hf", native_folder, tmp_path / "ours")
+    checkpoint = tmp_path / "ours" / IMPORTED
+    contents = read_checkpoint(checkpoint)
+    assert contents.step == 0 and contents.config.model == open_hub_folder(native_folder).model
+    files = read_manifest(checkpoint)
+    assert set(files) == {path.name for path in checkpoint.iterdir()} - {"integrity.json"}
+    assert first_fault(checkpoint, files) is None
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["checkpoints"]
+    assert (tmp_path / "ours" / "checkpoints" / "latest").read_text() == "step_00000000\n"
+
+
+def shared_conversion(rank: int, world_size: int, words: list[list[str]]) -> list[int]:
+    """The command on every rank, as under torchrun."""
+    from megatron_m1.cli import run
+
+    return [run(["convert", *line]) for line in words]
+
+
+def test_ranks_share_the_work(workers: WorkerPool, fp32_run: Run, tmp_path: Path) -> None:
+    """Two processes give the same bytes as one."""
+    convert("to-hf", fp32_run.folder, tmp_path / "one", "--shard-size", "100KB")
+    convert("from-hf", tmp_path / "one", tmp_path / "ours-one", "--shard-size", "100KB")
+    lines = [
+        ["to-hf", str(fp32_run.folder), str(tmp_path / "two"), "--shard-size", "100KB", "--verify"],
+        ["from-hf", str(tmp_path / "one"), str(tmp_path / "ours-two"), "--shard-size", "100KB", "--verify"],
+    ]
+    for line in lines:
+        assert workers.run(shared_conversion, [line], world_size=2, process_group=False) == [[0], [0]]
+    for one, two in (("one", "two"), (f"ours-one/{IMPORTED}", f"ours-two/{IMPORTED}")):
+        names = {path.name for path in (tmp_path / one).iterdir()}
+        assert names == {path.name for path in (tmp_path / two).iterdir()}
+        for name in names - {".metadata", "integrity.json"}:  # which carry an id and a path
+            assert (tmp_path / one / name).read_bytes() == (tmp_path / two / name).read_bytes(), name

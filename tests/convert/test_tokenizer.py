@@ -1,0 +1,128 @@
+"""Tokenizers of exported folders: equal ids on real text, and nothing lost of imported ones."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from megatron_m1.convert.tokenizer import copy_tokenizer, ready_tokenizer
+from megatron_m1.data.corpus import build_corpus
+from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
+from tests.data.test_tokenizers import TEXTS, hugging_face_folder
+
+CHARACTERS = 1_000_000
+"""Of the corpus's held-out text, which the tokenizer has not seen."""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    build_corpus(folder)
+    return folder
+
+
+def texts_of(file: Path) -> list[str]:
+    texts, taken = [], 0
+    for line in file.read_text("utf-8").splitlines():
+        if taken < CHARACTERS:
+            texts.append(json.loads(line)["text"])
+            taken += len(texts[-1])
+    return texts
+
+
+def test_equal_ids_on_the_corpus(corpus: Path, tmp_path: Path) -> None:
+    """Code and prose, and texts full of traps; encoded, and decoded again."""
+    model = tmp_path / "tokenizer.model"
+    training = texts_of(corpus / "code.train.jsonl") + texts_of(corpus / "prose.train.jsonl")
+    train_sentencepiece(training, model, vocab_size=4096)
+    ready_tokenizer(model, 4096).write(tmp_path / "hf")
+    ours, theirs = load_tokenizer(model), AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts = texts_of(corpus / "code.validation.jsonl") + texts_of(corpus / "prose.validation.jsonl") + TEXTS
+    assert len(texts) > 300
+    for text in texts:
+        ids = ours.encode(text)
+        assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids)
+    assert len(theirs) == ours.vocab_size == 4096
+    assert theirs.eos_token == "</s>" and theirs.eos_token_id == ours.eod == 1
+    assert load_tokenizer(tmp_path / "hf").encode(texts[0]) == ours.encode(texts[0])
+
+
+def test_more_tokens_than_rows(tmp_path: Path) -> None:
+    model = tmp_path / "tokenizer.model"
+    train_sentencepiece(TEXTS[:3] * 20, model, vocab_size=330)
+    with pytest.raises(ValueError, match=r"^tokenizer .* has 330 tokens, the model's embedding 104 rows$"):
+        ready_tokenizer(model, 104)
+
+
+def test_an_imported_tokenizer_comes_back_byte_for_byte(tmp_path: Path) -> None:
+    folder = hugging_face_folder(tmp_path / "theirs", eos="<end>")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [256]}')
+    assert ready_tokenizer(folder, 300).write(tmp_path / "out") == {"eos_token_id": 256}
+    assert copy_tokenizer(tmp_path / "out", tmp_path / "again")
+    for file in folder.iterdir():
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "again")
+    chat = loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert chat == "<user>hi<end>" and loaded.eos_token_id == 256
+    assert not copy_tokenizer(tmp_path, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"model_type": "unigram"}, "it is no BPE model"),
+        ({"byte_fallback": False}, "it has no byte fallback"),
+        ({"normalization_rule_name": "nmt_nfkc"}, r"it normalises text \(nmt_nfkc\)"),
+        ({"remove_extra_whitespaces": True}, "it removes spaces"),
+    ],
+)
+def test_models_without_an_exact_counterpart(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=330,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **(settings | options),
+    )
+    with pytest.raises(ValueError, match=rf"has no exact Hugging Face counterpart: {reason}$"):
+        ready_tokenizer(tmp_path / "t.model", 1000)
+
+
+def test_a_model_with_a_dummy_prefix_and_marks(tmp_path: Path) -> None:
+    """As Llama's: a space before every text, a begin mark, symbols of several characters."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(inspect.getsource(inspect).splitlines()),
+        model_prefix=str(tmp_path / "t"),
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        user_defined_symbols=["<tool>", "\n"],
+        minloglevel=2,
+    )
+    ready_tokenizer(tmp_path / "t.model", 500).write(tmp_path / "hf")
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in ["def f(x): return x", "no space", "two  spaces", "a b\nc 🙂"]:
+        assert theirs.encode(text, add_special_tokens=False) == own.encode(text), text
+        assert theirs.decode(own.encode(text)) == text
+    assert theirs.bos_token == "<s>"

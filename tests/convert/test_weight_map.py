@@ -1,0 +1,194 @@
+"""The map over the real index of MiniMax-M1, and its moves against their inverse."""
+
+from __future__ import annotations
+
+import copy
+import json
+import lzma
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_m1.cli import run
+from megatron_m1.convert.hf_config import hub_config, model_from_hf, native_config
+from megatron_m1.convert.hub_folder import expected_bytes
+from megatron_m1.convert.weight_map import check_names, to_hub, to_ours, units
+from megatron_m1.counts import model_counts
+from megatron_m1.presets import m1_456b, tiny
+from tests.convert.runs import config_of
+
+HUB = Path(__file__).parent / "minimax_m1"
+"""config.json and the weights' index of the hub's MiniMax-M1, the second compressed."""
+HUB_BYTES = 912_210_767_872
+
+
+def hub_index() -> dict[str, Any]:
+    index: dict[str, Any] = json.loads(lzma.decompress((HUB / "model.safetensors.index.json.xz").read_bytes()))
+    return index
+
+
+def hub_folder(folder: Path, index: dict[str, Any]) -> Path:
+    shutil.copy(HUB / "config.json", folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_every_name_and_byte_of_the_hub(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = hub_index()
+    assert len(index["weight_map"]) == 8243 and index["metadata"]["total_size"] == HUB_BYTES
+    assert run(["convert", "from-hf", str(hub_folder(tmp_path, index)), str(tmp_path / "out"), "--dry-run"]) == 0
+    assert capsys.readouterr().out == "would write 8,243 tensors, 912,210,767,872 bytes of weights, bfloat16\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_shape_of_the_hub() -> None:
+    """Shapes as the released modeling file has them; ours have all of the model's parameters."""
+    config = json.loads((HUB / "config.json").read_text())
+    model = model_from_hf(config)
+    assert model.attention_period == 8 and model.rotary_percent == 0.5 and model.rotary_base == 1e7
+    wanted = units(model)
+    shapes = {part.name: part.shape for unit in wanted for part in unit.parts}
+    assert len(shapes) == 8243
+    assert shapes["model.layers.0.self_attn.qkv_proj.weight"] == (24576, 6144)
+    assert shapes["model.layers.0.self_attn.output_gate.weight"] == (8192, 6144)
+    assert shapes["model.layers.78.self_attn.out_proj.weight"] == (6144, 8192)
+    assert shapes["model.layers.78.self_attn.norm.weight"] == (8192,)
+    assert shapes["model.layers.7.self_attn.q_proj.weight"] == (8192, 6144)
+    assert shapes["model.layers.79.self_attn.k_proj.weight"] == (1024, 6144)
+    assert shapes["model.layers.79.self_attn.v_proj.weight"] == (1024, 6144)
+    assert shapes["model.layers.79.self_attn.o_proj.weight"] == (6144, 8192)
+    assert shapes["model.layers.3.block_sparse_moe.gate.weight"] == (32, 6144)
+    assert shapes["model.layers.3.block_sparse_moe.experts.31.w1.weight"] == (9216, 6144)
+    assert shapes["model.layers.3.block_sparse_moe.experts.31.w2.weight"] == (6144, 9216)
+    assert shapes["model.embed_tokens.weight"] == shapes["lm_head.weight"] == (200064, 6144)
+    assert sum(unit.numel for unit in wanted) == model_counts(m1_456b()).total == 456_089_655_296
+    assert expected_bytes(wanted, torch.bfloat16) == HUB_BYTES
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.layers.7.self_attn.q_proj.weight": None}, r"lacks 1 tensors: model\.layers\.7\.self_attn\.q_proj"),
+        (
+            {"model.layers.0.self_attn.q_proj.weight": "x"},
+            r"has, and the map does not know, 1 tensors: .*0\.self_attn\.q",
+        ),
+        (
+            {"lm_head.weight": None, "model.layers.0.shared_mlp.weight": "x"},
+            r"lacks 1 tensors: lm_head\.weight; it has, .*: model\.layers\.0\.shared_mlp",
+        ),
+    ],
+)
+def test_an_index_that_the_map_does_not_cover(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    index = hub_index()
+    for name, file in change.items():
+        index["weight_map"].pop(name, None)
+        if file:
+            index["weight_map"][name] = file
+    with pytest.raises(ValueError, match=message):
+        run(["convert", "from-hf", str(hub_folder(tmp_path, index)), str(tmp_path / "out"), "--dry-run"])
+
+
+def test_another_total_size(tmp_path: Path) -> None:
+    index = hub_index()
+    index["metadata"]["total_size"] -= 31_457_280  # what a bf16 router would save
+    with pytest.raises(ValueError, match=r"total_size is 912,179,310,592, but the map's tensors have 912,210,767,872"):
+        run(["convert", "from-hf", str(hub_folder(tmp_path, index)), str(tmp_path / "out"), "--dry-run"])
+
+
+def test_moves_and_their_inverse() -> None:
+    for unit in units(config_of({}).model):
+        hub = [torch.randn(part.shape) for part in unit.parts]
+        ours = to_ours(unit, hub)
+        assert tuple(ours.shape) == unit.sizes
+        for again, piece in zip(to_hub(unit, ours), hub, strict=True):
+            assert torch.equal(again, piece)
+
+
+def test_rows_lie_as_the_table_says() -> None:
+    model = config_of({}).model  # 4 heads of 16, 2 key/value heads, ffn 36
+    by_name = {unit.ours: unit for unit in units(model)}
+
+    def labelled(name: str) -> list[str]:
+        """Our rows, each as the part it comes from and its row there."""
+        unit = by_name[name]
+        parts = [torch.arange(part.shape[0]) + 1000 * i for i, part in enumerate(unit.parts)]
+        rows = to_ours(unit, [part[:, None].expand(-1, 40).contiguous() for part in parts])
+        return [f"{'abc'[row // 1000]}{row % 1000}" for row in rows.reshape(-1, 40)[:, 0].tolist()]
+
+    lightning = labelled("decoder.layers.0.self_attention.linear_qkvg.weight")
+    assert [lightning[i] for i in (0, 47, 48, 63, 64, 112, 255)] == ["a0", "a47", "b0", "b15", "a48", "b16", "b63"]
+    softmax = labelled("decoder.layers.7.self_attention.linear_qkv.weight")
+    assert [softmax[i] for i in (0, 31, 32, 47, 48, 63, 64, 96)] == [
+        "a0",
+        "a31",
+        "b0",
+        "b15",
+        "c0",
+        "c15",
+        "a32",
+        "b16",
+    ]
+    experts = labelled("decoder.layers.0.mlp.experts.experts.linear_fc1.weight")
+    assert [experts[i] for i in (0, 35, 36, 71)] == ["a0", "a35", "b0", "b35"]
+
+
+def test_names_of_both_sides_are_errors() -> None:
+    with pytest.raises(ValueError, match=r"^here lacks 1 tensors: b; it has, and the map does not know, 1 tensors: c$"):
+        check_names(["a", "b"], ["a", "c"], "here")
+    check_names(["a"], ["a"], "here")
+
+
+HUB_ONLY = json.loads((HUB / "config.json").read_text())
+
+
+def changed(**keys: Any) -> dict[str, Any]:
+    config = copy.deepcopy(HUB_ONLY)
+    for name, value in keys.items():
+        if value is ...:
+            del config[name]
+        else:
+            config[name] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed(model_type="llama"), r"^model_type = 'llama': only minimax"),
+        (changed(postnorm=False), r"^postnorm = False has no counterpart here: it must be True"),
+        (changed(postnorm=...), r"^postnorm is missing"),
+        (changed(hidden_act="gelu"), r"^hidden_act = 'gelu' has no counterpart"),
+        (changed(tie_word_embeddings=True), r"^tie_word_embeddings = True"),
+        (changed(shared_intermediate_size=512), r"^shared_intermediate_size = 512"),
+        (changed(quantization_config={"bits": 8}), r"^quantization_config = "),
+        (changed(attn_type_list=...), r"^neither attn_type_list nor layer_types"),
+        (changed(attn_type_list=[0, 1] * 39 + [1, 0]), r"^attn_type_list is not periodic"),
+        (changed(attn_type_list=[0] * 80), r"^attn_type_list has 80 entries, 0 of them softmax, for 80 layers"),
+        (changed(layer_types=["full_attention", "linear_attention"] * 40), r"contradict each other"),
+        (changed(layernorm_mlp_alpha=1.0), r"^residual factors differ"),
+        (changed(rope_theta=...), r"^rope_theta is missing"),
+        (changed(rope_parameters={"rope_type": "yarn", "rope_theta": 1e7}), r"only the default kind"),
+        (changed(rope_parameters={"partial_rotary_factor": 1.0, "rope_theta": 1e7}), r"^rotary_dim and partial_rot"),
+        (changed(hidden_size=...), r"^hidden_size is missing"),
+    ],
+)
+def test_configs_that_are_another_model(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model_from_hf(config)
+
+
+def test_configs_go_there_and_back() -> None:
+    model = tiny()
+    model.residual_alpha, model.rotary_percent, model.rotary_base = 2.5, 0.25, 12_345.0
+    assert model_from_hf(hub_config(model, torch.float32, 77)) == model
+    native = native_config(model, torch.float32, 77)
+    assert model_from_hf(native) == model
+    assert not {"postnorm", "attn_type_list", "rotary_dim"} & set(native)
+    both = hub_config(model, torch.bfloat16, 77)
+    assert both["model_type"] == "minimax" and both["dtype"] == "bfloat16" and "auto_map" not in both
+    assert both["postnorm"] is True and both["rotary_dim"] == 8 and both["attn_type_list"] == [0] * 7 + [1]
+    assert both["layernorm_mlp_alpha"] == both["mlp_alpha_factor"] == both["full_attn_alpha_factor"] == 2.5
