@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,7 @@ def die_after(direction: str, source: Path, out: Path, files: int) -> None:
         export(opened, out, ExportOptions(shard_size=SHARD), Ranks())
     else:
         load_hf(opened, out, LoadOptions(shard_size=SHARD), Ranks())
+
+
+if __name__ == "__main__":
+    die_after(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_m1.convert.export import ExportOptions, export
 from megatron_m1.convert.our_checkpoint import open_checkpoint
 from megatron_m1.convert.work import ConversionError, Ranks, parse_size
 from tests.convert.folders import convert, prints, weights
-from tests.convert.killed import SHARD, die_after, start
+from tests.convert.killed import SHARD, start
 from tests.reference.transformers_minimax import build
 from tests.training.checkpoint_runs import file_size_limit
 
@@ -44,10 +45,9 @@ def source_of(direction: str, hub: Path) -> Path:
 @pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
 def test_a_killed_conversion_goes_on(direction: str, hub: Path, tmp_path: Path) -> None:
     source, out = source_of(direction, hub), tmp_path / "out"
-    process = multiprocessing.get_context("forkserver").Process(target=die_after, args=(direction, source, out, 3))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    # A process of its own: a forkserver started here would lack what the pool's workers need.
+    command = [sys.executable, "-m", "tests.convert.killed", direction, str(source), str(out), "3"]
+    assert subprocess.run(command, cwd=Path(__file__).parents[2], timeout=120).returncode == -signal.SIGKILL
     assert not out.exists()
     partial = tmp_path / "out.partial"
     done = {path.name.removesuffix(".json") for path in (partial / "journal").iterdir()}
