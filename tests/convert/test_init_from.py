@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,15 @@ def pretrain(workers: WorkerPool, *words: object, ranks: int = 2) -> None:
     assert statuses == [0] * ranks
 
 
+def generate_command(rank: int, world_size: int, words: list[str]) -> str:
+    """What ``megatron-m1 generate`` prints."""
+    from megatron_m1.cli import run
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run(["generate", *words]) == 0
+    return printed.getvalue()
+
+
 def loss_of(logits: torch.Tensor, tokens: list[int]) -> float:
     return float(cross_entropy(logits[:-1], torch.tensor(tokens[1:])))
 
@@ -84,6 +95,13 @@ def test_fifty_steps_from_a_hugging_face_folder(
         before = load(theirs)(torch.tensor(tokens)).logits[0]
     assert loss_of(after, tokens[0]) == pytest.approx(loss_of(ours, tokens[0]), rel=LOSS_TOLERANCE)
     assert loss_of(after, tokens[0]) != pytest.approx(loss_of(before, tokens[0]), rel=0.01)
+
+    # The run and what was exported of it say the same, one prompt or two, each with its own tokenizer.
+    words = ["--prompt", "def ", "--max-tokens", "12", "--temperature", "1"]
+    texts = [workers.run(generate_command, [str(place), *words], world_size=1) for place in (first, tmp_path / "out")]
+    assert texts[0] == texts[1] and texts[0][0].startswith("def ") and len(texts[0][0]) > len("def \n")
+    (both,) = workers.run(generate_command, [str(first), *words, "--prompt", "class Reader:"], world_size=1)
+    assert both.startswith(f"--- def \n{texts[0][0]}--- class Reader:\nclass Reader:")
 
     losses = [line["loss"] for line in records(first) if "loss" in line]
     assert len(losses) == STEPS and losses[-1] < losses[0] - 0.5
