@@ -18,7 +18,7 @@ from megatron_m1.kernels.lightning import (
     triton_launch,
 )
 from megatron_m1.kernels.lightning.segments import Segment, plan_walk, segment_tokens
-from megatron_m1.kernels.lightning.triton_attention import triton_silu_attention
+from megatron_m1.kernels.lightning.triton_attention import triton_lightning_state, triton_silu_attention
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
 from tests.kernels.kernel_check import silu_shares
 from tests.kernels.lightning_cases import EXTREME, assert_close, tolerance
@@ -68,6 +68,15 @@ def test_no_state_selected() -> None:
 def test_state_of_tokens_alone() -> None:
     def op(k: Tensor, v: Tensor, backend: str) -> Any:
         return lightning_state(k, v, SLOPES, cu_seqlens=BOUNDS, final_index=[-1, 1, 0], backend=backend)
+
+    compare(op, *leaves_of((200, 2, 16), (200, 2, 24)))
+
+
+def test_state_of_tokens_alone_in_segments() -> None:
+    def op(k: Tensor, v: Tensor, backend: str) -> Any:
+        if backend == "naive":
+            return lightning_state(k, v, SLOPES, cu_seqlens=BOUNDS, final_index=[-1, 1, 0], backend=backend)
+        return triton_lightning_state(k, v, SLOPES, BOUNDS, [-1, 1, 0], segment_tokens=48)
 
     compare(op, *leaves_of((200, 2, 16), (200, 2, 24)))
 
