@@ -3,6 +3,7 @@
     python -m megatron_m1.kernels.triton_aot [--all] [--jobs 2]
 
 prints one JSON object a configuration: registers, stack bytes (spills), shared memory, matrix instructions, seconds.
+Where one breaks what ``faults`` asks for, that is said in the end, and the exit status is 1.
 """
 
 import argparse
@@ -32,7 +33,9 @@ TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 INPUTS = {"a", "b", "c", "o", "raw", "q", "k", "v", "x", "y", "weight", "gate", "grad", "grad_x", "grad_gate"}
 FLOATS = {"slopes", "state", "new_state", "state_in", "carry_in", "state_out", "carries"}
 FLOATS |= {"total", "projection", "grad_weight"}
-MATRIX_INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma")
+MATRIX_INSTRUCTIONS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""What one program may have (CUDA programming guide, technical specifications per compute capability)."""
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,24 @@ def compile_build(build: Build) -> dict[str, Any]:
         "dims": build.dims,
         "shared": compiled.metadata.shared,
         **_resources(compiled.asm["cubin"]),
-        **{word: ptx.count(word) for word in MATRIX_INSTRUCTIONS},
+        "matrix_instructions": ptx.count(MATRIX_INSTRUCTIONS[build.capability]),
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def faults(result: dict[str, Any]) -> list[str]:
+    """What is wrong with something compiled: every kernel must fit the chip's shared memory, and the walk over 16-bit
+    heads of up to 128 must use the chip's own matrix instructions and not spill."""
+    found = []
+    capability = result["capability"]
+    if result["shared"] > SHARED_BYTES[capability]:
+        found.append(f"{result['shared']} bytes of shared memory")
+    if result["kernel"] == "walk" and result["dtype"] != "torch.float32" and max(result["dims"]) <= 128:
+        if result["matrix_instructions"] == 0:
+            found.append(f"no {MATRIX_INSTRUCTIONS[capability]}")
+        if result["stack"] > 0:
+            found.append(f"spills {result['stack']} bytes")
+    return [f"{result['name']}: {fault}" for fault in found]
 
 
 def main() -> None:
@@ -193,9 +211,13 @@ def main() -> None:
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: unset it, the interpreter's kernels can't be compiled")
     builds = all_builds() if arguments.all else quick_builds()
+    found = []
     with ProcessPoolExecutor(arguments.jobs) as pool:
         for result in pool.map(compile_build, builds):
             print(json.dumps(result), flush=True)
+            found += faults(result)
+    if found:
+        sys.exit("\n".join(found))
 
 
 if __name__ == "__main__":

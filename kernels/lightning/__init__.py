@@ -75,7 +75,8 @@ def lightning_attention(
         S_t = exp(-slope) S_{t-1} + k_t^T v_t        o_t = q_t S_t        (no scale, no normalisation)
 
     Args:
-        q: queries [T, H, Dk], T the tokens of the pack; float64, float32, bfloat16 or float16. Any strides.
+        q: queries [T, H, Dk], T the tokens of the pack; float32, bfloat16, float16, or float64 (not with "triton",
+            which also ends at Dk, Dv = 256). Any strides; views of one buffer are read in place.
         k: keys [T, H, Dk], q's dtype.
         v: values [T, H, Dv], q's dtype; Dv may differ from Dk.
         slopes: [H] float32 (float64 allowed), >= 0, natural-log decay per token, see ``layer_slopes``. Constant: no
@@ -95,7 +96,7 @@ def lightning_attention(
 
     Raises:
         ValueError: shapes, dtypes, devices, slopes, cu_seqlens or initial_state as above not met, an unknown backend,
-            or a device for which there is none.
+            or "triton" without a GPU.
 
     Example:
         >>> q, k, v = (torch.randn(10, 2, 16) for _ in range(3))
@@ -133,8 +134,8 @@ def lightning_attention_step(
         o [B, H, Dv] in v's dtype, and the new state, shape and dtype as ``state``. Differentiable in all but slopes.
 
     Raises:
-        ValueError: shapes, dtypes, devices or slopes not as above, an unknown backend, or a device for which there is
-            none.
+        ValueError: shapes, dtypes, devices or slopes not as above, an unknown backend, or "triton" with float64 or
+            without a GPU.
 
     Example:
         >>> q, k, v = (torch.randn(1, 2, 16) for _ in range(3))

@@ -37,12 +37,28 @@ def _check_final_index(index: Sequence[int] | Tensor | None, documents: int) -> 
     return slots, kept
 
 
-def _spread(states: Tensor, slots: list[int], like: tuple[int, ...]) -> Tensor:
+def _check_initial(
+    states: Tensor | None, index: Sequence[int] | Tensor | None, q: Tensor, v: Tensor, documents: int
+) -> list[int] | None:
+    """The slots with which documents begin, None if no states are given."""
+    if (states is None) != (index is None):
+        raise ValueError("initial_state and initial_index go together: give both or none")
+    if states is None or index is None:
+        return None
+    check_state(states, "initial_state", q, v, states.shape[0])
+    slots = _check_index(index, "initial_index", documents)
+    if max(slots) >= states.shape[0]:
+        raise ValueError(f"initial_index is {slots}: initial_state has {states.shape[0]} slots")
+    return slots
+
+
+def _spread(states: Tensor, slots: list[int]) -> Tensor:
     """A state per document, zero where ``slots`` has -1."""
     documents = [n for n, slot in enumerate(slots) if slot >= 0]
     rows = torch.tensor([slots[n] for n in documents], dtype=torch.int64, device=states.device)
     place = torch.tensor(documents, dtype=torch.int64, device=states.device)
-    return states.new_zeros(like).index_copy(0, place, states.index_select(0, rows))
+    zeros = states.new_zeros(len(slots), *states.shape[1:])
+    return zeros.index_copy(0, place, states.index_select(0, rows))
 
 
 def lightning_attention_selected(
@@ -87,16 +103,8 @@ def lightning_attention_selected(
     """
     check_heads(q, k, v, slopes)
     bounds = check_cu_seqlens(cu_seqlens, q.shape[0])
-    documents = len(bounds) - 1
-    if (initial_state is None) != (initial_index is None):
-        raise ValueError("initial_state and initial_index go together: give both or none")
-    entering: list[int] | None = None
-    if initial_state is not None and initial_index is not None:
-        check_state(initial_state, "initial_state", q, v, initial_state.shape[0])
-        entering = _check_index(initial_index, "initial_index", documents)
-        if max(entering) >= initial_state.shape[0]:
-            raise ValueError(f"initial_index is {entering}: initial_state has {initial_state.shape[0]} slots")
-    leaving, kept = _check_final_index(final_index, documents)
+    entering = _check_initial(initial_state, initial_index, q, v, len(bounds) - 1)
+    leaving, kept = _check_final_index(final_index, len(bounds) - 1)
     name = choose_backend(q.device, backend)
     if name == "triton":
         from megatron_m1.kernels.lightning.triton_attention import triton_lightning_attention
@@ -105,14 +113,13 @@ def lightning_attention_selected(
             q, k, v, slopes, bounds, initial_state, kept > 0, initial_index=entering, final_index=leaving
         )
     if initial_state is not None and entering is not None:
-        initial_state = _spread(initial_state, entering, (documents, *initial_state.shape[1:]))
-    run = find_backend(name, q.device)
+        initial_state = _spread(initial_state, entering)
     with torch.autocast(q.device.type, enabled=False):
-        o, states = run(q, k, v, slopes, bounds, initial_state, kept > 0)
+        o, states = find_backend(name, q.device)(q, k, v, slopes, bounds, initial_state, kept > 0)
     if states is None:
         return o, None
-    order = sorted((slot, n) for n, slot in enumerate(leaving) if slot >= 0)
-    return o, states.index_select(0, torch.tensor([n for _, n in order], device=states.device))
+    order = [leaving.index(slot) for slot in range(kept)]
+    return o, states.index_select(0, torch.tensor(order, device=states.device))
 
 
 def lightning_state(
@@ -165,7 +172,7 @@ def _plain_state(k: Tensor, v: Tensor, slopes: Tensor, bounds: list[int], leavin
     """One matrix product per document and head."""
     dtype = state_dtype(k.dtype)
     states = []
-    for _, n in sorted((slot, n) for n, slot in enumerate(leaving) if slot >= 0):
+    for n in (leaving.index(slot) for slot in range(max(leaving) + 1)):
         rows = slice(bounds[n], bounds[n + 1])
         left = torch.arange(bounds[n + 1] - bounds[n] - 1, -1, -1, device=k.device, dtype=dtype)
         weight = torch.exp(-left[:, None] * slopes.to(dtype))  # [n, H]

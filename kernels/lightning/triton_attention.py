@@ -62,9 +62,8 @@ def _backward(
     plan = documents.plan(walk_v)
     carries = walk_v.carries(plan, grad_final)
     walk_v.launch(plan.segments, dv, grad_final, carries, grad_initial, raw=v if silu else None)
+    # The same states, seen transposed: dk takes dv's segments and what enters them.
     walk_k = tuned_walk(v, grad_output, q, slopes, reverse=True, transposed=True, silu=(silu, False, silu))
-    plan = documents.plan(walk_k)
-    carries = walk_k.carries(plan, grad_final)
     walk_k.launch(plan.segments, dk, grad_final, carries, None, raw=k if silu else None)
     return grad_initial
 
@@ -209,10 +208,10 @@ class _State(torch.autograd.Function):
         with torch.cuda.device_of(k):
             walk_v = tuned_walk(k, k, v, slopes, reverse=True)
             walk_k = tuned_walk(v, v, k, slopes, reverse=True, transposed=True)
-            for walk_x, output in ((walk_v, dv), (walk_k, dk)):
-                plan = ctx.documents.plan(walk_x)
-                carries = walk_x.carries(plan, grad, keys=False)
-                walk_x.launch(plan.segments, output, grad, carries, None, keys=False)
+            plan = ctx.documents.plan(walk_v)
+            carries = walk_v.carries(plan, grad, keys=False)
+            walk_v.launch(plan.segments, dv, grad, carries, None, keys=False)
+            walk_k.launch(plan.segments, dk, grad, carries, None, keys=False)
         return dk, dv, None, None
 
 

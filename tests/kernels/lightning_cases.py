@@ -34,12 +34,17 @@ class Case:
     def cu_seqlens(self) -> list[int]:
         return [0, *itertools.accumulate(self.lengths)]
 
+    def to(self, what: torch.dtype | torch.device) -> Case:
+        """The same numbers in another dtype (slopes keep theirs), or on another device."""
+        tensors = (self.q, self.k, self.v, self.initial_state, self.grad_o, self.grad_final_state)
+        q, k, v, state, grad_o, grad_final = (x if x is None else x.to(what) for x in tensors)
+        assert q is not None and k is not None and v is not None and grad_o is not None
+        slopes = self.slopes if isinstance(what, torch.dtype) else self.slopes.to(what)
+        return Case(q, k, v, slopes, self.lengths, state, grad_o, grad_final)
+
     def upcast(self) -> Case:
         """The same numbers in float64: what a form in lower precision is measured against."""
-        tensors = (self.q, self.k, self.v, self.initial_state, self.grad_o, self.grad_final_state)
-        q, k, v, state, grad_o, grad_final = (x if x is None else x.double() for x in tensors)
-        assert q is not None and k is not None and v is not None and grad_o is not None
-        return Case(q, k, v, self.slopes, self.lengths, state, grad_o, grad_final)
+        return self.to(torch.float64)
 
 
 def make_case(

@@ -215,9 +215,12 @@ def test_backward_keeps_only_the_inputs() -> None:
 
 
 def test_backend_choice() -> None:
-    assert choose_backend(torch.device("cpu")) == "chunk"
-    with pytest.raises(ValueError, match="device type 'meta'"):
-        choose_backend(torch.device("meta"))
+    """One function: Triton on GPUs, torch's operations elsewhere, unless a name is given."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [choose_backend(device) for device in (cpu, gpu)] == ["chunk", "triton"]
+    assert [choose_backend(gpu, name) for name in ("naive", "chunk", "triton")] == ["naive", "chunk", "triton"]
+    with pytest.raises(ValueError, match=r"'tritn'.*chunk.*naive.*triton"):
+        choose_backend(cpu, "tritn")
 
 
 BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {

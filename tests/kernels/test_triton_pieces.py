@@ -18,10 +18,10 @@ from megatron_m1.kernels.lightning import (
     triton_launch,
 )
 from megatron_m1.kernels.lightning.segments import Segment, plan_walk, segment_tokens
-from megatron_m1.kernels.lightning.triton_attention import triton_silu_attention
+from megatron_m1.kernels.lightning.triton_attention import triton_lightning_state, triton_silu_attention
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
-from tests.kernels.lightning_cases import EXTREME, assert_close, error_by_head, tolerance
-from tests.reference.rounded_lightning import rounded_lightning_attention
+from tests.kernels.kernel_check import silu_shares
+from tests.kernels.lightning_cases import EXTREME, assert_close, tolerance
 
 BOUNDS = [0, 70, 71, 200]
 SLOPES = EXTREME[:2]
@@ -68,6 +68,15 @@ def test_no_state_selected() -> None:
 def test_state_of_tokens_alone() -> None:
     def op(k: Tensor, v: Tensor, backend: str) -> Any:
         return lightning_state(k, v, SLOPES, cu_seqlens=BOUNDS, final_index=[-1, 1, 0], backend=backend)
+
+    compare(op, *leaves_of((200, 2, 16), (200, 2, 24)))
+
+
+def test_state_of_tokens_alone_in_segments() -> None:
+    def op(k: Tensor, v: Tensor, backend: str) -> Any:
+        if backend == "naive":
+            return lightning_state(k, v, SLOPES, cu_seqlens=BOUNDS, final_index=[-1, 1, 0], backend=backend)
+        return triton_lightning_state(k, v, SLOPES, BOUNDS, [-1, 1, 0], segment_tokens=48)
 
     compare(op, *leaves_of((200, 2, 16), (200, 2, 24)))
 
@@ -121,24 +130,9 @@ def test_silu_in_segments() -> None:
 
 
 def test_silu_in_bfloat16() -> None:
-    """At most twice the error of SiLU, rounded, then the naive form with rounded operands, and a floor as elsewhere."""
-    parts, grad = (x.detach().bfloat16() for x in leaves_of((70, 2, 3, 16), (70, 2, 16)))
-    wide = parts.double().requires_grad_()
-    true, _ = silu_lightning_attention(wide, SLOPES, backend="naive")
-    (true_grad,) = torch.autograd.grad(true, wide, grad.double())
-    raw = parts.float().requires_grad_()
-    through = torch.nn.functional.silu(raw)
-    q, k, v = through.detach().bfloat16().unbind(2)
-    rounded = rounded_lightning_attention(q, k, v, SLOPES, [70], None, grad, None)
-    (rounded_grad,) = torch.autograd.grad(
-        through, raw, torch.stack([rounded[name] for name in ("dq", "dk", "dv")], 2).float()
-    )
-    leaf = parts.requires_grad_()
-    o, _ = silu_lightning_attention(leaf, SLOPES, backend="triton")
-    (d_parts,) = torch.autograd.grad(o, leaf, grad)
-    floor = tolerance(torch.float32, 70, 16)
-    assert_close("o", o.detach(), true.detach(), floor, 2 * error_by_head(rounded["o"], true.detach()))
-    assert_close("d_parts", d_parts, true_grad, floor, 2 * error_by_head(rounded_grad.bfloat16(), true_grad))
+    parts, grad = (x.detach().bfloat16() for x in leaves_of((71, 2, 3, 16), (71, 2, 16)))
+    for name, share in silu_shares(parts, grad, SLOPES, [70, 1]).items():
+        assert share <= 1.0, f"{name}: {share} times the error that is allowed"
 
 
 def test_one_token_of_each_sequence() -> None:

@@ -27,7 +27,7 @@ def rounded_lightning_attention(
     bounds = [0, *itertools.accumulate(lengths)]
     q, k, v, grad_o = (x.float() for x in (q, k, v, grad_o))
     decay = torch.exp(-slopes.float())[:, None, None]  # [H, 1, 1]
-    zero = torch.zeros(q.shape[1], q.shape[2], v.shape[2])
+    zero = torch.zeros(q.shape[1], q.shape[2], v.shape[2], device=q.device)
     o, dq, dk, dv = (torch.empty_like(x) for x in (v, q, k, v))
     final, d_initial = [], []
     for n, (start, end) in enumerate(itertools.pairwise(bounds)):
