@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +17,6 @@ DIRECTIONS = {
 }
 SHARD_SIZES = {"to-hf": "1GB", "from-hf": "500MB"}
 """Files are synced and hashed while the next ones are written."""
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 1 << 20
 DESCRIPTION = """\
 to-hf writes safetensors, their index, config.json, generation_config.json and the tokenizer. from-hf writes a folder
 like a run's, whose checkpoint any mesh reads. OUT must not exist; until it is whole it is OUT.partial, where the same
@@ -82,7 +79,6 @@ def run(arguments: Sequence[str]) -> int:
     options = command_parser(direction).parse_all(arguments[1:])
     from megatron_m1.convert.work import ConversionError
 
-    _return_large_blocks()
     try:
         lines = _to_hf(options) if direction == "to-hf" else _from_hf(options)
     except ConversionError as error:
@@ -91,12 +87,6 @@ def run(arguments: Sequence[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(lines))
     return 0
-
-
-def _return_large_blocks() -> None:
-    # glibc keeps freed blocks of up to 32 MB, and tensors of alternating sizes leave holes: a third of a model in all.
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def _to_hf(options: argparse.Namespace) -> list[str]:

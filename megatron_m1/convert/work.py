@@ -6,6 +6,7 @@ A conversion to ``OUT`` is made in ``OUT.partial`` and renamed at the end. There
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -219,7 +221,8 @@ def run_jobs(
     mine = jobs[ranks.rank :: ranks.size]
     fault: str | None = None
     damage: str | None = None
-    with ThreadPoolExecutor(2) as pool, _bar(title, sum(job.size for job in mine), shown=ranks.rank == 0) as advance:
+    total = sum(job.size for job in mine)
+    with _one_thread(), ThreadPoolExecutor(2) as pool, _bar(title, total, shown=ranks.rank == 0) as advance:
         checking = pool.submit(beside)
         ends: list[Future[None]] = []
 
@@ -233,6 +236,7 @@ def run_jobs(
                     if job.check is not None:
                         job.check()
                     ends.append(pool.submit(end, job, value))
+                    _return_free_memory()
                 advance(job.size)
                 if checking.done() and checking.result() is not None:
                     break
@@ -254,6 +258,24 @@ def run_jobs(
     if failed:
         raise ConversionError(failed[0])
     return [work.entry(job.name) for job in jobs]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # Copies are as fast as memory with one; more would take turns with the threads that hash.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _return_free_memory() -> None:
+    # glibc keeps freed blocks, and tensors of alternating sizes leave holes in them: a third of a model in all.
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):
+        library.malloc_trim(0)
 
 
 @contextmanager
