@@ -86,7 +86,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     if config.run.init_from is not None:
         from megatron_m1.convert.sources import initial_model
 
-        model = initial_model(config.run.init_from)
+        model = initial_model(config)
         config = parse_config(options.config, flags, options.preset, command_options=names, model=model)
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_m1.checkpoint_contents import complete_checkpoints
-from megatron_m1.config import ModelConfig
+from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config_io import load_config
 from megatron_m1.convert.hf_config import CONFIG
 from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
@@ -42,12 +42,20 @@ def open_any(path: Path) -> OurCheckpoint | HubFolder:
     return open_checkpoint(find_checkpoint(path))
 
 
-def initial_model(init_from: str) -> ModelConfig:
-    """Shape and numerics of the model whose weights ``run.init_from`` names.
+def initial_model(config: Config) -> ModelConfig:
+    """Shape and numerics of the model that a run with ``run.init_from`` trains.
+
+    A run that goes on with the same ``init_from`` has it in its own checkpoints; where the weights once came from may be gone.
 
     Raises:
         ValueError: there is none, or it is none of ours.
     """
+    init_from = config.run.init_from
+    assert init_from is not None
+    own = complete_checkpoints(Path(config.run.folder)) if config.run.resume else []
+    saved = load_config(own[-1] / "config.yaml") if own else None
+    if saved is not None and saved.run.init_from == init_from:
+        return saved.model
     if init_from.startswith(HUGGING_FACE):
         return open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
     return load_config(find_checkpoint(Path(init_from)) / "config.yaml").model

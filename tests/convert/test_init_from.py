@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,12 @@ def test_fifty_steps_from_a_hugging_face_folder(
         starts[name] = records(tmp_path / name)[0]["loss"]
     assert starts["run"] == starts["hub"] < losses[0] - 0.5
     assert starts["run"] == pytest.approx(losses[-1], abs=0.5)
+
+    # Where the weights came from is not needed any more.
+    shutil.rmtree(theirs)
+    options = settings(first, tiny_corpus, ranks=1, max_steps=STEPS + 1)
+    pretrain(workers, *options, "--init-from", f"hf:{theirs}", ranks=1)
+    assert records(first)[-1]["step"] == STEPS + 1
 
 
 def test_a_folder_of_imported_weights_is_no_run_to_resume(

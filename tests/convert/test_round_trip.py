@@ -129,6 +129,24 @@ def test_the_hub_to_ours_and_back(native_folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_text() == (tmp_path / "hub" / name).read_text()
 
 
+def test_remote_code_is_copied_and_named(native_folder: Path, tmp_path: Path) -> None:
+    """As in the released config.json."""
+    code = tmp_path / "code"
+    code.mkdir()
+    config, model = "configuration_minimax_m1", "modeling_minimax_m1"
+    for name in (config, model):
+        (code / f"{name}.py").write_text(f"# {name}\n")
+    convert("from-hf", native_folder, tmp_path / "ours")
+    convert("to-hf", tmp_path / "ours", tmp_path / "plain")
+    convert("to-hf", tmp_path / "ours", tmp_path / "hub", "--remote-code", code)
+    assert "auto_map" not in json.loads((tmp_path / "plain/config.json").read_text())
+    assert not list((tmp_path / "plain").glob("*.py"))
+    for name in (config, model):
+        assert (tmp_path / "hub" / f"{name}.py").read_bytes() == (code / f"{name}.py").read_bytes()
+    real = json.loads((Path(__file__).parent / "minimax_m1/config.json").read_text())
+    assert json.loads((tmp_path / "hub/config.json").read_text())["auto_map"] == real["auto_map"]
+
+
 def test_an_import_is_a_checkpoint_like_any_other(native_folder: Path, tmp_path: Path) -> None:
     convert("from-hf", native_folder, tmp_path / "ours")
     checkpoint = tmp_path / "ours" / IMPORTED
