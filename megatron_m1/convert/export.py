@@ -207,7 +207,7 @@ def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Rank
 
     def job(shard: _Shard) -> Job:
         return Job(
-            shard.name,
+            work.path / shard.name,
             total_size(shard.entries),
             write=lambda: _write(plan, work.path, shard),
             check=(lambda: _check(plan, work.path, shard)) if options.verify else None,

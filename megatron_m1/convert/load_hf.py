@@ -90,7 +90,7 @@ class _Loading:
 
     def jobs(self) -> list[Job]:
         return [
-            Job(self.writer.name(number), size, write=partial(self.write, number))
+            Job(self.folder / self.writer.name(number), size, write=partial(self.write, number))
             for number, size in enumerate(self.sizes)
         ]
 

@@ -210,7 +210,7 @@ class LateWriter:
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Nothing to copy ahead: everything is on the CPU.
-        self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0)
+        self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0, sync_files=False)
         self._resolve = resolve
         self._units = {MetadataIndex(unit.ours, torch.Size(unit.offsets)): unit for group in groups for unit in group}
         plans = [SavePlan([_tensor_item(unit, dtypes(unit)) for unit in group]) for group in groups]
@@ -228,7 +228,7 @@ class LateWriter:
         return items
 
     def write(self, number: int) -> list[WriteResult]:
-        """Write a file and sync it.
+        """Write a file, without waiting for the disk.
 
         Raises:
             OSError: the disk refuses.

@@ -73,7 +73,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 class StreamedFile:
-    """A safetensors file that is written tensor by tensor. A context manager; under its name it is whole.
+    """A safetensors file that is written tensor by tensor. A context manager; under its name it is whole (not synced).
 
     Args:
         path: the file; until the end ``<path>.part``.
@@ -106,7 +106,6 @@ class StreamedFile:
         try:
             if kind is None:
                 assert not self._waiting, self._waiting
-                os.fsync(self._file.fileno())
         finally:
             self._file.close()
         if kind is None:

@@ -45,7 +45,7 @@ def open_any(path: Path) -> OurCheckpoint | HubFolder:
 def initial_model(config: Config) -> ModelConfig:
     """Shape and numerics of the model that a run with ``run.init_from`` trains.
 
-    A run that goes on with the same ``init_from`` has it in its own checkpoints; where the weights once came from may be gone.
+    A run that goes on with the same ``init_from`` has it in its own checkpoints: their source may be gone.
 
     Raises:
         ValueError: there is none, or it is none of ours.

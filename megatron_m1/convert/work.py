@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_m1.data.files import write_atomically
+from megatron_m1.training.checkpoint_folder import sync
 
 PARTIAL = ".partial"
 JOURNAL = "journal"
@@ -184,13 +185,18 @@ class WorkFolder:
 class Job:
     """One file of a conversion."""
 
-    name: str
+    path: Path
     size: int
     """Bytes, about."""
     write: Callable[[], Any]
-    """Write it; what it returns is recorded."""
+    """Write it; what it returns is recorded. ``run_jobs`` brings it to the disk."""
     check: Callable[[], None] | None = None
     """Compare it with the source (``--verify``); raises ValueError."""
+
+    @property
+    def name(self) -> str:
+        """Under which it is recorded."""
+        return self.path.name
 
 
 def run_jobs(
@@ -227,6 +233,8 @@ def run_jobs(
         ends: list[Future[None]] = []
 
         def end(job: Job, value: Any) -> None:
+            # Beside the next file: the disk is as slow as all the rest together.
+            sync(job.path)
             work.record(job.name, {"value": value, "after": after(job.name) if after else None})
 
         try:

@@ -87,12 +87,12 @@ def commit(temporary: Path, texts: dict[str, str], digests: dict[str, str]) -> P
     manifest = {"algorithm": "sha256", "files": dict(sorted(files.items()))}
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
     for name in (*rest, MANIFEST):
-        _sync(temporary / name)
-    _sync(temporary)
+        sync(temporary / name)
+    sync(temporary)
     if final.exists():
         _remove(final)
     temporary.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
     move_tracker(final)
     return final
 
@@ -101,9 +101,9 @@ def move_tracker(checkpoint: Path) -> None:
     """Let ``latest`` name ``checkpoint``."""
     part = checkpoint.with_name(TRACKER + TEMPORARY)
     part.write_text(checkpoint.name + "\n")
-    _sync(part)
+    sync(part)
     part.replace(checkpoint.with_name(TRACKER))
-    _sync(checkpoint.parent)
+    sync(checkpoint.parent)
 
 
 def remove_old(root: Path, keep: int) -> None:
@@ -165,7 +165,8 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
