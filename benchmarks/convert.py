@@ -1,13 +1,12 @@
 """Memory and speed of conversion, both ways, against ``cp`` and ``fsync`` of the same bytes.
 
-Run ``python benchmarks/convert.py``: three minutes, 10 GB of disk, 5 GB of free memory. README.md says how to read it.
+Run ``python benchmarks/convert.py``: three minutes and 10 GB of disk. README.md says how to read it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import mmap
 import os
 import platform
 import shutil
@@ -57,8 +56,6 @@ WARM_UP = ModelConfig(
     vocab_size=128,
 )
 ROUNDS = 5
-TOUCHED = 4 * 10**9
-"""Bytes; what a conversion writes, and as much again."""
 MEMORY_LIMIT = 600 * 10**6
 SPEED_LIMIT = 0.5
 
@@ -115,16 +112,6 @@ class PeakMemory:
         return self.peak - self.before
 
 
-def touch_memory() -> None:
-    """Take memory from the system and free it at once, so that what is timed next finds memory that is there.
-
-    Virtual machines give memory that has been free for seconds back to their host, and to get it again takes several
-    times what writing to it does: who comes first would pay for all.
-    """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE
-    mmap.mmap(-1, TOUCHED, flags=flags).close()
-
-
 def measure_alone(direction: str, source: Path, out: Path) -> dict[str, float]:
     """Seconds and peak memory of the command with its defaults, in this process, which has done nothing else.
 
@@ -136,7 +123,6 @@ def measure_alone(direction: str, source: Path, out: Path) -> dict[str, float]:
         write_model(root / "hub", WARM_UP)
         run(["convert", "from-hf", str(root / "hub"), str(root / "ours")])
         run(["convert", "to-hf", str(root / "ours"), str(root / "again")])
-    touch_memory()
     with PeakMemory() as memory:
         began = time.perf_counter()
         if run(["convert", direction, str(source), str(out)]) != 0:
@@ -155,7 +141,6 @@ def in_own_process(direction: str, source: Path, out: Path) -> dict[str, float]:
 
 def copy(source: Path, out: Path) -> dict[str, float]:
     """``cp -r`` of a folder and fsync of every file."""
-    touch_memory()
     began = time.perf_counter()
     subprocess.run(["cp", "-r", str(source), str(out)], check=True)
     for path in out.rglob("*"):

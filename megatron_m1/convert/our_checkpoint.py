@@ -7,7 +7,9 @@ takes ten seconds to import: it stages a whole state dict before it writes.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Buffer, Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -41,6 +44,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_m1.checkpoint_contents import CheckpointContents, read_checkpoint
 from megatron_m1.config import ModelConfig
+from megatron_m1.convert.safetensors_files import PIECE
 from megatron_m1.convert.weight_map import Unit, check_names, units
 
 OPTIMIZER_PREFIX = "optimizer."
@@ -191,6 +195,30 @@ class _LatePlanner(DefaultSavePlanner):
         return self._last
 
 
+class _PieceFile(io.BufferedWriter):
+    """A file that takes what it is given in pieces."""
+
+    def write(self, data: Buffer) -> int:
+        # any buffer -> its bytes
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), PIECE):
+            super().write(view[start : start + PIECE])
+        return len(view)
+
+
+class _PieceFiles(FileSystem):
+    """The file system of torch's writer; what differs is how it writes."""
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with _PieceFile(io.FileIO(path, "wb")) as file:
+            yield file
+
+
 class LateWriter:
     """Writes the files of a checkpoint one by one, as torch's writer does for as many ranks.
 
@@ -211,6 +239,7 @@ class LateWriter:
         folder.mkdir(parents=True, exist_ok=True)
         # Nothing to copy ahead: everything is on the CPU.
         self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0, sync_files=False)
+        self._writer.fs = _PieceFiles()
         self._resolve = resolve
         self._units = {MetadataIndex(unit.ours, torch.Size(unit.offsets)): unit for group in groups for unit in group}
         plans = [SavePlan([_tensor_item(unit, dtypes(unit)) for unit in group]) for group in groups]
