@@ -33,7 +33,8 @@ from tests.parallel.ranks import Case, counted_bytes, predicted_bytes  # noqa: E
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = m1_456b()
 COST = layout_cost(MODEL)
-RANKS = (2, 4, 8, 16, 32, 64)
+RANKS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+TABLE_RANKS = (2, 4, 8, 16, 32, 64)
 LENGTHS = {"128K": 2**17, "1M": 2**20}
 HEADS, GROUPS, DIM = MODEL.num_attention_heads, MODEL.num_query_groups, MODEL.kv_channels
 TOKEN = 2 * GROUPS * DIM * 2
@@ -41,17 +42,19 @@ TOKEN = 2 * GROUPS * DIM * 2
 GRADIENT = 2 * GROUPS * DIM * 4
 """Bytes of their gradients in float32."""
 STATE = HEADS * DIM * DIM * 4
-MEASURED_TOKENS, MEASURED_RANKS = 2**13, (2, 4, 8)
+MEASURED_TOKENS, MEASURED_RANKS = 8400, (2, 3, 4, 5, 6, 7, 8)
+BYTES = ("softmax_received", "softmax_received_mean", "lightning_received", "memory")
+"""Fields of a row that are plotted in MiB."""
 OURS = "ours"
 SCHEMES = (OURS, "plain ring", "padded ring", "all-gather K/V", "all-to-all")
 LINES = {
-    OURS: ("tab:blue", "-", 2.0),
-    "plain ring": ("tab:orange", "-", 8.0),
-    "padded ring": ("tab:red", "--", 1.5),
-    "all-gather K/V": ("tab:green", "-", 4.5),
-    "all-to-all": ("tab:purple", "--", 1.5),
+    OURS: ("black", "-", 1.5),
+    "plain ring": ("tab:orange", "-", 9.0),
+    "padded ring": ("tab:red", "--", 3.5),
+    "all-gather K/V": ("tab:green", "-", 6.0),
+    "all-to-all": ("tab:purple", ":", 2.5),
 }
-"""Colour, style and width; lines that often coincide differ in width, the thickest below."""
+"""Colour, style and width; lines that often coincide differ in width, the thickest below, ours on top."""
 
 
 def short_documents(tokens: int, seed: int) -> list[int]:
@@ -110,8 +113,21 @@ class Row:
     """Bytes of other ranks' tokens, states and gradients held at once in the hungriest layer."""
 
 
-def ours(kind: str, bounds: list[int], ranks: int) -> Row:
-    """Counted on the layout of every rank."""
+def pad(bounds: list[int], ranks: int) -> list[int]:
+    """A pack that ``ranks`` divide: what is missing follows as a document of its own, as in training."""
+    missing = -bounds[-1] % ranks
+    return [*bounds, bounds[-1] + missing] if missing else bounds
+
+
+def ours(kind: str, tokens: int, bounds: list[int], ranks: int) -> tuple[Row, dict[str, Any]]:
+    """Counted on the layout of every rank: the most and the mean, and every rank's figures.
+
+    Args:
+        kind: of pack.
+        tokens: of the pack without padding.
+        bounds: of the pack as ranks divide it.
+        ranks: that share it.
+    """
     layouts = [
         SequenceLayout.build(bounds, context_parallel_size=ranks, context_parallel_rank=rank, cost=COST)
         for rank in range(ranks)
@@ -124,8 +140,9 @@ def ours(kind: str, bounds: list[int], ranks: int) -> Row:
     pairs = [attention_pairs(plan) for plan in plans]
     received = [way.received for way in forward]
     gathered = layouts[0].state_plan.forward.slots * ranks * STATE
-    return Row(
-        kind, bounds[-1], ranks, OURS,
+    memory = [max(gathered, ring_memory(plan, token_bytes=TOKEN, gradient_bytes=GRADIENT)) for plan in plans]
+    row = Row(
+        kind, tokens, ranks, OURS,
         softmax_received=max(received),
         softmax_sent=max(way.sent for way in forward),
         softmax_received_mean=statistics.mean(received),
@@ -135,9 +152,20 @@ def ours(kind: str, bounds: list[int], ranks: int) -> Row:
         attention_work=max(pairs) / statistics.mean(pairs),
         model_work=whole(max(pairs), bounds[-1] / ranks) / whole(statistics.mean(pairs), bounds[-1] / ranks),
         segments=layouts[0].segments_per_rank,
-        padded=0,
-        memory=max(gathered, *(ring_memory(plan, token_bytes=TOKEN, gradient_bytes=GRADIENT) for plan in plans)),
+        padded=bounds[-1] - tokens,
+        memory=max(memory),
     )  # fmt: skip
+    by_rank = {
+        "softmax_received": received,
+        "softmax_sent": [way.sent for way in forward],
+        "softmax_received_backward": [way.received for way in backward],
+        "softmax_sent_backward": [way.sent for way in backward],
+        "hops": [len(plan.steps) for plan in plans],
+        "attention_pairs": pairs,
+        "model_flops": [whole(own, bounds[-1] / ranks) for own in pairs],
+        "memory": memory,
+    }
+    return row, {"pack": kind, "tokens": tokens, "ranks": ranks, **by_rank}
 
 
 def softmax_layers() -> int:
@@ -150,7 +178,7 @@ def whole(pairs: float, tokens: float, cost: ModelCost = COST) -> float:
     return cost.per_token * tokens + cost.per_pair * pairs
 
 
-def others(kind: str, bounds: list[int], ranks: int, mine: Row) -> list[Row]:
+def others(kind: str, nominal: int, bounds: list[int], ranks: int) -> list[Row]:
     """The schemes of other systems, by their formulas. Where a scheme leaves a choice, it gets the better one.
 
     Lightning layers of all but the last are given LASP+ with two segments a rank, which their systems do not have.
@@ -172,9 +200,11 @@ def others(kind: str, bounds: list[int], ranks: int, mine: Row) -> list[Row]:
         scheme: str, received: int, step: int, hops: int, work: tuple[float, float], memory: int, **more: int
     ) -> Row:
         own_pairs, own_tokens = work
-        values: dict[str, Any] = dict(lightning_received=lasp, segments=2, padded=0, softmax_sent=received) | more
+        values: dict[str, Any] = dict(
+            lightning_received=lasp, segments=2, padded=tokens - nominal, softmax_sent=received
+        ) | more  # fmt: skip
         return Row(
-            kind, tokens, ranks, scheme,
+            kind, nominal, ranks, scheme,
             softmax_received=received,
             softmax_received_mean=received,
             step_received=softmax_layers() * step,
@@ -210,17 +240,18 @@ def others(kind: str, bounds: list[int], ranks: int, mine: Row) -> list[Row]:
     return rows
 
 
-def count() -> list[Row]:
-    """All rows."""
-    rows = []
+def count() -> tuple[list[Row], list[dict[str, Any]]]:
+    """All rows, and ours rank by rank."""
+    rows, ranked = [], []
     for tokens in LENGTHS.values():
         for kind in KINDS:
-            bounds = pack(kind, tokens)
             for ranks in RANKS:
-                mine = ours(kind, bounds, ranks)
-                rows += [mine, *others(kind, bounds, ranks, mine)]
+                bounds = pad(pack(kind, tokens), ranks)
+                mine, by_rank = ours(kind, tokens, bounds, ranks)
+                rows += [mine, *others(kind, tokens, bounds, ranks)]
+                ranked.append(by_rank)
                 print(f"{kind} {tokens} {ranks}", flush=True)
-    return rows
+    return rows, ranked
 
 
 def measure() -> list[dict[str, Any]]:
@@ -253,7 +284,7 @@ def check(rows: list[Row]) -> None:
         plain = next(
             r for r in rows if (r.pack, r.tokens, r.ranks, r.scheme) == (row.pack, row.tokens, row.ranks, "plain ring")
         )
-        assert row.padded == 0 and row.softmax_received <= plain.softmax_received
+        assert row.padded < row.ranks and row.softmax_received <= plain.softmax_received
         assert row.step_received <= plain.step_received and row.model_work <= plain.model_work * 1.0001
         same = {
             r.lightning_received
@@ -284,7 +315,7 @@ def table(rows: list[Row]) -> str:
                 "|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
             ]
             for r in rows:
-                if (r.pack, r.tokens) == (kind, tokens):
+                if (r.pack, r.tokens) == (kind, tokens) and r.ranks in TABLE_RANKS:
                     received = f"{in_words(r.softmax_received)} ({in_words(r.softmax_received_mean)})"
                     lines.append(
                         f"| {r.ranks} | {r.scheme} | {received} | {in_words(r.softmax_sent)} "
@@ -295,40 +326,44 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def plot(rows: list[Row], field: str, title: str, path: Path, *, log: bool) -> None:
-    """One panel a pack, one line a scheme."""
-    figure, axes = plt.subplots(len(LENGTHS), len(KINDS), figsize=(13, 7), sharex=True, squeeze=False)
+def plot(rows: list[Row], field: str, title: str, path: Path, *, log: bool, mean: str | None = None) -> None:
+    """One panel a pack, one line a scheme, and one for our mean where ``mean`` names its field."""
+    figure, axes = plt.subplots(len(LENGTHS), len(KINDS), figsize=(13, 7), sharex=True, sharey=True, squeeze=False)
     for line, (name, tokens) in zip(axes, LENGTHS.items(), strict=True):
         for axis, kind in zip(line, KINDS, strict=True):
             for scheme in SCHEMES:
                 part = [r for r in rows if (r.pack, r.tokens, r.scheme) == (kind, tokens, scheme)]
                 colour, style, width = LINES[scheme]
                 values = [r.ranks for r in part], [getattr(r, field) for r in part]
-                axis.plot(*values, style, marker="o", ms=4, label=scheme, color=colour, lw=width, zorder=9 - width)
+                marker = {"marker": "o", "ms": 4} if scheme == OURS else {}
+                axis.plot(*values, style, label=scheme, color=colour, lw=width, zorder=12 - width, **marker)
+            if mean is not None:
+                part = [r for r in rows if (r.pack, r.tokens, r.scheme) == (kind, tokens, OURS)]
+                values = [r.ranks for r in part], [getattr(r, mean) for r in part]
+                axis.plot(*values, "--", label="ours, mean of the ranks", color="black", lw=1.0, zorder=11)
             axis.set_xscale("log", base=2)
-            axis.set_xticks(RANKS, [str(ranks) for ranks in RANKS])
+            axis.set_xticks(TABLE_RANKS, [str(ranks) for ranks in TABLE_RANKS])
+            axis.minorticks_off()
             if log:
                 axis.set_yscale("log", base=2)
             axis.grid(alpha=0.3)
             axis.set_title(f"{name} tokens, {kind}", fontsize=10)
     for axis in axes[-1]:
         axis.set_xlabel("context-parallel ranks")
-    axes[0][0].legend(fontsize=8)
     figure.suptitle(title)
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def plots(rows: list[Row]) -> None:
     """All of them; bytes in MiB."""
-    scaled = [
-        Row(**(asdict(r) | {f: getattr(r, f) / 2**20 for f in ("softmax_received", "lightning_received", "memory")}))
-        for r in rows
-    ]
+    scaled = [Row(**(asdict(r) | {f: getattr(r, f) / 2**20 for f in BYTES})) for r in rows]
     start = RESULTS / "context_parallel"
     plot(scaled, "softmax_received", "Received by the busiest rank in a softmax layer, forward (MiB)",
-         Path(f"{start}_softmax_bytes.png"), log=True)  # fmt: skip
+         Path(f"{start}_softmax_bytes.png"), log=True, mean="softmax_received_mean")  # fmt: skip
     plot(scaled, "lightning_received", "Received by a rank in a lightning layer, forward (MiB)",
          Path(f"{start}_lightning_bytes.png"), log=True)  # fmt: skip
     plot(rows, "model_work", "Whole-model FLOPs of the busiest rank over the useful mean",
@@ -341,12 +376,12 @@ def main() -> None:
     """Count, measure, check, write."""
     tests = ["tests/parallel/test_plans.py", "tests/parallel/test_traffic.py"]
     subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
-    rows = count()
+    rows, ranked = count()
     check(rows)
     measured = measure()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "context_parallel.json").write_text(
-        json.dumps({"rows": [asdict(row) for row in rows], "measured": measured}, indent=1) + "\n"
+        json.dumps({"rows": [asdict(row) for row in rows], "ours by rank": ranked, "measured": measured}) + "\n"
     )
     (RESULTS / "context_parallel.md").write_text(
         "# Context parallelism, counted for MiniMax-M1 (456B), TP 1\n\n"

@@ -15,6 +15,7 @@ from megatron_m1.config import Config, ModelConfig, OptimizerConfig, ParallelCon
 from megatron_m1.stages import Stages, plan_stages
 
 RECOMPUTABLE = ("core_attn", "moe")
+MOST_FLASH_CHANNELS = 256
 
 
 def resolve(config: Config, world_size: int, *, has_gpu: bool) -> Config:
@@ -45,6 +46,13 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     """Number of replicas of the dense layers: what tensor, context and pipeline parallelism leave of the world."""
     size = parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size
     return world_size // size
+
+
+def padded_pack_tokens(config: Config) -> int:
+    """Tokens of a pack once its end is padded to what context and tensor parallelism divide."""
+    parallel = config.parallel
+    multiple = parallel.context_parallel_size * parallel.tensor_model_parallel_size
+    return -(-config.data.seq_length // multiple) * multiple
 
 
 def _fill_in(config: Config, *, has_gpu: bool) -> None:
@@ -307,5 +315,15 @@ def _check_software(config: Config, *, has_gpu: bool) -> None:
         )
     if model.fp8 is not None and config.train.precision != "bf16":
         raise ValueError(f"model.fp8 = {model.fp8} needs train.precision bf16, but it is {config.train.precision}")
+    if has_gpu and config.train.precision == "fp32":
+        raise ValueError(
+            "train.precision = fp32 on GPUs: softmax attention is torch's flash kernel there, which takes 16 bits; "
+            "give bf16 or auto"
+        )
+    if has_gpu and (model.kv_channels % 8 or model.kv_channels > MOST_FLASH_CHANNELS):
+        raise ValueError(
+            f"model.kv_channels = {model.kv_channels} on GPUs: torch's flash kernel takes multiples of 8 up to "
+            f"{MOST_FLASH_CHANNELS}"
+        )
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise ValueError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce: turn it on as well")

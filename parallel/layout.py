@@ -61,6 +61,9 @@ class SequenceLayout:
         """
         bounds = _read_bounds(cu_seqlens)
         size, rank = context_parallel_size, context_parallel_rank
+        for name, value in (("context_parallel_size", size), ("context_parallel_rank", rank)):
+            if not isinstance(value, int):
+                raise ValueError(f"{name} is {value!r}: give an int")
         if size < 1:
             raise ValueError(f"context_parallel_size is {size}: give 1 or more")
         if not 0 <= rank < size:

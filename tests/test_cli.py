@@ -140,6 +140,20 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(command: Run, corpus: Path, 
     assert sorted(corpus.parent.iterdir()) == before
 
 
+def test_dry_run_says_what_a_context_rank_gets(command: Run, corpus: Path, tokenizer: Path) -> None:
+    sizes = [
+        "--parallel.context_parallel_size",
+        3,
+        "--parallel.tensor_model_parallel_size",
+        2,
+        "--data.seq_length",
+        200,
+    ]
+    status, out, _ = command(*dry_run(corpus, tokenizer, "--world-size", 6, *sizes))
+    assert status == 0
+    assert "packs       204 tokens each, 4 of them padding at its end, 68 on every context rank" in out
+
+
 @pytest.mark.parametrize(("name", "world_size"), [("tiny", 2), ("m1-mid", 1), ("m1-mid", 8), ("m1-456b", 2048)])
 def test_the_example_configurations_are_valid(command: Run, name: str, world_size: int, tmp_path: Path) -> None:
     device = "cpu" if name == "tiny" else "gpu"

@@ -139,6 +139,15 @@ def test_what_cannot_run_is_one_line(settings: str, world_size: int, parts: list
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [("train.precision=fp32", "train.precision = fp32"), ("model.kv_channels=28", "model.kv_channels = 28")],
+)
+def test_what_a_gpu_cannot_run_is_one_line(settings: str, part: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{part} on GPUs: [^\n]+$"):
+        resolve(read(f"model.transformer_impl=local {settings}"), 1, has_gpu=True)
+
+
 def test_a_layout_with_more_stages_than_ranks_is_interleaved() -> None:
     config = resolve(read("pp=2 layout=Et|ttt|tt|ttL"), 2, has_gpu=False)
     assert config.parallel.virtual_pipeline_model_parallel_size == 2

@@ -10,7 +10,7 @@ from megatron_m1.data.prefix import PrefixSummary, parse_blend
 from megatron_m1.launch import Launch
 from megatron_m1.preflight import check_data, check_folders, find_embedded_corpus, newest_checkpoint
 from megatron_m1.stages import Chunk, plan_stages
-from megatron_m1.validate import data_parallel_size
+from megatron_m1.validate import data_parallel_size, padded_pack_tokens
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -138,5 +138,15 @@ def _length_lines(config: Config, world_size: int) -> list[str]:
     return [
         f"batch       {train.global_batch_size} packs of {data.seq_length:,} tokens = {tokens:,} tokens a step, "
         f"{train.global_batch_size // replicas} micro-batches a rank",
+        *_padding_lines(config),
         f"steps       {train.max_steps:,} = {_run_tokens(config):,} tokens",
     ]
+
+
+def _padding_lines(config: Config) -> list[str]:
+    context, tokens = config.parallel.context_parallel_size, padded_pack_tokens(config)
+    padding = tokens - config.data.seq_length
+    if context == 1 and not padding:
+        return []
+    added = f", {padding} of them padding at its end" if padding else ""
+    return [f"packs       {tokens:,} tokens each{added}, {tokens // context:,} on every context rank"]

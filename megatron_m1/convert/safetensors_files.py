@@ -23,8 +23,8 @@ _LENGTH = struct.Struct("<Q")
 _LARGEST_HEADER = 100_000_000
 """Bytes; the format's own limit."""
 PIECE = 128 << 10
-"""Bytes handed to the system at a time, as ``cp`` does. For more, Linux takes larger pages into its cache, and these the
-host of a virtual machine may have to bring first: up to eight times as slow."""
+"""Bytes handed to the system at a time, as ``cp`` does. For more, Linux takes larger pages into its cache, and the host
+of a virtual machine may have to bring these first: up to eight times as slow."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from megatron_m1.initialise import initialise_weights
 from megatron_m1.mesh import Mesh
 from megatron_m1.model import build_chunk
 from megatron_m1.training.flops import layout_cost
-from megatron_m1.training.microbatch import padded_pack_tokens
 from megatron_m1.training.optimizer import build_optimizer, wrap_chunks
 from megatron_m1.training.step import Trainer
+from megatron_m1.validate import padded_pack_tokens
 
 
 def parameter_dtype(config: Config) -> torch.dtype:

@@ -47,9 +47,9 @@ FREE_FIELDS = {"data.cache_folder", "data.train_samples", "data.embedded_corpus"
 
 
 def changed_fields(saved: Config, now: Config) -> dict[str, str]:
-    """Describe the fields of data, optimizer and training that differ, by dotted path."""
+    """Describe the fields of mesh, data, optimizer and training that differ, by dotted path."""
     changes = {}
-    for group in ("data", "optimizer", "train"):
+    for group in ("parallel", "data", "optimizer", "train"):
         before, after = asdict(getattr(saved, group)), asdict(getattr(now, group))
         for name, value in before.items():
             path = f"{group}.{name}"

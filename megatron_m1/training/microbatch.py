@@ -7,19 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_m1.config import Config
 from megatron_m1.data.packed import PackedSample, pad_pack
 from megatron_m1.mesh import Mesh
 from megatron_m1.packed import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.parallel.segments import ModelCost
-
-
-def padded_pack_tokens(config: Config) -> int:
-    """Tokens of a pack once its end is padded to what context and tensor parallelism divide."""
-    parallel = config.parallel
-    multiple = parallel.context_parallel_size * parallel.tensor_model_parallel_size
-    return -(-config.data.seq_length // multiple) * multiple
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,10 @@ from torch import Tensor
 
 from megatron_m1.config import Config
 from megatron_m1.data.packed import PackedSample
-from megatron_m1.training.microbatch import make_micro_batch, padded_pack_tokens
+from megatron_m1.parallel.layout import SequenceLayout
+from megatron_m1.training.microbatch import make_micro_batch
 from megatron_m1.training.step import StepResult, evaluate, train_step
+from megatron_m1.validate import padded_pack_tokens
 from tests.harness import WorkerPool
 from tests.model.meshes import assemble, gradients_and_trace, my_share, packs, run_config, start
 from tests.model.test_mesh_parity import GRADIENT_TOLERANCE
@@ -39,11 +41,8 @@ EP = "expert_model_parallel_size"
 TOKENS = 120
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
-def test_packs_that_go_wrong_most_easily(ranks: int, workers: WorkerPool) -> None:
-    documents = [*named_packs(TOKENS, ranks).values(), bounds_of([*[1] * 80, 40])]
-    if ranks in (2, 4):
-        documents.append(bounds_of([*[3] * 20, 60]))
+def compare_with_one_process(ranks: int, documents: list[list[int]], workers: WorkerPool) -> None:
+    """One step on these packs: loss, aux loss, gradient norm, expert load and every gradient."""
     (truth,) = workers.run(gradients_and_trace, run_config({}, documents=documents), 0, documents, world_size=1)
     expected = assemble([truth["parts"]])
     config = run_config({CP: ranks}, documents=documents)
@@ -59,6 +58,22 @@ def test_packs_that_go_wrong_most_easily(ranks: int, workers: WorkerPool) -> Non
                 getattr(truth["first"], name), rel=GRADIENT_TOLERANCE
             ), name
         assert result["first"].loss_tokens == truth["first"].loss_tokens
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 5])
+def test_packs_that_go_wrong_most_easily(ranks: int, workers: WorkerPool) -> None:
+    documents = [*named_packs(TOKENS, ranks).values(), bounds_of([*[1] * 80, 40])]
+    layout = SequenceLayout.build(documents[-1], context_parallel_size=ranks, context_parallel_rank=0, cost=PAIRS_ONLY)
+    assert layout.segments_per_rank > 2
+    if ranks in (2, 4):
+        documents.append(bounds_of([*[3] * 20, 60]))
+    compare_with_one_process(ranks, documents, workers)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_hundreds_of_documents(ranks: int, workers: WorkerPool) -> None:
+    documents = [bounds_of([1, 2, 1] * 80 + [100])]
+    compare_with_one_process(ranks, documents, workers)
 
 
 def losses(rank: int, world_size: int, config: Config, samples: list[PackedSample]) -> list[float]:

@@ -41,9 +41,9 @@ def named_packs(tokens: int, ranks: int) -> dict[str, list[int]]:
 
 
 @st.composite
-def packs_and_ranks(draw: st.DrawFn, most_ranks: int = 64) -> tuple[list[int], int]:
+def packs_and_ranks(draw: st.DrawFn, least_ranks: int = 1, most_ranks: int = 64) -> tuple[list[int], int]:
     """Bounds of a random pack, and a number of ranks that divides its length."""
-    ranks = draw(st.integers(1, most_ranks))
+    ranks = draw(st.integers(least_ranks, most_ranks))
     short = st.lists(st.integers(1, 9), max_size=60)
     long = st.lists(st.integers(1, 150), max_size=4)
     lengths = [*draw(short), *draw(long), *draw(short)]

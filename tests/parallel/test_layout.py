@@ -58,6 +58,7 @@ BAD_CALLS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "not divided": ([0, 7], {"context_parallel_size": 2}, "7 tokens, not a multiple of context_parallel_size 2: .* 8$"),
     "too many ranks": ([0, 3, 4], {"context_parallel_size": 4}, "2 segments for at most 2 ranks"),
     "rank": ([0, 3], {"context_parallel_rank": 1}, "context_parallel_rank is 1 of 1"),
+    "no int": ([0, 4], {"context_parallel_size": 2.0}, "context_parallel_size is 2.0: give an int"),
 }
 
 
