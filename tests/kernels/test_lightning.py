@@ -15,7 +15,8 @@ from megatron_m1.kernels.lightning import (
     lightning_attention_step,
 )
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
-from tests.kernels.lightning_cases import Case, assert_close, make_case, run, tolerance
+from tests.kernels.lightning_cases import Case, assert_close, make_case, run
+from tests.kernels.tolerances import rounded
 from tests.reference.dense_lightning import dense_lightning_attention
 
 SINGLE = [[length] for length in (1, 63, 64, 65, 500, 1000)]
@@ -42,7 +43,7 @@ def compare(case: Case, relative: float) -> None:
     for name, value in expected.items():
         # States stay float32 when the inputs are bfloat16, so they are held to float32's bound.
         is_state = name in ("final_state", "d_initial_state")
-        bound = tolerance(torch.float32, sum(case.lengths)) if is_state and case.q.dtype == torch.bfloat16 else relative
+        bound = rounded(torch.float32, sum(case.lengths)) if is_state and case.q.dtype == torch.bfloat16 else relative
         assert_close(name, actual[name], value, bound)
 
 
@@ -50,27 +51,27 @@ def compare(case: Case, relative: float) -> None:
 @pytest.mark.parametrize("lengths", SINGLE + PACKS, ids=name_of)
 @pytest.mark.parametrize(("initial", "final"), [(False, False), (True, True)], ids=["stateless", "states"])
 def test_chunk_equals_recurrence(lengths: list[int], initial: bool, final: bool) -> None:
-    compare(make_case(lengths, initial=initial, final=final), tolerance(torch.float64, sum(lengths)))
+    compare(make_case(lengths, initial=initial, final=final), rounded(torch.float64, sum(lengths)))
 
 
 @pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize(("initial", "final"), [(True, False), (False, True)], ids=["initial", "final"])
 def test_chunk_with_one_kind_of_state(initial: bool, final: bool) -> None:
     lengths = PACKS[1]
-    compare(make_case(lengths, initial=initial, final=final), tolerance(torch.float64, sum(lengths)))
+    compare(make_case(lengths, initial=initial, final=final), rounded(torch.float64, sum(lengths)))
 
 
 @pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize("lengths", [[1], [65], [1000], PACKS[2], PACKS[3]], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_chunk_in_low_precision(lengths: list[int], dtype: torch.dtype) -> None:
-    compare(make_case(lengths, dtype=dtype), tolerance(dtype, sum(lengths)))
+    compare(make_case(lengths, dtype=dtype), rounded(dtype, sum(lengths)))
 
 
 @pytest.mark.parametrize("lengths", [[500], PACKS[1]], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 def test_extreme_slopes(lengths: list[int], dtype: torch.dtype) -> None:
-    compare(make_case(lengths, dtype=dtype, slopes=EXTREME), tolerance(dtype, sum(lengths)))
+    compare(make_case(lengths, dtype=dtype, slopes=EXTREME), rounded(dtype, sum(lengths)))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 100, 10_000])
@@ -81,8 +82,8 @@ def test_chunk_size_does_not_matter(chunk_size: int) -> None:
     )
     expected = run(case, "naive")
     assert final_state is not None
-    assert_close("o", o, expected["o"], tolerance(torch.float64, 500))
-    assert_close("final_state", final_state, expected["final_state"], tolerance(torch.float64, 500))
+    assert_close("o", o, expected["o"], rounded(torch.float64, 500))
+    assert_close("final_state", final_state, expected["final_state"], rounded(torch.float64, 500))
 
 
 @pytest.mark.parametrize("lengths", [[1], [65], [3, 1, 40, 21]], ids=name_of)
@@ -96,7 +97,7 @@ def test_recurrence_equals_dense(lengths: list[int], initial: bool) -> None:
     gradients = torch.autograd.grad(results, leaves, [case.grad_o, case.grad_final_state])
     actual = run(case, "naive")
     for (name, value), expected in zip(actual.items(), (*results, *gradients), strict=True):
-        assert_close(name, value, expected, tolerance(torch.float64, sum(lengths)))
+        assert_close(name, value, expected, rounded(torch.float64, sum(lengths)))
 
 
 @pytest.mark.parametrize("backend", ["naive", "chunk"])
@@ -123,7 +124,7 @@ def test_gradient_through_final_state_alone() -> None:
         _, final_state = lightning_attention(q, k, v, case.slopes, **options)
         gradients.append(torch.autograd.grad(final_state, (k, v), case.grad_final_state))
     for name, actual, expected in zip(("dk", "dv"), gradients[1], gradients[0], strict=True):
-        assert_close(name, actual, expected, tolerance(torch.float64, 260))
+        assert_close(name, actual, expected, rounded(torch.float64, 260))
 
 
 def test_strided_inputs_and_gradients() -> None:
@@ -136,7 +137,7 @@ def test_strided_inputs_and_gradients() -> None:
         o = lightning_attention(q, k, v, slopes, cu_seqlens=[0, 70, 130], backend=backend)
         results[backend] = (o, *torch.autograd.grad(o.sum(), fused))
     for name, actual, expected in zip(("o", "d_fused"), results["chunk"], results["naive"], strict=True):
-        assert_close(name, actual, expected, tolerance(torch.float64, 130))
+        assert_close(name, actual, expected, rounded(torch.float64, 130))
 
 
 @pytest.mark.parametrize("backend", ["naive", "chunk"])
@@ -147,7 +148,7 @@ def test_documents_do_not_see_each_other(backend: str) -> None:
     middle = slice(30, 131)
     alone = Case(case.q[middle], case.k[middle], case.v[middle], case.slopes, [101], None, case.grad_o[middle], None)
     for name, value in run(alone, backend).items():
-        assert_close(name, packed[name][middle], value, tolerance(torch.float64, 101))
+        assert_close(name, packed[name][middle], value, rounded(torch.float64, 101))
     for x in (case.q, case.k, case.v, case.grad_o):
         x[:30] += 1e6
         x[131:] += 1e6
@@ -167,8 +168,8 @@ def test_state_carries_a_document_on() -> None:
         now = slice(token, token + 1)
         o, state = lightning_attention_step(q[now], k[now], v[now], case.slopes, state)
         outputs.append(o)
-    assert_close("o", torch.cat(outputs), whole["o"], tolerance(torch.float64, 90))
-    assert_close("final_state", state, whole["final_state"], tolerance(torch.float64, 90))
+    assert_close("o", torch.cat(outputs), whole["o"], rounded(torch.float64, 90))
+    assert_close("final_state", state, whole["final_state"], rounded(torch.float64, 90))
 
 
 def test_step_is_differentiable_and_keeps_its_state() -> None:
@@ -180,7 +181,7 @@ def test_step_is_differentiable_and_keeps_its_state() -> None:
     gradients = torch.autograd.grad([o, new_state], [q, k, v, state], [case.grad_o, case.grad_final_state])
     expected = run(case, "naive")
     for (name, value), actual in zip(expected.items(), (o, new_state, *gradients), strict=True):
-        assert_close(name, actual, value, tolerance(torch.float64, 1))
+        assert_close(name, actual, value, rounded(torch.float64, 1))
     assert torch.equal(state.detach(), before)
 
 

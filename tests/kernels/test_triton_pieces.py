@@ -21,7 +21,8 @@ from megatron_m1.kernels.lightning.segments import Segment, plan_walk, segment_t
 from megatron_m1.kernels.lightning.triton_attention import triton_lightning_state, triton_silu_attention
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
 from tests.kernels.kernel_check import silu_shares
-from tests.kernels.lightning_cases import EXTREME, assert_close, tolerance
+from tests.kernels.lightning_cases import EXTREME, assert_close
+from tests.kernels.tolerances import rounded
 
 BOUNDS = [0, 70, 71, 200]
 SLOPES = EXTREME[:2]
@@ -45,7 +46,7 @@ def compare(op: Callable[..., Any], *leaves: Tensor) -> None:
         outcomes.append([*results, *torch.autograd.grad(results, inputs, grads)])
     for index, (actual, expected) in enumerate(zip(*outcomes, strict=True)):
         assert actual.dtype == torch.float32
-        assert_close(str(index), actual.detach(), expected.detach(), 4 * tolerance(torch.float32, 200, 24))
+        assert_close(str(index), actual.detach(), expected.detach(), rounded(torch.float32, 200, 24))
 
 
 def test_selected_states() -> None:

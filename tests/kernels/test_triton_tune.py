@@ -11,7 +11,8 @@ from megatron_m1.kernels.lightning.segments import Segment
 from megatron_m1.kernels.lightning.triton_config import NO_SILU, Silu
 from megatron_m1.kernels.lightning.triton_launch import Walk
 from megatron_m1.kernels.lightning.triton_tune import Kind, fastest, tuned_walk
-from tests.kernels.lightning_cases import assert_close, tolerance
+from tests.kernels.lightning_cases import assert_close
+from tests.kernels.tolerances import rounded
 
 CPU = torch.device("cpu")
 KINDS = {
@@ -38,8 +39,7 @@ def test_configurations_agree(name: str) -> None:
     assert outcomes[0][0].isfinite().all()
     # Sums of the same float32 numbers; in which order the interpreter adds them depends on a product's size.
     for one, other in zip(*outcomes, strict=True):
-        rounding = 2.0**-8 if one.dtype == torch.bfloat16 else 2.0**-11 if one.dtype == torch.float16 else 0.0
-        assert_close("", one, other, rounding + tolerance(torch.float32, 70, 48))
+        assert_close("", one, other, rounded(one.dtype, 70, 48))
 
 
 @pytest.mark.parametrize("name", KINDS)
