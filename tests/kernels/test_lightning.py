@@ -7,15 +7,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_m1.generate.caches import Caches
 from megatron_m1.kernels.lightning import (
     choose_backend,
     layer_slopes,
     lightning_attention,
+    lightning_attention_selected,
     lightning_attention_step,
 )
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
-from tests.kernels.lightning_cases import Case, assert_close, make_case, run
+from tests.kernels.lightning_cases import KEY_DIM, VALUE_DIM, Case, assert_close, make_case, run
 from tests.kernels.tolerances import rounded
 from tests.reference.dense_lightning import dense_lightning_attention
 
@@ -231,6 +234,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": (dict.fromkeys("qkv", torch.zeros(0, 3, 5)), "at least 1"),
     "mixed dtypes": (dict(k=torch.zeros(7, 3, 6, dtype=torch.bfloat16)), "k torch.bfloat16"),
     "integers": (dict.fromkeys("qkv", torch.zeros(7, 3, 5, dtype=torch.int64)), "torch.int64"),
+    "slope list": (dict(slopes=[1.0, 1.0, 1.0]), "slopes are a list: give a float32 tensor"),
     "slope count": (dict(slopes=torch.ones(4)), r"\(4,\).*\[3\]"),
     "slope dtype": (dict(slopes=torch.ones(3, dtype=torch.bfloat16)), "torch.bfloat16"),
     "slope gradient": (dict(slopes=torch.ones(3, requires_grad=True)), "detach"),
@@ -239,10 +243,13 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "devices": (dict(slopes=torch.ones(3, device="meta")), "'cpu', 'meta'"),
     "bounds dtype": (dict(cu_seqlens=torch.tensor([0.0, 7.0])), "torch.float32"),
     "bounds rank": (dict(cu_seqlens=torch.tensor([[0, 7]])), r"\(1, 2\)"),
+    "bounds an int": (dict(cu_seqlens=7), r"cu_seqlens is 7: give N \+ 1 ints, the last of them 7"),
+    "bounds text": (dict(cu_seqlens=["0", "7"]), "cu_seqlens holds '0', a str: give ints"),
+    "bounds fractions": (dict(cu_seqlens=[0, 4.5, 7]), "cu_seqlens holds 4.5, a float"),
     "bounds start": (dict(cu_seqlens=[1, 7]), r"begins \[1, 7\]"),
     "no document": (dict(cu_seqlens=[0]), r"begins \[0\]"),
     "empty document": (dict(cu_seqlens=[0, 4, 4, 7]), r"document 1 at \[4, 4\)"),
-    "bounds end": (dict(cu_seqlens=[0, 4, 8]), "ends at 8, but the pack has 7 tokens"),
+    "bounds end": (dict(cu_seqlens=[0, 4, 8]), "ends at 8, but the pack has 7 tokens: let it end there"),
     "state count": (dict(initial_state=torch.zeros(2, 3, 6, 5)), r"\[1, 3, 6, 5\]"),
     "state dtype": (dict(initial_state=torch.zeros(1, 3, 6, 5).bfloat16()), "initial_state is torch.bfloat16"),
     "state device": (dict(initial_state=torch.zeros(1, 3, 6, 5, device="meta")), "on meta"),
@@ -262,5 +269,38 @@ def test_wrong_arguments_are_named(name: str) -> None:
 def test_step_checks_its_state() -> None:
     case = make_case([2], dtype=torch.float32)
     assert case.initial_state is not None
-    with pytest.raises(ValueError, match=r"state has shape \(1, 3, 6, 5\): give .* \[2, 3, 6, 5\]"):
+    with pytest.raises(ValueError, match=r"state has shape \(1, 3, 6, 5\): give \[B, H, Dk, Dv\] = \[2, 3, 6, 5\]"):
         lightning_attention_step(case.q, case.k, case.v, case.slopes, case.initial_state)
+
+
+def test_selected_states_make_no_others() -> None:
+    """Of 50 documents two have a state: the chunked form holds no state for each of them, in neither direction."""
+    case = make_case([2] * 50, dtype=torch.float32, initial=False, final=False)
+    states = torch.randn(1, 3, KEY_DIM, VALUE_DIM, requires_grad=True)
+    enter, leave = [-1] * 49 + [0], [0] + [-1] * 49
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.dim() == 4:
+                largest = max(largest, result.shape[0])
+            return result
+
+    q = case.q.requires_grad_()
+    slots: dict[str, Any] = dict(cu_seqlens=case.cu_seqlens, initial_index=enter, final_index=leave)
+    with Watch():
+        o, kept = lightning_attention_selected(q, case.k, case.v, case.slopes, initial_state=states, **slots)
+        assert kept is not None
+        torch.autograd.grad([o.sum() + kept.sum()], [q, states])
+    assert largest == 1
+
+
+def test_decoding_takes_the_model_s_backend() -> None:
+    """One new token a sequence, and several: both ask for the backend that is named."""
+    for tokens in (2, 4):
+        caches, x = Caches(2), torch.ones(tokens, 1, 16)
+        caches.begin([0, 1])
+        with pytest.raises(ValueError, match="'tritn'"):
+            caches.lightning(0, x, x, x, torch.ones(1), [0, tokens // 2, tokens], "tritn")
