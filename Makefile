@@ -28,7 +28,7 @@ checks: install  ## format, lint, types, import rules
 	MYPYPATH=$(TYPED) .venv/bin/mypy -p megatron_m1 -p tests
 	$(PYTHON) -m pytest -q tests/test_imports.py
 
-aot: install  ## compile every shipped Triton kernel for sm_80, sm_90 and sm_100 (no GPU needed)
+aot: install  ## compile the Triton kernels in every variant that runs, for sm_80, sm_90 and sm_100 (no GPU needed)
 	$(PYTHON) -m megatron_m1.kernels.triton_aot --all --jobs 2
 
 bench: install  ## every benchmark, one file a claim

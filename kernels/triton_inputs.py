@@ -16,7 +16,10 @@ def check_triton(x: Tensor) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(f"the triton backend has no {x.dtype}: give float32, bfloat16 or float16, or backend='chunk'")
     if x.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise ValueError(f"the triton backend needs a GPU, but the inputs are on {x.device}: use backend='chunk'")
+        raise ValueError(
+            f"the triton backend needs a GPU, but the inputs are on {x.device}: use backend='chunk', or for tests "
+            "start Python with TRITON_INTERPRET=1"
+        )
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import importlib.util
 import math
+import os
 
 from megatron_m1.config import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_m1.stages import Stages, plan_stages
@@ -298,6 +299,9 @@ def _check_software(config: Config, *, has_gpu: bool) -> None:
     model, parallel = config.model, config.parallel
     if parallel.distributed_backend == "nccl" and not has_gpu:
         raise ValueError("parallel.distributed_backend = nccl needs GPUs, and there are none: use gloo or auto")
+    # Triton's own variable: its interpreter runs kernels on a CPU, which is for tests.
+    if model.lightning_backend == "triton" and not has_gpu and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("model.lightning_backend = triton needs GPUs, and there are none: use auto or chunk")
     if model.transformer_impl == "transformer_engine":
         if not has_gpu:
             raise ValueError(

@@ -148,6 +148,14 @@ def test_what_a_gpu_cannot_run_is_one_line(settings: str, part: str) -> None:
         resolve(read(f"model.transformer_impl=local {settings}"), 1, has_gpu=True)
 
 
+def test_kernels_for_gpus_are_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = read("model.lightning_backend=triton")
+    assert resolve(config, 1, has_gpu=True).model.lightning_backend == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")  # with which tests run them after all
+    with pytest.raises(ValueError, match=r"^model\.lightning_backend = triton needs GPUs.*use auto or chunk$"):
+        resolve(config, 1, has_gpu=False)
+
+
 def test_a_layout_with_more_stages_than_ranks_is_interleaved() -> None:
     config = resolve(read("pp=2 layout=Et|ttt|tt|ttL"), 2, has_gpu=False)
     assert config.parallel.virtual_pipeline_model_parallel_size == 2

@@ -76,11 +76,13 @@ def lightning_attention(
 
     Args:
         q: queries [T, H, Dk], T the tokens of the pack; float32, bfloat16, float16, or float64 (not with "triton",
-            which also ends at Dk, Dv = 256). Any strides; views of one buffer are read in place.
+            which also ends at Dk, Dv = 256). Any strides; views of one buffer are read in place. In float16, "triton"
+            rounds scores and states to float16 before products, as any form with float16 operands does: they must stay
+            below 65504, or results are infinite.
         k: keys [T, H, Dk], q's dtype.
         v: values [T, H, Dv], q's dtype; Dv may differ from Dk.
-        slopes: [H] float32 (float64 allowed), >= 0, natural-log decay per token, see ``layer_slopes``. Constant: no
-            gradient.
+        slopes: [H] float32 (float64 allowed), finite and >= 0, natural-log decay per token, see ``layer_slopes``.
+            Constant: no gradient. Values on a GPU are not checked: looking at them would wait for it.
         cu_seqlens: the N documents' bounds, [N + 1] int32 or int64 (or ints): 0, then each document's end, the last
             being T; strictly rising, any lengths. Best on the CPU: its values are read. Default: one document.
         initial_state: the state before each document's first token, [N, H, Dk, Dv] float32 (float64 for float64
@@ -125,7 +127,7 @@ def lightning_attention_step(
         q: queries [B, H, Dk]; float64, float32, bfloat16 or float16.
         k: keys [B, H, Dk], q's dtype.
         v: values [B, H, Dv], q's dtype.
-        slopes: [H] float32 (float64 allowed), >= 0, as in ``lightning_attention``.
+        slopes: [H] float32 (float64 allowed), >= 0, as in ``lightning_attention``; unchecked on a GPU.
         state: the state after each sequence's tokens so far, [B, H, Dk, Dv] float32 (float64 for float64 inputs):
             zeros, or a final_state of ``lightning_attention``. It is not written to.
         backend: "triton" runs one kernel, every other backend torch's operations; default ``choose_backend(q.device)``.
@@ -144,7 +146,7 @@ def lightning_attention_step(
         (torch.Size([1, 2, 16]), torch.Size([1, 2, 16, 16]))
     """
     check_heads(q, k, v, slopes)
-    check_state(state, "state", q, v, q.shape[0])
+    check_state(state, "state", q, v, q.shape[0], of="B")
     name = choose_backend(q.device, backend)
     if name == "triton":
         from megatron_m1.kernels.lightning.triton_step import triton_step

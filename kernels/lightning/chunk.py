@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_m1.kernels.lightning.naive import state_dtype
+from megatron_m1.kernels.lightning.segments import NONE, state_slots
 
 CHUNK_SIZE = 64
 
@@ -32,11 +33,14 @@ class Piece:
 
     start: int
     end: int
-    document: int
     is_first: bool
     """The document begins with this piece."""
     is_last: bool
     """The document ends with this piece."""
+    state_in: int
+    """The initial state's slot that this piece begins with, ``NONE`` for zero or the piece before."""
+    state_out: int
+    """The final state's slot that this piece ends with, ``NONE`` if it is not kept."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,13 @@ class Chunk:
     pieces: tuple[Piece, ...]
 
 
-def cut_into_chunks(cu_seqlens: Sequence[int], chunk_size: int) -> list[Chunk]:
-    """Cut a pack every ``chunk_size`` tokens and list each chunk's pieces of documents."""
+def cut_into_chunks(
+    cu_seqlens: Sequence[int], initial: Sequence[int], final: Sequence[int], chunk_size: int
+) -> list[Chunk]:
+    """Cut a pack every ``chunk_size`` tokens and list each chunk's pieces of documents.
+
+    ``initial`` and ``final`` are the N slots of the states that documents begin with and leave, or ``NONE``.
+    """
     chunks, document = [], 0
     for start in range(0, cu_seqlens[-1], chunk_size):
         end = min(start + chunk_size, cu_seqlens[-1])
@@ -57,7 +66,9 @@ def cut_into_chunks(cu_seqlens: Sequence[int], chunk_size: int) -> list[Chunk]:
         while at < end:
             begins, ends = cu_seqlens[document], cu_seqlens[document + 1]
             stop = min(end, ends)
-            pieces.append(Piece(at - start, stop - start, document, at == begins, stop == ends))
+            slot_in = initial[document] if at == begins else NONE
+            slot_out = final[document] if stop == ends else NONE
+            pieces.append(Piece(at - start, stop - start, at == begins, stop == ends, slot_in, slot_out))
             document += stop == ends
             at = stop
         chunks.append(Chunk(start, end, tuple(pieces)))
@@ -116,7 +127,7 @@ def _state_entering(piece: Piece, carried: Tensor | None, initial_state: Tensor 
     """The state [H, Dk, Dv] with which a piece begins, ``carried`` being the one before it; None where it is zero."""
     if not piece.is_first:
         return carried
-    return None if initial_state is None else initial_state[piece.document]
+    return None if initial_state is None or piece.state_in == NONE else initial_state[piece.state_in]
 
 
 class _ChunkLightningAttention(torch.autograd.Function):
@@ -128,16 +139,16 @@ class _ChunkLightningAttention(torch.autograd.Function):
         v: Tensor,
         slopes: Tensor,
         initial_state: Tensor | None,
-        cu_seqlens: Sequence[int],
-        output_final_state: bool,
+        chunks: list[Chunk],
+        states_kept: int,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = state_dtype(q.dtype)
-        chunks, decays = cut_into_chunks(cu_seqlens, chunk_size), Decays(slopes, chunk_size, dtype)
+        decays = Decays(slopes, chunk_size, dtype)
         output = torch.empty_like(v, memory_format=torch.contiguous_format)  # [T, H, Dv]
         final_state = None
-        if output_final_state:
-            final_state = output.new_empty((len(cu_seqlens) - 1, q.shape[1], q.shape[2], v.shape[2]), dtype=dtype)
+        if states_kept:
+            final_state = output.new_empty((states_kept, q.shape[1], q.shape[2], v.shape[2]), dtype=dtype)
         state: Tensor | None = None
         for chunk in chunks:
             q_chunk, k_chunk, v_chunk = (_head_major(x, chunk, dtype) for x in (q, k, v))
@@ -148,10 +159,10 @@ class _ChunkLightningAttention(torch.autograd.Function):
                 state = _state_entering(piece, state, initial_state)
                 if state is not None:
                     o_chunk[:, rows].baddbmm_(q_chunk[:, rows] * decays.entering(piece.end - piece.start), state)
-                if final_state is not None or not piece.is_last:
+                if piece.state_out != NONE or not piece.is_last:
                     state = _leaving_state(k_chunk, v_chunk, piece, state, decays)
-                    if final_state is not None and piece.is_last:
-                        final_state[piece.document] = state
+                    if final_state is not None and piece.state_out != NONE:
+                        final_state[piece.state_out] = state
             output[chunk.start : chunk.end] = o_chunk.transpose(0, 1)  # [H, m, Dv] -> [m, H, Dv]
         ctx.save_for_backward(q, k, v, slopes, initial_state)
         ctx.chunks, ctx.chunk_size = chunks, chunk_size
@@ -206,7 +217,8 @@ class _ReverseScan:
     def __init__(self, decays: Decays, grad_final_state: Tensor | None, initial_state: Tensor | None) -> None:
         self._decays = decays
         self._grad_final_state = grad_final_state
-        self.grad_initial_state = None if initial_state is None else torch.empty_like(initial_state)
+        # A slot that no document begins with has no gradient.
+        self.grad_initial_state = None if initial_state is None else torch.zeros_like(initial_state)
         self._grad_state: Tensor | None = None
 
     def step(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -223,19 +235,21 @@ class _ReverseScan:
                 dk[:, rows].baddbmm_(v[:, rows] * leaving, grad_leaving.mT)
                 dv[:, rows].baddbmm_(k[:, rows] * leaving, grad_leaving)
             self._grad_state = None
-            if not piece.is_first or self.grad_initial_state is not None:
+            if not piece.is_first or piece.state_in != NONE:
                 grad_entering = q[:, rows].mT @ (do[:, rows] * self._decays.entering(length))  # [H, Dk, Dv]
                 if grad_leaving is not None:
                     grad_entering.addcmul_(grad_leaving, self._decays.over(length))
                 self._grad_state = grad_entering
-                if piece.is_first and self.grad_initial_state is not None:
-                    self.grad_initial_state[piece.document] = grad_entering
+                if self.grad_initial_state is not None and piece.state_in != NONE:
+                    self.grad_initial_state[piece.state_in] = grad_entering
         return dq, dk, dv
 
     def _grad_leaving(self, piece: Piece) -> Tensor | None:
         if not piece.is_last:
             return self._grad_state
-        return None if self._grad_final_state is None else self._grad_final_state[piece.document]
+        if self._grad_final_state is None or piece.state_out == NONE:
+            return None
+        return self._grad_final_state[piece.state_out]
 
 
 def chunk_lightning_attention(
@@ -247,13 +261,19 @@ def chunk_lightning_attention(
     initial_state: Tensor | None,
     output_final_state: bool,
     chunk_size: int = CHUNK_SIZE,
+    *,
+    initial_index: Sequence[int] | None = None,
+    final_index: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Run the chunked form; arguments as in ``lightning_attention``, already checked. ``chunk_size`` is in tokens.
+    """Run the chunked form; arguments as in ``lightning_attention`` and ``selected.py``, already checked.
 
-    Differentiable once, in q, k, v and initial_state. Only the inputs are kept for the backward pass.
+    ``chunk_size`` is in tokens. Without indices every document has its own states. Differentiable once, in q, k, v and
+    initial_state. Only the inputs are kept for the backward pass.
 
     Returns:
         The output [T, H, Dv] in v's dtype; the final states [N, H, Dk, Dv] in ``state_dtype(q.dtype)``, or None.
     """
     size = min(chunk_size, q.shape[0])
-    return _ChunkLightningAttention.apply(q, k, v, slopes, initial_state, cu_seqlens, output_final_state, size)
+    initial, final = state_slots(len(cu_seqlens) - 1, initial_state, initial_index, output_final_state, final_index)
+    chunks, kept = cut_into_chunks(cu_seqlens, initial, final, size), sum(slot != NONE for slot in final)
+    return _ChunkLightningAttention.apply(q, k, v, slopes, initial_state, chunks, kept, size)

@@ -13,6 +13,23 @@ NONE = -1
 """The slot of a state that is zero or not kept."""
 
 
+def state_slots(
+    documents: int,
+    initial_state: Tensor | None,
+    initial_index: Sequence[int] | None,
+    output_final_state: bool,
+    final_index: Sequence[int] | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The slots of the states that documents begin with and leave; without an index every document has its own."""
+    everyone, nobody = tuple(range(documents)), (NONE,) * documents
+    initial = nobody if initial_state is None else everyone
+    final = everyone if output_final_state else nobody
+    return (
+        initial if initial_index is None else tuple(initial_index),
+        final if final_index is None else tuple(final_index),
+    )
+
+
 class Segment(NamedTuple):
     """Consecutive tokens of one document, and where its states are: slots, or ``NONE``. The kernels read such rows."""
 

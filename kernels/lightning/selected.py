@@ -5,22 +5,26 @@ a state over a boundary. These are the pieces of sequence parallelism: ``lightni
 beside whatever else there is to do, then ``lightning_attention_selected`` from the states that came in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from megatron_m1.kernels.backend import choose_backend
-from megatron_m1.kernels.lightning.backend import find_backend
-from megatron_m1.kernels.lightning.checks import check_cu_seqlens, check_heads, check_state
-from megatron_m1.kernels.lightning.naive import state_dtype
+from megatron_m1.kernels.lightning.checks import check_cu_seqlens, check_heads, check_state, whole_numbers
+from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
+from megatron_m1.kernels.lightning.naive import naive_lightning_attention, state_dtype
 
 
 def _check_index(index: Sequence[int] | Tensor, name: str, documents: int) -> list[int]:
     """``index`` as ints, one per document, each slot at most once."""
     if isinstance(index, Tensor) and index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} is {index.dtype}: give int32 slots, -1 for none")
-    slots = index.tolist() if isinstance(index, Tensor) else list(index)
+    if isinstance(index, Tensor) and index.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(index.shape)}: give one slot per document, [{documents}]")
+    if isinstance(index, str) or not isinstance(index, Iterable):
+        raise ValueError(f"{name} is {index!r}: give one slot for each of {documents} documents, -1 for none")
+    slots = index.tolist() if isinstance(index, Tensor) else whole_numbers(index, name)
     if len(slots) != documents or any(slot < -1 for slot in slots):
         raise ValueError(f"{name} is {slots}: give one slot for each of {documents} documents, -1 for none")
     used = [slot for slot in slots if slot >= 0]
@@ -45,7 +49,7 @@ def _check_initial(
         raise ValueError("initial_state and initial_index go together: give both or none")
     if states is None or index is None:
         return None
-    check_state(states, "initial_state", q, v, states.shape[0])
+    check_state(states, "initial_state", q, v, states.shape[0] if states.dim() else 0, of="M")
     slots = _check_index(index, "initial_index", documents)
     if max(slots) >= states.shape[0]:
         raise ValueError(f"initial_index is {slots}: initial_state has {states.shape[0]} slots")
@@ -86,7 +90,7 @@ def lightning_attention_selected(
             ``initial_state`` that the document begins with, -1 for zero. No slot twice. Goes with ``initial_state``.
         final_index: [N] ints: the slot of the returned states that the document's last state goes to, -1 if it is not
             kept. The slots are 0 .. K - 1, each once. Default: none is kept.
-        backend: as in ``lightning_attention``.
+        backend: as in ``lightning_attention``; "naive" makes a state for each of the N documents on the way.
 
     Returns:
         o [T, H, Dv] in v's dtype, and the kept states [K, H, Dk, Dv], or None if there is none. Differentiable once in
@@ -112,10 +116,15 @@ def lightning_attention_selected(
         return triton_lightning_attention(
             q, k, v, slopes, bounds, initial_state, kept > 0, initial_index=entering, final_index=leaving
         )
+    if name == "chunk":
+        with torch.autocast(q.device.type, enabled=False):
+            return chunk_lightning_attention(
+                q, k, v, slopes, bounds, initial_state, kept > 0, initial_index=entering, final_index=leaving
+            )
     if initial_state is not None and entering is not None:
         initial_state = _spread(initial_state, entering)
     with torch.autocast(q.device.type, enabled=False):
-        o, states = find_backend(name, q.device)(q, k, v, slopes, bounds, initial_state, kept > 0)
+        o, states = naive_lightning_attention(q, k, v, slopes, bounds, initial_state, kept > 0)
     if states is None:
         return o, None
     order = [leaving.index(slot) for slot in range(kept)]
@@ -155,7 +164,7 @@ def lightning_state(
         >>> lightning_state(k, v, torch.ones(2), cu_seqlens=[0, 3, 10], final_index=[-1, 0]).shape
         torch.Size([1, 2, 16, 16])
     """
-    check_heads(k, k, v, slopes)
+    check_heads(None, k, v, slopes)
     bounds = check_cu_seqlens(cu_seqlens, k.shape[0])
     leaving, kept = _check_final_index(final_index, len(bounds) - 1)
     if kept == 0:

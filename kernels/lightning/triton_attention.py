@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_m1.kernels.lightning.segments import NONE
+from megatron_m1.kernels.lightning.segments import NONE, state_slots
 from megatron_m1.kernels.lightning.triton_launch import Documents
 from megatron_m1.kernels.lightning.triton_tune import tuned_walk
 from megatron_m1.kernels.triton_inputs import check_triton, dense_rows
@@ -68,6 +68,17 @@ def _backward(
     return grad_initial
 
 
+def _gradients(q: Tensor, k: Tensor, v: Tensor) -> Sequence[Tensor]:
+    """Memory for dq, dk, dv: one buffer [T, H, 2 Dk + Dv] if q, k, v lie next to each other in one, as views of it."""
+    widths = [x.shape[2] for x in (q, k, v)]
+    after = (k.storage_offset() - q.storage_offset(), v.storage_offset() - k.storage_offset())
+    same = len({(x.untyped_storage().data_ptr(), *x.stride()) for x in (q, k, v)}) == 1
+    if same and after == (widths[0], widths[1]):
+        buffer = torch.empty(*q.shape[:2], sum(widths), dtype=q.dtype, device=q.device)
+        return buffer.split(widths, dim=2)
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+
+
 class _Attention(torch.autograd.Function):
     """Keeps only its inputs."""
 
@@ -89,7 +100,7 @@ class _Attention(torch.autograd.Function):
         q, k, v, slopes, initial_state = ctx.saved_tensors
         grad_output = torch.zeros_like(v) if grads[0] is None else dense_rows(grads[0])
         grad_final = None if grads[1] is None else grads[1].contiguous()
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        dq, dk, dv = _gradients(q, k, v)
         with torch.cuda.device_of(q):
             grad_initial = _backward(
                 (q, k, v), slopes, initial_state, ctx.documents, False, grad_output, grad_final, (dq, dk, dv)
@@ -156,12 +167,8 @@ def triton_lightning_attention(
         ValueError: see ``check_triton``; head dims above 256.
     """
     _check(q, q.shape[2], v.shape[2])
-    everyone, nobody = tuple(range(len(cu_seqlens) - 1)), (NONE,) * (len(cu_seqlens) - 1)
-    if initial_index is None:
-        initial_index = nobody if initial_state is None else everyone
-    if final_index is None:
-        final_index = everyone if output_final_state else nobody
-    documents = Documents(tuple(cu_seqlens), tuple(initial_index), tuple(final_index), segment_tokens)
+    slots = state_slots(len(cu_seqlens) - 1, initial_state, initial_index, output_final_state, final_index)
+    documents = Documents(tuple(cu_seqlens), *slots, segment_tokens)
     state = None if initial_state is None else initial_state.contiguous()
     result: tuple[Tensor, Tensor | None] = _Attention.apply(
         dense_rows(q), dense_rows(k), dense_rows(v), slopes.float().contiguous(), state, documents

@@ -35,11 +35,12 @@ def walk_configs(
 
     16 bits: chunks of 64 tokens are the least that wgmma and tcgen05 take, and more would waste products above the
     diagonal; mma.sync takes 32. 8 warps and 64 columns hold a state of 128 rows in 32 registers a thread. SiLU widens
-    its rows to float32 in registers, which leaves room for 32 columns. None of these spills with up to 128 rows.
+    its rows to float32 in registers, which leaves room for 32 columns. None of these spills with up to 128 rows, in any
+    variant that runs (``make aot`` compiles them all).
 
-    On Hopper there is a choice. Wide tiles read the rows of a and b least often; slim ones (4 warps) fit twice in a
-    processor, so that one program computes while the other waits for its chunk, and repeat no product: of 8 warps both
-    halves multiply the same 64 rows. Which one wins depends on how fast L2 gives the rows again.
+    On Hopper there is a choice, without SiLU. Wide tiles read the rows of a and b least often; slim ones (4 warps) fit
+    twice in a processor, so that one program computes while the other waits for its chunk, and repeat no product: of 8
+    warps both halves multiply the same 64 rows. Which one wins depends on how fast L2 gives the rows again.
 
     32 bits: small tiles, whose products are exact. Three TF32 products each would spill 300 bytes to 6 KiB a thread.
 
@@ -56,12 +57,12 @@ def walk_configs(
     if dtype == torch.float32:
         return (WalkConfig(16, block_a, min(block_c, 16), 4 if block_a <= 64 else 8, 2),)
     if capability < 90 or capability >= 120:  # mma.sync, and as little as 99 KiB of shared memory
-        columns, stages = (64, 2) if any(silu) else (32, 3)
-        return (WalkConfig(32, block_a, min(block_c, columns), 4 if block_a <= 64 else 8, stages),)
+        if any(silu):
+            return (WalkConfig(32, block_a, min(block_c, 64), 8, 2),)
+        return (WalkConfig(32, block_a, min(block_c, 32), 4 if block_a <= 64 else 8, 4),)
     columns, stages = (32, 2) if any(silu) or block_a > 128 else (64, 3)
     wide = WalkConfig(64, block_a, min(block_c, columns), 8, stages)
-    # Slim tiles of Blackwell gain nothing, its products are in tensor memory; those of dq and dv through SiLU spill.
-    if capability >= 100 or max(block_a, block_c) > 128 or silu in ((False, True, True), (True, True, False)):
+    # Slim tiles of Blackwell gain nothing, its products are in tensor memory; through SiLU they spill or nearly do.
+    if capability >= 100 or max(block_a, block_c) > 128 or any(silu):
         return (wide,)
-    # Where b goes through SiLU, a second chunk in flight would spill.
-    return wide, WalkConfig(64, block_a, min(block_c, 32), 4, 1 if silu[1] else 2)
+    return wide, WalkConfig(64, block_a, min(block_c, 32), 4, 2)

@@ -21,9 +21,12 @@ def step(
     heads, q_b, q_h, k_b, k_h, v_b, v_h,
     A: tl.constexpr, C: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_C columns of one head's state in one sequence. Grid: (C / BLOCK_C, heads, sequences)."""
-    head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    a, c = tl.arange(0, BLOCK_A), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    """One program: BLOCK_C columns of one head's state in one sequence. Grid: (sequences x heads, C / BLOCK_C).
+
+    Sequences are in the first dimension, which takes 2^31 - 1; the others end at 65535.
+    """
+    head, sequence = (tl.program_id(0) % heads).to(tl.int64), (tl.program_id(0) // heads).to(tl.int64)
+    a, c = tl.arange(0, BLOCK_A), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     q_row = tl.load(q + sequence * q_b + head * q_h + a, mask=a < A, other=0.0).to(tl.float32)
     k_row = tl.load(k + sequence * k_b + head * k_h + a, mask=a < A, other=0.0).to(tl.float32)
     v_row = tl.load(v + sequence * v_b + head * v_h + c, mask=c < C, other=0.0).to(tl.float32)
@@ -49,7 +52,7 @@ class _Step(torch.autograd.Function):
         block_c = min(COLUMNS, triton.next_power_of_2(width_c))
         strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
         with torch.cuda.device_of(q):
-            step[(triton.cdiv(width_c, block_c), heads, sequences)](
+            step[(sequences * heads, triton.cdiv(width_c, block_c))](
                 q, k, v, output, slopes, state, new_state, heads, *strides,
                 A=width_a, C=width_c, BLOCK_A=triton.next_power_of_2(width_a), BLOCK_C=block_c, num_warps=4,
             )  # fmt: skip

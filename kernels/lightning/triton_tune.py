@@ -78,12 +78,11 @@ def fastest(kind: Kind, time: Callable[[Callable[[], None]], float], tokens: int
     a, b = (torch.zeros(tokens, kind.heads, kind.width_a, dtype=kind.dtype, device=kind.device) for _ in range(2))
     c, output = (torch.zeros(tokens, kind.heads, kind.width_c, dtype=kind.dtype, device=kind.device) for _ in range(2))
     slopes = torch.ones(kind.heads, device=kind.device)
-    raw = c if any(kind.silu) and not all(kind.silu) else None
     times = []
     for config in kind.candidates:
         walk = Walk(config, a, b, c, slopes, kind.reverse, kind.transposed, kind.silu)
         bounds = (*range(0, tokens, walk.segment_tokens(tokens)), tokens)
         nothing = (NONE,) * (len(bounds) - 1)
         table = plan_walk(bounds, nothing, nothing, tokens, kind.reverse).segments.to(kind.device)
-        times.append(time(functools.partial(walk.launch, table, output, None, None, None, raw=raw)))
+        times.append(time(functools.partial(walk.launch, table, output, None, None, None)))
     return kind.candidates[times.index(min(times))]

@@ -3,6 +3,7 @@
 README.md has the math, ``naive.py`` the truth, ``fused.py`` the form for CPUs, ``triton_norm.py`` the kernels for GPUs.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,8 @@ from megatron_m1.kernels.rmsnorm.fused import FusedRmsNorm
 from megatron_m1.kernels.rmsnorm.naive import naive_gated_rms_norm
 
 __all__ = ["gated_rms_norm", "rms_norm"]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -56,8 +59,8 @@ def gated_rms_norm(
         x: [T, H, D] float32, bfloat16 or float16 (float64 not with "triton"). Any strides, dense in D best.
         weight: [H * D], ``x``'s dtype.
         gate: [T, H, D], ``x``'s dtype; a view of the block's projection is read in place.
-        eps: added to the mean square.
-        width: numbers of a token over all ranks that share it. Default: H * D.
+        eps: added to the mean square, finite and > 0.
+        width: numbers of a token over all ranks that share it, at least H * D. Default: H * D.
         add_over_ranks: turns each rank's sums, float32 with a number for each token (float64 for float64 inputs), into
             the sums over the ranks, and may write to its argument. Called once in forward and once, on other sums, in
             backward; "naive" calls it in forward alone and differentiates through it. Default: no ranks.
@@ -68,7 +71,7 @@ def gated_rms_norm(
         [T, H, D] in ``x``'s dtype, contiguous; sums in float32. Differentiable once in x, weight and gate.
 
     Raises:
-        ValueError: shapes or dtypes not as above, or an unknown backend.
+        ValueError: shapes, dtypes, eps or width not as above, tensors on several devices, or an unknown backend.
 
     Example:
         >>> x, gate = torch.randn(10, 2, 16), torch.randn(10, 2, 16)
@@ -80,8 +83,16 @@ def gated_rms_norm(
         raise ValueError(f"x, weight, gate are {shapes}: give [T, H, D], [H * D] and [T, H, D]")
     if weight.dtype != x.dtype or gate.dtype != x.dtype:
         raise ValueError(f"x, weight, gate are {x.dtype}, {weight.dtype}, {gate.dtype}: give all three one dtype")
-    name = choose_backend(x.device, backend)
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x, weight, gate are {x.dtype}: give float32, bfloat16, float16 or float64")
+    if weight.device != x.device or gate.device != x.device:
+        raise ValueError(f"x, weight, gate are on {x.device}, {weight.device}, {gate.device}: move them to one device")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps}: give a finite number above 0")
     width = weight.numel() if width is None else width
+    if width < weight.numel():
+        raise ValueError(f"width is {width}: give all ranks' numbers of a token, at least H * D = {weight.numel()}")
+    name = choose_backend(x.device, backend)
     if name == "triton":
         from megatron_m1.kernels.rmsnorm.triton_norm import triton_gated_rms_norm
 

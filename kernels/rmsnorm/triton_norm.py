@@ -28,7 +28,7 @@ ROWS_PER_PROGRAM = 64
 def load_row(base, row, stride_row, stride_head, HEAD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A row of ``base`` [T, H, HEAD] with WIDTH = H x HEAD numbers, as float32."""
     at = tl.arange(0, BLOCK)
-    pointers = base + row.to(tl.int64) * stride_row + (at // HEAD) * stride_head + at % HEAD
+    pointers = base + row.to(tl.int64) * stride_row + (at // HEAD).to(tl.int64) * stride_head + at % HEAD
     return tl.load(pointers, mask=at < WIDTH, other=0.0).to(tl.float32)
 
 

@@ -96,7 +96,7 @@ class Caches:
         states = self._states[layer]
         before = states[self._active]  # [documents, heads, dim, dim]
         if q.shape[0] == len(self._active):
-            output, after = lightning_attention_step(q, k, v, slopes, before)
+            output, after = lightning_attention_step(q, k, v, slopes, before, backend=backend)
         else:
             output, after = lightning_attention(
                 q,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,42 +15,37 @@ from megatron_m1.kernels.lightning import (
     silu_lightning_attention,
 )
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
-from tests.kernels.lightning_cases import Case, error_by_head, make_case, run, tolerance
+from tests.kernels.lightning_cases import Case, error_by_head, make_case, run
+from tests.kernels.tolerances import KERNEL_DTYPES, floor, rounded
 from tests.reference.rounded_lightning import rounded_lightning_attention
-
-UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
-"""What rounding to the inputs' dtype may be off by, where it is coarser than float32's."""
 
 
 def shares(case: Case, truth: str) -> dict[str, float]:
     """Largest error of each result over heads, as a share of what is allowed, against backend ``truth`` in float64.
 
     Allowed is twice the error of the naive form whose operands are rounded to the inputs' dtype and added up in
-    float32, plus a floor that does not depend on it, a share of the result's norm: float32's walk over the sums
-    (``tolerance``), and for states, which the naive form updates from unrounded operands and the kernels from two
-    rounded terms, twice the second term's rounding: u of what rounding to u left.
+    float32, plus ``tolerances.floor``, a share of the result's norm.
     """
     expected, actual = run(case.upcast(), truth), run(case, "triton")
     assert actual.keys() == expected.keys()
-    rounded = rounded_lightning_attention(
+    naive = rounded_lightning_attention(
         case.q, case.k, case.v, case.slopes, case.lengths, case.initial_state, case.grad_o, case.grad_final_state
     )
-    walk = tolerance(torch.float32, sum(case.lengths), max(case.q.shape[2], case.v.shape[2]))
+    tokens, width = sum(case.lengths), max(case.q.shape[2], case.v.shape[2])
     found = {}
     for name, value in expected.items():
         states = name in ("final_state", "d_initial_state")
         assert actual[name].dtype == (torch.float32 if states else case.q.dtype)
-        floor = walk + 2 * UNIT[case.q.dtype] ** 2 if states else walk
-        found[name] = _share(actual[name], value, floor, rounded[name])
+        found[name] = _share(actual[name], value, floor(case.q.dtype, tokens, width, state=states), naive[name])
     return found
 
 
-def _share(actual: Tensor, expected: Tensor, floor: float, rounded: Tensor | None = None) -> float:
+def _share(actual: Tensor, expected: Tensor, relative: float, naive: Tensor | None = None) -> float:
     """Error over what is allowed, of the worst head (dim 1); infinite where there is a NaN."""
     underflow = torch.finfo(torch.float32).tiny * actual.numel()
-    allowed = floor * error_by_head(expected, torch.zeros_like(expected)) + underflow
-    if rounded is not None:
-        allowed += 2 * error_by_head(rounded, expected)
+    allowed = relative * error_by_head(expected, torch.zeros_like(expected)) + underflow
+    if naive is not None:
+        allowed += 2 * error_by_head(naive, expected)
     return float((error_by_head(actual, expected) / allowed).nan_to_num(nan=float("inf")).max())
 
 
@@ -62,31 +58,31 @@ def silu_shares(parts: Tensor, grad: Tensor, slopes: Tensor, lengths: list[int])
     raw = parts.float().requires_grad_()
     through = torch.nn.functional.silu(raw)
     q, k, v = through.detach().to(parts.dtype).unbind(2)
-    rounded = rounded_lightning_attention(q, k, v, slopes, lengths, None, grad, None)
-    flow = torch.stack([rounded[name] for name in ("dq", "dk", "dv")], dim=2)  # [T, H, 3, D]
-    (rounded_grad,) = torch.autograd.grad(through, raw, flow.float())
+    naive = rounded_lightning_attention(q, k, v, slopes, lengths, None, grad, None)
+    flow = torch.stack([naive[name] for name in ("dq", "dk", "dv")], dim=2)  # [T, H, 3, D]
+    (naive_grad,) = torch.autograd.grad(through, raw, flow.float())
     leaf = parts.detach().requires_grad_()
     o, _ = silu_lightning_attention(leaf, slopes, cu_seqlens=bounds, backend="triton")
     (leaf_grad,) = torch.autograd.grad(o, leaf, grad)
-    floor = tolerance(torch.float32, sum(lengths), parts.shape[3])
+    relative = floor(parts.dtype, sum(lengths), parts.shape[3], state=False)
     return {
-        "o": _share(o.detach(), true.detach(), floor, rounded["o"]),
-        "d_parts": _share(leaf_grad, true_grad, floor, rounded_grad.to(parts.dtype)),
+        "o": _share(o.detach(), true.detach(), relative, naive["o"]),
+        "d_parts": _share(leaf_grad, true_grad, relative, naive_grad.to(parts.dtype)),
     }
 
 
 def _norm_shares(x: Tensor, gate: Tensor, grad: Tensor) -> dict[str, float]:
-    """Of the gated norm: one rounding of each result, and float32's walk over a row or a column."""
+    """Of the gated norm, which rounds results alone; its sums are over a row or a column."""
     weight = torch.linspace(0.5, 1.5, x.shape[1] * x.shape[2], device=x.device).to(x.dtype)
     outcomes = []
     for backend, dtype in (("triton", x.dtype), ("naive", torch.float64)):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (x, weight, gate)]
         y = gated_rms_norm(leaves[0], leaves[1], leaves[2], 1e-6, backend=backend)
         outcomes.append([y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))])
-    floor = 2 * UNIT[x.dtype] + tolerance(torch.float32, x.shape[0], weight.numel())
+    relative = rounded(x.dtype, x.shape[0], weight.numel())
     pairs = zip(("y", "dx", "dweight", "dgate"), *outcomes, strict=True)
     # Without a dimension of heads, all of a tensor is one.
-    return {name: _share(a.reshape(-1, 1), e.reshape(-1, 1), floor) for name, a, e in pairs}
+    return {name: _share(a.reshape(-1, 1), e.reshape(-1, 1), relative) for name, a, e in pairs}
 
 
 def _state_shares(case: Case) -> dict[str, float]:
@@ -100,9 +96,10 @@ def _state_shares(case: Case) -> dict[str, float]:
         rows = [x[:count].detach() for x in (of.q, of.k, of.v)]
         step = lightning_attention_step(rows[0], rows[1], rows[2], of.slopes, state.detach(), backend=backend)
         found.append([state.detach(), *gradients, *step])
-    floor = 4 * UNIT[case.q.dtype] + tolerance(torch.float32, sum(case.lengths), case.q.shape[2])
+    # Gradients of states read them rounded.
+    relative = rounded(case.q.dtype, sum(case.lengths), case.q.shape[2], roundings=2)
     pairs = zip(("state", "dk", "dv", "step o", "step state"), *found, strict=True)
-    return {name: _share(a, e, floor) for name, a, e in pairs}
+    return {name: _share(a, e, relative) for name, a, e in pairs}
 
 
 def check_kernels(device: torch.device, lengths: list[int], heads: int, width: int) -> dict[str, float]:
@@ -123,7 +120,7 @@ def check_kernels(device: torch.device, lengths: list[int], heads: int, width: i
     def add(what: str, values: dict[str, float]) -> None:
         found.update({f"{what} {name}": value for name, value in values.items()})
 
-    for dtype in UNIT:
+    for dtype in KERNEL_DTYPES:
         short = str(dtype).removeprefix("torch.")
         for case in _cases(dtype, slopes, lengths, width):
             case = case.to(device)
@@ -133,6 +130,29 @@ def check_kernels(device: torch.device, lengths: list[int], heads: int, width: i
             add(f"{short} {kind} silu", silu_shares(parts, case.grad_o, case.slopes, case.lengths))
         add(f"{short} pieces", _state_shares(case))
         add(f"{short} norm", _norm_shares(case.q, case.k, case.grad_o))
+    return found
+
+
+def check_timed(slopes: Tensor, lengths: list[int], width: int) -> dict[str, float]:
+    """Attention in bfloat16 as a benchmark times it: without states, with all its heads, so in the same configurations
+    and, where these heads fill the GPU, without segments.
+
+    Args:
+        slopes: [H] float32 of the heads that are timed, on the device.
+        lengths: tokens of each document of the pack; one document of all tokens is checked as well.
+        width: of keys and values.
+
+    Returns:
+        As ``check_kernels``.
+    """
+    found: dict[str, float] = {}
+    for kind, documents in (("document", [sum(lengths)]), ("pack", lengths)):
+        options: dict[str, Any] = dict(dtype=torch.bfloat16, slopes=slopes.cpu(), dims=(width, width))
+        case = make_case(documents, **options, initial=False, final=False).to(slopes.device)
+        parts = torch.stack([case.q, case.k, case.v], dim=2)  # [T, H, 3, D]
+        plain, through = shares(case, truth="chunk"), silu_shares(parts, case.grad_o, case.slopes, documents)
+        for what, values in (("timed", plain), ("timed silu", through)):
+            found.update({f"{what} {kind} {name}": value for name, value in values.items()})
     return found
 
 

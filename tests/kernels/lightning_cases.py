@@ -1,4 +1,4 @@
-"""Inputs, tolerances and comparisons of the lightning attention tests."""
+"""Inputs and comparisons of the lightning attention tests."""
 
 from __future__ import annotations
 
@@ -89,21 +89,6 @@ def run(case: Case, backend: str) -> dict[str, Tensor]:
         results, grads = {"o": o, "final_state": final_state}, [case.grad_o, case.grad_final_state]
     gradients = torch.autograd.grad(list(results.values()), leaves, grads)
     return {name: x.detach() for name, x in results.items()} | dict(zip(NAMES[2:], gradients, strict=False))
-
-
-def tolerance(dtype: torch.dtype, num_tokens: int, width: int = max(KEY_DIM, VALUE_DIM)) -> float:
-    """The relative error, root mean square over a head, that rounding can explain.
-
-    A result sums at most T D products (D is ``width``), each rounded; as a random walk that is sqrt(T D) units of
-    rounding u. In float64 both sides round, and the recurrence multiplies up to T rounded decays: T u more. In bfloat16
-    the sums are float32, and a result is rounded once, by u at most.
-    """
-    walk = max(8.0, (num_tokens * width) ** 0.5)
-    if dtype == torch.float64:
-        return (walk + num_tokens) * 2.0**-53
-    if dtype == torch.float32:
-        return walk * 2.0**-24
-    return walk * 2.0**-24 + 2.0**-8
 
 
 def error_by_head(actual: Tensor, expected: Tensor) -> Tensor:

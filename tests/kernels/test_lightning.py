@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_m1.generate.caches import Caches
 from megatron_m1.kernels.lightning import (
     choose_backend,
     layer_slopes,
     lightning_attention,
+    lightning_attention_selected,
     lightning_attention_step,
 )
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
-from tests.kernels.lightning_cases import Case, assert_close, make_case, run, tolerance
+from tests.kernels.lightning_cases import KEY_DIM, VALUE_DIM, Case, assert_close, make_case, run
+from tests.kernels.tolerances import rounded
 from tests.reference.dense_lightning import dense_lightning_attention
 
 SINGLE = [[length] for length in (1, 63, 64, 65, 500, 1000)]
@@ -42,7 +46,7 @@ def compare(case: Case, relative: float) -> None:
     for name, value in expected.items():
         # States stay float32 when the inputs are bfloat16, so they are held to float32's bound.
         is_state = name in ("final_state", "d_initial_state")
-        bound = tolerance(torch.float32, sum(case.lengths)) if is_state and case.q.dtype == torch.bfloat16 else relative
+        bound = rounded(torch.float32, sum(case.lengths)) if is_state and case.q.dtype == torch.bfloat16 else relative
         assert_close(name, actual[name], value, bound)
 
 
@@ -50,27 +54,27 @@ def compare(case: Case, relative: float) -> None:
 @pytest.mark.parametrize("lengths", SINGLE + PACKS, ids=name_of)
 @pytest.mark.parametrize(("initial", "final"), [(False, False), (True, True)], ids=["stateless", "states"])
 def test_chunk_equals_recurrence(lengths: list[int], initial: bool, final: bool) -> None:
-    compare(make_case(lengths, initial=initial, final=final), tolerance(torch.float64, sum(lengths)))
+    compare(make_case(lengths, initial=initial, final=final), rounded(torch.float64, sum(lengths)))
 
 
 @pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize(("initial", "final"), [(True, False), (False, True)], ids=["initial", "final"])
 def test_chunk_with_one_kind_of_state(initial: bool, final: bool) -> None:
     lengths = PACKS[1]
-    compare(make_case(lengths, initial=initial, final=final), tolerance(torch.float64, sum(lengths)))
+    compare(make_case(lengths, initial=initial, final=final), rounded(torch.float64, sum(lengths)))
 
 
 @pytest.mark.usefixtures("nan_memory")
 @pytest.mark.parametrize("lengths", [[1], [65], [1000], PACKS[2], PACKS[3]], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_chunk_in_low_precision(lengths: list[int], dtype: torch.dtype) -> None:
-    compare(make_case(lengths, dtype=dtype), tolerance(dtype, sum(lengths)))
+    compare(make_case(lengths, dtype=dtype), rounded(dtype, sum(lengths)))
 
 
 @pytest.mark.parametrize("lengths", [[500], PACKS[1]], ids=name_of)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
 def test_extreme_slopes(lengths: list[int], dtype: torch.dtype) -> None:
-    compare(make_case(lengths, dtype=dtype, slopes=EXTREME), tolerance(dtype, sum(lengths)))
+    compare(make_case(lengths, dtype=dtype, slopes=EXTREME), rounded(dtype, sum(lengths)))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 100, 10_000])
@@ -81,8 +85,8 @@ def test_chunk_size_does_not_matter(chunk_size: int) -> None:
     )
     expected = run(case, "naive")
     assert final_state is not None
-    assert_close("o", o, expected["o"], tolerance(torch.float64, 500))
-    assert_close("final_state", final_state, expected["final_state"], tolerance(torch.float64, 500))
+    assert_close("o", o, expected["o"], rounded(torch.float64, 500))
+    assert_close("final_state", final_state, expected["final_state"], rounded(torch.float64, 500))
 
 
 @pytest.mark.parametrize("lengths", [[1], [65], [3, 1, 40, 21]], ids=name_of)
@@ -96,7 +100,7 @@ def test_recurrence_equals_dense(lengths: list[int], initial: bool) -> None:
     gradients = torch.autograd.grad(results, leaves, [case.grad_o, case.grad_final_state])
     actual = run(case, "naive")
     for (name, value), expected in zip(actual.items(), (*results, *gradients), strict=True):
-        assert_close(name, value, expected, tolerance(torch.float64, sum(lengths)))
+        assert_close(name, value, expected, rounded(torch.float64, sum(lengths)))
 
 
 @pytest.mark.parametrize("backend", ["naive", "chunk"])
@@ -123,7 +127,7 @@ def test_gradient_through_final_state_alone() -> None:
         _, final_state = lightning_attention(q, k, v, case.slopes, **options)
         gradients.append(torch.autograd.grad(final_state, (k, v), case.grad_final_state))
     for name, actual, expected in zip(("dk", "dv"), gradients[1], gradients[0], strict=True):
-        assert_close(name, actual, expected, tolerance(torch.float64, 260))
+        assert_close(name, actual, expected, rounded(torch.float64, 260))
 
 
 def test_strided_inputs_and_gradients() -> None:
@@ -136,7 +140,7 @@ def test_strided_inputs_and_gradients() -> None:
         o = lightning_attention(q, k, v, slopes, cu_seqlens=[0, 70, 130], backend=backend)
         results[backend] = (o, *torch.autograd.grad(o.sum(), fused))
     for name, actual, expected in zip(("o", "d_fused"), results["chunk"], results["naive"], strict=True):
-        assert_close(name, actual, expected, tolerance(torch.float64, 130))
+        assert_close(name, actual, expected, rounded(torch.float64, 130))
 
 
 @pytest.mark.parametrize("backend", ["naive", "chunk"])
@@ -147,7 +151,7 @@ def test_documents_do_not_see_each_other(backend: str) -> None:
     middle = slice(30, 131)
     alone = Case(case.q[middle], case.k[middle], case.v[middle], case.slopes, [101], None, case.grad_o[middle], None)
     for name, value in run(alone, backend).items():
-        assert_close(name, packed[name][middle], value, tolerance(torch.float64, 101))
+        assert_close(name, packed[name][middle], value, rounded(torch.float64, 101))
     for x in (case.q, case.k, case.v, case.grad_o):
         x[:30] += 1e6
         x[131:] += 1e6
@@ -167,8 +171,8 @@ def test_state_carries_a_document_on() -> None:
         now = slice(token, token + 1)
         o, state = lightning_attention_step(q[now], k[now], v[now], case.slopes, state)
         outputs.append(o)
-    assert_close("o", torch.cat(outputs), whole["o"], tolerance(torch.float64, 90))
-    assert_close("final_state", state, whole["final_state"], tolerance(torch.float64, 90))
+    assert_close("o", torch.cat(outputs), whole["o"], rounded(torch.float64, 90))
+    assert_close("final_state", state, whole["final_state"], rounded(torch.float64, 90))
 
 
 def test_step_is_differentiable_and_keeps_its_state() -> None:
@@ -180,7 +184,7 @@ def test_step_is_differentiable_and_keeps_its_state() -> None:
     gradients = torch.autograd.grad([o, new_state], [q, k, v, state], [case.grad_o, case.grad_final_state])
     expected = run(case, "naive")
     for (name, value), actual in zip(expected.items(), (o, new_state, *gradients), strict=True):
-        assert_close(name, actual, value, tolerance(torch.float64, 1))
+        assert_close(name, actual, value, rounded(torch.float64, 1))
     assert torch.equal(state.detach(), before)
 
 
@@ -230,6 +234,7 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "no tokens": (dict.fromkeys("qkv", torch.zeros(0, 3, 5)), "at least 1"),
     "mixed dtypes": (dict(k=torch.zeros(7, 3, 6, dtype=torch.bfloat16)), "k torch.bfloat16"),
     "integers": (dict.fromkeys("qkv", torch.zeros(7, 3, 5, dtype=torch.int64)), "torch.int64"),
+    "slope list": (dict(slopes=[1.0, 1.0, 1.0]), "slopes are a list: give a float32 tensor"),
     "slope count": (dict(slopes=torch.ones(4)), r"\(4,\).*\[3\]"),
     "slope dtype": (dict(slopes=torch.ones(3, dtype=torch.bfloat16)), "torch.bfloat16"),
     "slope gradient": (dict(slopes=torch.ones(3, requires_grad=True)), "detach"),
@@ -238,10 +243,13 @@ BAD_CALLS: dict[str, tuple[dict[str, Any], str]] = {
     "devices": (dict(slopes=torch.ones(3, device="meta")), "'cpu', 'meta'"),
     "bounds dtype": (dict(cu_seqlens=torch.tensor([0.0, 7.0])), "torch.float32"),
     "bounds rank": (dict(cu_seqlens=torch.tensor([[0, 7]])), r"\(1, 2\)"),
+    "bounds an int": (dict(cu_seqlens=7), r"cu_seqlens is 7: give N \+ 1 ints, the last of them 7"),
+    "bounds text": (dict(cu_seqlens=["0", "7"]), "cu_seqlens holds '0', a str: give ints"),
+    "bounds fractions": (dict(cu_seqlens=[0, 4.5, 7]), "cu_seqlens holds 4.5, a float"),
     "bounds start": (dict(cu_seqlens=[1, 7]), r"begins \[1, 7\]"),
     "no document": (dict(cu_seqlens=[0]), r"begins \[0\]"),
     "empty document": (dict(cu_seqlens=[0, 4, 4, 7]), r"document 1 at \[4, 4\)"),
-    "bounds end": (dict(cu_seqlens=[0, 4, 8]), "ends at 8, but the pack has 7 tokens"),
+    "bounds end": (dict(cu_seqlens=[0, 4, 8]), "ends at 8, but the pack has 7 tokens: let it end there"),
     "state count": (dict(initial_state=torch.zeros(2, 3, 6, 5)), r"\[1, 3, 6, 5\]"),
     "state dtype": (dict(initial_state=torch.zeros(1, 3, 6, 5).bfloat16()), "initial_state is torch.bfloat16"),
     "state device": (dict(initial_state=torch.zeros(1, 3, 6, 5, device="meta")), "on meta"),
@@ -261,5 +269,38 @@ def test_wrong_arguments_are_named(name: str) -> None:
 def test_step_checks_its_state() -> None:
     case = make_case([2], dtype=torch.float32)
     assert case.initial_state is not None
-    with pytest.raises(ValueError, match=r"state has shape \(1, 3, 6, 5\): give .* \[2, 3, 6, 5\]"):
+    with pytest.raises(ValueError, match=r"state has shape \(1, 3, 6, 5\): give \[B, H, Dk, Dv\] = \[2, 3, 6, 5\]"):
         lightning_attention_step(case.q, case.k, case.v, case.slopes, case.initial_state)
+
+
+def test_selected_states_make_no_others() -> None:
+    """Of 50 documents two have a state: the chunked form holds no state for each of them, in neither direction."""
+    case = make_case([2] * 50, dtype=torch.float32, initial=False, final=False)
+    states = torch.randn(1, 3, KEY_DIM, VALUE_DIM, requires_grad=True)
+    enter, leave = [-1] * 49 + [0], [0] + [-1] * 49
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result.dim() == 4:
+                largest = max(largest, result.shape[0])
+            return result
+
+    q = case.q.requires_grad_()
+    slots: dict[str, Any] = dict(cu_seqlens=case.cu_seqlens, initial_index=enter, final_index=leave)
+    with Watch():
+        o, kept = lightning_attention_selected(q, case.k, case.v, case.slopes, initial_state=states, **slots)
+        assert kept is not None
+        torch.autograd.grad([o.sum() + kept.sum()], [q, states])
+    assert largest == 1
+
+
+def test_decoding_takes_the_model_s_backend() -> None:
+    """One new token a sequence, and several: both ask for the backend that is named."""
+    for tokens in (2, 4):
+        caches, x = Caches(2), torch.ones(tokens, 1, 16)
+        caches.begin([0, 1])
+        with pytest.raises(ValueError, match="'tritn'"):
+            caches.lightning(0, x, x, x, torch.ones(1), [0, tokens // 2, tokens], "tritn")

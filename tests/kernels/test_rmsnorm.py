@@ -8,13 +8,11 @@ from torch import Tensor
 
 from megatron_m1.kernels.rmsnorm import gated_rms_norm, rms_norm
 from megatron_m1.kernels.rmsnorm.fused import FusedRmsNorm
+from tests.kernels.tolerances import KERNEL_DTYPES, rounded
 
 TOKENS, HEADS, HEAD_DIM = 70, 3, 20
 WIDTH = HEADS * HEAD_DIM
-# In float32, two hundred roundings of numbers of order one, most of them in sums over 60 columns or 70 rows. In 16 bits
-# those sums are float32, and each result is rounded once.
-TOLERANCE = {torch.float32: 200 * 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "bf16", "fp16"])
+DTYPES = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=["fp32", "bf16", "fp16"])
 
 
 def formula(x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, copies: int = 1) -> Tensor:
@@ -44,7 +42,7 @@ def assert_close(actual: list[Tensor], expected: list[Tensor], dtype: torch.dtyp
     for ours, true in zip(actual, expected, strict=True):
         assert ours.dtype == dtype and ours.shape == true.shape
         error, scale = float((ours.double() - true).norm()), float(true.norm())
-        assert error <= (TOLERANCE[dtype] + TOLERANCE[torch.float32]) * scale, error / scale
+        assert error <= rounded(dtype, TOKENS, WIDTH) * scale, error / scale
 
 
 @pytest.mark.usefixtures("nan_memory")
@@ -103,5 +101,14 @@ def test_wrong_arguments_are_refused() -> None:
         gated_rms_norm(x, torch.ones(8), torch.ones(5, 8), 1e-6)
     with pytest.raises(ValueError, match=r"float32, torch\.bfloat16"):
         gated_rms_norm(x, torch.ones(8).bfloat16(), x, 1e-6)
+    for change, message in (
+        (dict(gate=x.to("meta")), "on cpu, cpu, meta: move"),
+        (dict(eps=0.0), "eps is 0.0"),
+        (dict(eps=float("nan")), "eps is nan"),
+        (dict(width=0), "width is 0: .* = 8"),
+        (dict(x=x.long(), weight=torch.ones(8).long(), gate=x.long()), r"torch\.int64: give float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated_rms_norm(**(dict(x=x, weight=torch.ones(8), gate=x, eps=1e-6) | change))
     with pytest.raises(ValueError, match="'tritn'"):
         gated_rms_norm(x, torch.ones(8), x, 1e-6, backend="tritn")

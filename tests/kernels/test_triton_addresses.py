@@ -90,11 +90,13 @@ def test_step() -> None:
     assert all(torch.equal(x, y) for x, y in zip(near_results, far_results, strict=True))
 
 
-def test_norm() -> None:
+# The third token's row begins at 2^31, or the third head's does.
+@pytest.mark.parametrize("strides", [(FAR // 2, WIDTH), (WIDTH, FAR // 2)], ids=["tokens", "heads"])
+def test_norm(strides: tuple[int, int]) -> None:
     x, gate, grad = (normal(3 + i, HEADS, WIDTH)[i:] for i in range(3))
     weight = normal(HEADS * WIDTH)
     results = []
-    for move in (torch.clone, lambda rows: far_copy(rows, (FAR // 2, WIDTH))):
+    for move in (torch.clone, lambda rows: far_copy(rows, strides)):
         rows, scale, opening = move(x).requires_grad_(), weight.clone().requires_grad_(), move(gate).requires_grad_()
         y = gated_rms_norm(rows, scale, opening, 1e-6, backend="triton")
         results.append([y.detach(), *torch.autograd.grad(y, (rows, scale, opening), move(grad))])

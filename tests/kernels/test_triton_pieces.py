@@ -21,7 +21,8 @@ from megatron_m1.kernels.lightning.segments import Segment, plan_walk, segment_t
 from megatron_m1.kernels.lightning.triton_attention import triton_lightning_state, triton_silu_attention
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
 from tests.kernels.kernel_check import silu_shares
-from tests.kernels.lightning_cases import EXTREME, assert_close, tolerance
+from tests.kernels.lightning_cases import EXTREME, assert_close
+from tests.kernels.tolerances import rounded
 
 BOUNDS = [0, 70, 71, 200]
 SLOPES = EXTREME[:2]
@@ -45,7 +46,7 @@ def compare(op: Callable[..., Any], *leaves: Tensor) -> None:
         outcomes.append([*results, *torch.autograd.grad(results, inputs, grads)])
     for index, (actual, expected) in enumerate(zip(*outcomes, strict=True)):
         assert actual.dtype == torch.float32
-        assert_close(str(index), actual.detach(), expected.detach(), 4 * tolerance(torch.float32, 200, 24))
+        assert_close(str(index), actual.detach(), expected.detach(), rounded(torch.float32, 200, 24))
 
 
 def test_selected_states() -> None:
@@ -107,6 +108,18 @@ def test_strided_views_are_read_in_place() -> None:
         return lightning_attention(q, k, v, SLOPES, backend=backend)
 
     compare(op, *leaves_of((70, 2, 48)))
+
+
+@pytest.mark.parametrize("widths", [[16, 16, 16], [16, 16, 24]], ids=["equal", "wider values"])
+def test_gradients_of_one_buffer_are_one_buffer(widths: list[int]) -> None:
+    (parts,) = leaves_of((70, 2, sum(widths)))
+    for views, together in ((parts.split(widths, dim=-1), True), (leaves_of(*((70, 2, n) for n in widths)), False)):
+        o = lightning_attention(*views, SLOPES, backend="triton")
+        gradients = torch.autograd.grad(o.sum(), tuple(views))
+        assert (len({x.untyped_storage().data_ptr() for x in gradients}) == 1) is together
+        if together:
+            assert [x.storage_offset() for x in gradients] == [x.storage_offset() for x in views]
+            assert {x.stride() for x in gradients} == {x.stride() for x in views}
 
 
 @pytest.mark.parametrize("count", [3, 4], ids=["no gate", "gate"])
@@ -196,7 +209,23 @@ def test_whole_documents_where_heads_fill_the_gpu() -> None:
 X, STATE, NARROW = torch.zeros(3, 1, 16), torch.zeros(3, 1, 16, 16), torch.zeros(3, 1, 4, 16)
 WIDE, DOUBLE = torch.zeros(3, 1, 300), X.double()
 SLOPE = torch.ones(1)
+INT: Any = 3
+FLOATS: Any = [0.0]
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "index rank": (
+        lambda: lightning_state(X, X, SLOPE, final_index=torch.zeros(1, 1, dtype=torch.int32)),
+        r"final_index has shape \(1, 1\): give one slot per document, \[1\]",
+    ),
+    "index an int": (lambda: lightning_state(X, X, SLOPE, final_index=INT), "final_index is 3: give one slot"),
+    "index of floats": (lambda: lightning_state(X, X, SLOPE, final_index=FLOATS), "final_index holds 0.0, a float"),
+    "state's shape": (
+        lambda: lightning_attention_selected(X, X, X, SLOPE, initial_state=STATE[0, 0], initial_index=[0]),
+        r"initial_state has shape \(16, 16\): give \[M, H, Dk, Dv\]",
+    ),
+    "keys and values": (
+        lambda: lightning_state(X, X[:2], SLOPE, final_index=[0]),
+        r"shapes k \(3, 1, 16\), v \(2, 1, 16\) do not go together: give k \[T, H, Dk\]",
+    ),
     "float64": (lambda: lightning_attention(DOUBLE, DOUBLE, DOUBLE, SLOPE, backend="triton"), "no torch.float64"),
     "float64 selected": (
         lambda: lightning_attention_selected(DOUBLE, DOUBLE, DOUBLE, SLOPE, final_index=[0], backend="triton"),
