@@ -107,7 +107,7 @@ def variants(role: str) -> list[dict[str, bool]]:
         # The states of segments begin with the caller's; ``lightning_state`` adds carries, and has no others.
         extra = [{}] if "silu" in role else [{}, dict(STATES_IN=True)]
         return [base | more for more in ([*extra, dict(CARRIES_IN=True)] if role == "states" else extra)]
-    states = [{}]
+    states: list[dict[str, bool]] = [{}]
     if base["KEYS"] and "silu" not in role:
         leaving = (False, True) if role in ("o", "dv") else (False,)
         states = [dict(STATES_IN=i, STATES_OUT=o) for i, o in itertools.product((False, True), leaving)]
@@ -132,7 +132,7 @@ def walk_builds(
         for flags in filter(keep, variants(role)):
             given = "".join(f" +{name.lower()}" for name in STATES if flags[name] and not ROLES[role].get(name))
             for choice, config in enumerate(_configs(flags, capability, dtype, dims)):
-                constants = {name: value for name, value in flags.items() if name != "TRANSPOSED"}
+                constants: dict[str, int] = {name: value for name, value in flags.items() if name != "TRANSPOSED"}
                 constants |= dict(
                     A=dims[0], C=dims[1], BLOCK_T=config.block_t, BLOCK_A=config.block_a, BLOCK_C=config.block_c,
                     STAGES=config.stages,
@@ -185,7 +185,7 @@ def all_builds() -> list[Build]:
     states, which need most registers next to those with them."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     results = [role for role in ROLES if "states" not in role]
-    builds = []
+    builds: list[Build] = []
     for capability in CAPABILITIES:
         for dtype, width in itertools.product((bf16, fp16), (128, 64)):
             builds += walk_builds(ROLES, capability, dtype, (width, width), _every)

@@ -67,13 +67,15 @@ def check_state(state: Tensor, name: str, q: Tensor, v: Tensor, count: int, of: 
         raise ValueError(f"{name} is on {state.device}, q on {q.device}: move them to one device")
 
 
-def whole_numbers(values: Iterable[object], name: str) -> list[int]:
+def whole_numbers(values: object, name: str, wanted: str) -> list[int]:
     """``values`` as a list of ints; numpy's are ints too.
 
     Raises:
-        ValueError: something else among them.
+        ValueError: no sequence, which is to hold what is ``wanted``; or something else among its members.
     """
-    found = list(values)
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {values!r}: give {wanted}")
+    found: list[object] = list(values)
     wrong = [value for value in found if isinstance(value, bool) or not isinstance(value, SupportsIndex)]
     if wrong:
         raise ValueError(f"{name} holds {wrong[0]!r}, a {type(wrong[0]).__name__}: give ints")
@@ -94,10 +96,8 @@ def check_cu_seqlens(cu_seqlens: Tensor | Sequence[int] | None, num_tokens: int)
                 f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: give int32 or int64 [N + 1]"
             )
         bounds = cu_seqlens.tolist()
-    elif isinstance(cu_seqlens, str) or not isinstance(cu_seqlens, Iterable):
-        raise ValueError(f"cu_seqlens is {cu_seqlens!r}: give N + 1 ints, the last of them {num_tokens}")
     else:
-        bounds = whole_numbers(cu_seqlens, "cu_seqlens")
+        bounds = whole_numbers(cu_seqlens, "cu_seqlens", f"N + 1 ints, the last of them {num_tokens}")
     if len(bounds) < 2 or bounds[0] != 0:
         raise ValueError(f"cu_seqlens begins {bounds[:2]}: give N + 1 bounds of N >= 1 documents, beginning with 0")
     for document, (start, end) in enumerate(itertools.pairwise(bounds)):

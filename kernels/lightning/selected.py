@@ -5,7 +5,7 @@ a state over a boundary. These are the pieces of sequence parallelism: ``lightni
 beside whatever else there is to do, then ``lightning_attention_selected`` from the states that came in.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,11 +22,10 @@ def _check_index(index: Sequence[int] | Tensor, name: str, documents: int) -> li
         raise ValueError(f"{name} is {index.dtype}: give int32 slots, -1 for none")
     if isinstance(index, Tensor) and index.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(index.shape)}: give one slot per document, [{documents}]")
-    if isinstance(index, str) or not isinstance(index, Iterable):
-        raise ValueError(f"{name} is {index!r}: give one slot for each of {documents} documents, -1 for none")
-    slots = index.tolist() if isinstance(index, Tensor) else whole_numbers(index, name)
+    wanted = f"one slot for each of {documents} documents, -1 for none"
+    slots = index.tolist() if isinstance(index, Tensor) else whole_numbers(index, name, wanted)
     if len(slots) != documents or any(slot < -1 for slot in slots):
-        raise ValueError(f"{name} is {slots}: give one slot for each of {documents} documents, -1 for none")
+        raise ValueError(f"{name} is {slots}: give {wanted}")
     used = [slot for slot in slots if slot >= 0]
     if len(set(used)) < len(used):
         raise ValueError(f"{name} is {slots}: two documents can't share a slot")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -101,6 +103,7 @@ def test_wrong_arguments_are_refused() -> None:
         gated_rms_norm(x, torch.ones(8), torch.ones(5, 8), 1e-6)
     with pytest.raises(ValueError, match=r"float32, torch\.bfloat16"):
         gated_rms_norm(x, torch.ones(8).bfloat16(), x, 1e-6)
+    good: dict[str, Any] = dict(x=x, weight=torch.ones(8), gate=x, eps=1e-6)
     for change, message in (
         (dict(gate=x.to("meta")), "on cpu, cpu, meta: move"),
         (dict(eps=0.0), "eps is 0.0"),
@@ -109,6 +112,6 @@ def test_wrong_arguments_are_refused() -> None:
         (dict(x=x.long(), weight=torch.ones(8).long(), gate=x.long()), r"torch\.int64: give float32"),
     ):
         with pytest.raises(ValueError, match=message):
-            gated_rms_norm(**(dict(x=x, weight=torch.ones(8), gate=x, eps=1e-6) | change))
+            gated_rms_norm(**(good | change))
     with pytest.raises(ValueError, match="'tritn'"):
         gated_rms_norm(x, torch.ones(8), x, 1e-6, backend="tritn")

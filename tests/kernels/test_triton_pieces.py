@@ -114,7 +114,8 @@ def test_strided_views_are_read_in_place() -> None:
 def test_gradients_of_one_buffer_are_one_buffer(widths: list[int]) -> None:
     (parts,) = leaves_of((70, 2, sum(widths)))
     for views, together in ((parts.split(widths, dim=-1), True), (leaves_of(*((70, 2, n) for n in widths)), False)):
-        o = lightning_attention(*views, SLOPES, backend="triton")
+        q, k, v = views
+        o = lightning_attention(q, k, v, SLOPES, backend="triton")
         gradients = torch.autograd.grad(o.sum(), tuple(views))
         assert (len({x.untyped_storage().data_ptr() for x in gradients}) == 1) is together
         if together:
