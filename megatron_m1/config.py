@@ -41,6 +41,9 @@ class ModelConfig:
     """How tokens travel to experts on other ranks."""
     vocab_size: int = 200_064
     """Rows of the embedding and of the untied head, a multiple of tensor_model_parallel_size."""
+    max_position_embeddings: int | None = None
+    """Tokens of the longest sequence that the model is meant for, as a converted folder will say; none, or less than
+    data.seq_length, means data.seq_length. Rotary positions have no limit."""
     rotary_base: float = 10_000.0
     """RoPE base of the softmax layers; 1e7 in the released checkpoints."""
     rotary_percent: float = 0.5

@@ -20,7 +20,8 @@ SHARD_SIZES = {"to-hf": "1GB", "from-hf": "500MB"}
 DESCRIPTION = """\
 to-hf writes safetensors, their index, config.json, generation_config.json and the tokenizer. from-hf writes a folder
 like a run's, whose checkpoint any mesh reads. OUT must not exist; until it is whole it is OUT.partial, where the same
-command goes on after a kill. Under torchrun the processes share the work."""
+command goes on after a kill. Under torchrun the processes share the work. Status 2 is wrong input; 1 is a disk that
+refuses, or data that turn out to be damaged on the way."""
 
 
 def command_parser(direction: str) -> CommandParser:
@@ -58,7 +59,7 @@ def command_parser(direction: str) -> CommandParser:
             "--max-positions",
             type=positive_integer,
             metavar="N",
-            help="max_position_embeddings (default: data.seq_length)",
+            help="max_position_embeddings (default: the model's, or data.seq_length if that is more)",
         )
     return parser
 
@@ -69,7 +70,9 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: wrong input, in one line.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments:
+        raise ValueError(f"convert needs a direction: {' or '.join(DIRECTIONS)}")
+    if arguments[0] in ("-h", "--help"):
         for direction in DIRECTIONS:
             command_parser(direction).print_help()
         return 0
@@ -90,11 +93,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _to_hf(options: argparse.Namespace) -> list[str]:
-    from megatron_m1.convert.export import ExportOptions, describe_export, export
+    from megatron_m1.convert.export import ExportOptions, check_inputs, describe_export, export
     from megatron_m1.convert.hf_config import DTYPES, caveats
     from megatron_m1.convert.our_checkpoint import open_checkpoint
     from megatron_m1.convert.sources import find_checkpoint
-    from megatron_m1.convert.work import parse_size, started_ranks
+    from megatron_m1.convert.work import parse_size, refuse_existing, started_ranks
 
     source = open_checkpoint(find_checkpoint(options.source))
     tokenizer: Path | None = options.tokenizer
@@ -102,10 +105,14 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
     if options.no_tokenizer:
         tokenizer = None
     elif tokenizer is None:
-        recorded = Path(source.contents.config.data.tokenizer or "-")
-        tokenizer = recorded if recorded.exists() else None
+        recorded = source.contents.config.data.tokenizer
+        tokenizer = Path(recorded) if recorded else None
         if tokenizer is None:
-            notes = ["no tokenizer was written: data.tokenizer of the checkpoint is not there; give --tokenizer"]
+            notes = ["no tokenizer was written: the checkpoint names none; give --tokenizer"]
+        elif not tokenizer.exists():
+            raise ValueError(
+                f"data.tokenizer of the checkpoint, {recorded}, is not there: give --tokenizer PATH or --no-tokenizer"
+            )
     choices = ExportOptions(
         dtype=DTYPES.get(options.dtype),
         shard_size=parse_size(options.shard_size),
@@ -121,6 +128,8 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
     notes += caveats(source.model)
     notes = [f"note: {note}" for note in notes]
     if options.dry_run:
+        refuse_existing(options.out)
+        check_inputs(source, choices)
         return [f"would write {plan}", *notes]
     with started_ranks() as ranks:
         export(source, options.out, choices, ranks)
@@ -128,20 +137,23 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
 
 
 def _from_hf(options: argparse.Namespace) -> list[str]:
-    from megatron_m1.convert.hf_config import DTYPES
-    from megatron_m1.convert.hub_folder import expected_bytes, open_hub_folder
+    from megatron_m1.convert.hf_config import DTYPES, unread
+    from megatron_m1.convert.hub_folder import open_hub_folder
     from megatron_m1.convert.load_hf import LoadOptions, load_hf
-    from megatron_m1.convert.work import parse_size, started_ranks
+    from megatron_m1.convert.work import parse_size, refuse_existing, started_ranks
 
     choices = LoadOptions(
         dtype=DTYPES.get(options.dtype), shard_size=parse_size(options.shard_size), verify=options.verify
     )
     if options.dry_run:
+        refuse_existing(options.out)
         source = open_hub_folder(options.source, headers=any(options.source.glob("*.safetensors")))
         dtype = choices.dtype or source.dtype
-        size = expected_bytes(source.units, dtype)
-        return [f"would write {len(source.files):,} tensors, {size:,} bytes of weights, {str(dtype)[6:]}"]
+        size = source.bytes_as(choices.dtype)
+        notes = [f"note: {note}" for note in unread(source.config)]
+        return [f"would write {len(source.files):,} tensors, {size:,} bytes of weights, {str(dtype)[6:]}", *notes]
     source = open_hub_folder(options.source)
+    notes = [f"note: {note}" for note in unread(source.config)]
     with started_ranks() as ranks:
         checkpoint = load_hf(source, options.out, choices, ranks)
-    return [f"{checkpoint}: {len(source.files):,} tensors of {options.source}"]
+    return [f"{checkpoint}: {len(source.files):,} tensors of {options.source}", *notes]

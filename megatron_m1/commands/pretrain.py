@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.commands.resolved_plan import describe_plan, unverified_note, where_from
@@ -84,10 +85,13 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     names = parser.option_names()
     config = parse_config(options.config, flags, options.preset, command_options=names)
     if config.run.init_from is not None:
+        from megatron_m1.checkpoint_contents import check_shape
         from megatron_m1.convert.sources import initial_model
 
         model = initial_model(config)
         config = parse_config(options.config, flags, options.preset, command_options=names, model=model)
+        fix = "leave that to the weights, or start from others"
+        check_shape(vars(config.model), vars(model), Path(str(config.run.init_from)), fix=fix)
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
     gpus = count_gpus()

@@ -17,8 +17,8 @@ from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
 from megatron_m1.convert.native_buffers import buffer_entries, native_buffers
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
-from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
-from megatron_m1.convert.weight_map import Unit, is_softmax_layer, to_hub
+from megatron_m1.convert.tokenizer import GENERATION, ReadyTokenizer, ready_tokenizer
+from megatron_m1.convert.weight_map import Unit, cast, is_softmax_layer, to_hub
 from megatron_m1.convert.work import Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
 from megatron_m1.data.files import write_atomically
 from megatron_m1.training.checkpoint_folder import first_fault, read_manifest
@@ -43,7 +43,7 @@ class ExportOptions:
     """hub: names and config keys for transformers, vLLM and the hub's code. native: what transformers itself saves, its
     buffers included, on which vLLM fails."""
     max_positions: int | None = None
-    """max_position_embeddings of config.json; None takes the packs' length."""
+    """max_position_embeddings of config.json; None takes the model's, or the packs' length if that is more."""
     tokenizer: Path | None = None
     """SentencePiece model or Hugging Face tokenizer folder to put beside the weights."""
     remote_code: Path | None = None
@@ -103,7 +103,7 @@ class _Plan:
         ours = self.source.read(unit)
         dtype = self.dtype_of(unit)
         for piece in to_hub(unit, ours):
-            yield piece.to(dtype)
+            yield cast(unit, piece, dtype)
         layer = self._buffers_layer(unit)
         if layer is not None:
             yield from native_buffers(self.source.model, layer, self.dtype)
@@ -152,23 +152,32 @@ def _finish(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None
     """Write all that is no weight; the index last."""
     options, contents = plan.options, plan.source.contents
     build = native_config if options.format == "native" else hub_config
-    config = build(contents.config.model, plan.dtype, options.max_positions or contents.config.data.seq_length)
+    model, seq_length = contents.config.model, contents.config.data.seq_length
+    config = build(model, plan.dtype, options.max_positions or max(seq_length, model.max_position_embeddings or 0))
     generation: dict[str, Any] = {"do_sample": False}
     if tokenizer is not None:
         ids = tokenizer.write(folder)
-        config |= ids
-        generation |= ids
+        # An imported model's own settings have travelled with its tokenizer.
+        generation = ids | (_read_json(folder / GENERATION) if (folder / GENERATION).is_file() else generation)
+        config |= ids | {"bos_token_id": generation.get("bos_token_id")}
     if options.remote_code is not None:
         for name in REMOTE_FILES:
             shutil.copyfile(options.remote_code / name, folder / name)
         config["auto_map"] = AUTO_MAP
     _write_json(folder / CONFIG, config)
-    _write_json(folder / "generation_config.json", generation)
+    _write_json(folder / GENERATION, generation)
     index = {
         "metadata": {"total_size": plan.total},
         "weight_map": {entry.name: shard.name for shard in plan.shards for entry in shard.entries},
     }
     _write_json(folder / INDEX, index)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path.name} of the tokenizer is no JSON object: {error}") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -187,12 +196,11 @@ def describe_export(source: OurCheckpoint, options: ExportOptions) -> str:
     )
 
 
-def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Ranks) -> None:
-    """Write ``out``. Collective over ``ranks``; memory is that of the largest unit, a few times.
+def check_inputs(source: OurCheckpoint, options: ExportOptions) -> ReadyTokenizer | None:
+    """Check what an export reads besides the checkpoint, and return the tokenizer.
 
     Raises:
-        ConversionError: the disk refuses, or the checkpoint is damaged; ``out`` is not there.
-        ValueError: ``out`` exists.
+        ValueError: the tokenizer can't be exported, or modeling files are missing.
     """
     if options.remote_code is not None:
         missing = [name for name in REMOTE_FILES if not (options.remote_code / name).is_file()]
@@ -201,27 +209,37 @@ def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Rank
                 f"{options.remote_code} has no {missing[0]}: give the folder with the hub's modeling files"
             )
     place = options.tokenizer
-    tokenizer = None if place is None else ready_tokenizer(place, source.model.vocab_size)
+    return None if place is None else ready_tokenizer(place, source.model.vocab_size)
+
+
+def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Ranks) -> None:
+    """Write ``out``. Collective over ``ranks``; memory is that of the largest unit, a few times.
+
+    Raises:
+        ConversionError: the disk refuses, or the checkpoint is damaged; ``out`` is not there.
+        ValueError: ``out`` exists or can't be made, or as ``check_inputs``.
+    """
+    tokenizer = check_inputs(source, options)
     plan = _Plan(source, options)
-    work = WorkFolder(out, _description(plan), ranks)
+    with WorkFolder(out, _description(plan), ranks) as work:
 
-    def job(shard: _Shard) -> Job:
-        return Job(
-            work.path / shard.name,
-            total_size(shard.entries),
-            write=lambda: _write(plan, work.path, shard),
-            check=(lambda: _check(plan, work.path, shard)) if options.verify else None,
-        )
+        def job(shard: _Shard) -> Job:
+            return Job(
+                work.path / shard.name,
+                total_size(shard.entries),
+                write=lambda: _write(plan, work.path, shard),
+                check=(lambda: _check(plan, work.path, shard)) if options.verify else None,
+            )
 
-    jobs: Sequence[Job] = [job(shard) for shard in plan.shards]
-    run_jobs(work, jobs, ranks, title="to-hf", beside=source_fault(source.folder, ranks))
+        jobs: Sequence[Job] = [job(shard) for shard in plan.shards]
+        run_jobs(work, jobs, ranks, title="to-hf", beside=source_fault(source.folder, ranks))
 
-    def finish() -> None:
-        _finish(plan, work.path, tokenizer)
-        if options.format == "hub":
-            open_hub_folder(work.path)
+        def finish() -> None:
+            _finish(plan, work.path, tokenizer)
+            if options.format == "hub":
+                open_hub_folder(work.path)
 
-    work.commit(finish)
+        work.commit(finish)
 
 
 def _description(plan: _Plan) -> dict[str, Any]:
@@ -232,5 +250,4 @@ def _description(plan: _Plan) -> dict[str, Any]:
         "dtype": str(options.dtype),
         "shard_size": options.shard_size,
         "format": options.format,
-        "verify": options.verify,
     }

@@ -7,6 +7,7 @@ names: a reader that misses ``postnorm``, ``rotary_dim`` or the residual factors
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 
 from megatron_m1.config import ModelConfig
 from megatron_m1.convert.weight_map import is_softmax_layer
+from megatron_m1.validate import check_model
 
 CONFIG = "config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -27,6 +29,11 @@ _NORM_EPSILON_KEY = "lightning_norm_eps"
 """Ours; no other reader knows it."""
 _FACTORS = {"full": "full_attention", "linear": "linear_attention", "mlp": "mlp"}
 """Native name of a residual factor -> the hub's."""
+_LAYER_KINDS: dict[str, tuple[Any, Any]] = {
+    "attn_type_list": (0, 1),
+    "layer_types": ("linear_attention", "full_attention"),
+}
+"""Key -> what it calls lightning and softmax layers."""
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "tie_word_embeddings": (False,),
@@ -172,39 +179,76 @@ def model_from_hf(config: Mapping[str, Any]) -> ModelConfig:
             raise ValueError(f"{key} = {config[key]!r} has no counterpart here: it must be {allowed[0]!r}")
     if "postnorm" not in config and "layer_types" not in config:
         raise ValueError("postnorm is missing, which the hub's code reads as false: this model needs postnorm = true")
-    try:
-        layers, heads, hidden = config["num_hidden_layers"], config["num_attention_heads"], config["hidden_size"]
-        dim = config.get("head_dim") or hidden // heads
-        alpha, beta = _residual(config)
-        theta, percent = _rotary(config, dim)
-        return ModelConfig(
-            num_layers=layers,
-            hidden_size=hidden,
-            num_attention_heads=heads,
-            kv_channels=dim,
-            num_query_groups=config["num_key_value_heads"],
-            attention_period=_period(config, layers),
-            moe_ffn_hidden_size=config["intermediate_size"],
-            num_moe_experts=config["num_local_experts"],
-            moe_router_topk=config["num_experts_per_tok"],
-            vocab_size=config["vocab_size"],
-            rotary_base=theta,
-            rotary_percent=percent,
-            layernorm_epsilon=config["rms_norm_eps"],
-            lightning_norm_epsilon=config.get(_NORM_EPSILON_KEY, NATIVE_NORM_EPSILON),
-            residual_alpha=alpha,
-            residual_beta=beta,
-        )
-    except KeyError as error:
-        raise ValueError(f"{error.args[0]} is missing") from error
+    # A key that is null is as good as missing.
+    config = {key: value for key, value in config.items() if value is not None}
+    layers, heads, hidden = (_count(config, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    dim = _count(config, "head_dim") if "head_dim" in config else hidden // heads
+    alpha, beta = _residual(config)
+    theta, percent = _rotary(config, dim)
+    longest = "max_position_embeddings"
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=heads,
+        kv_channels=dim,
+        num_query_groups=_count(config, "num_key_value_heads"),
+        attention_period=_period(config, layers),
+        moe_ffn_hidden_size=_count(config, "intermediate_size"),
+        num_moe_experts=_count(config, "num_local_experts"),
+        moe_router_topk=_count(config, "num_experts_per_tok"),
+        vocab_size=_count(config, "vocab_size"),
+        max_position_embeddings=_count(config, longest) if longest in config else None,
+        rotary_base=theta,
+        rotary_percent=percent,
+        layernorm_epsilon=_number(config, "rms_norm_eps"),
+        lightning_norm_epsilon=_number({_NORM_EPSILON_KEY: NATIVE_NORM_EPSILON} | config, _NORM_EPSILON_KEY),
+        residual_alpha=alpha,
+        residual_beta=beta,
+    )
+    check_model(model)
+    return model
+
+
+def unread(config: Mapping[str, Any]) -> list[str]:
+    """What of a ``config.json`` is left out on purpose, one line each, and why."""
+    coefficient = config.get("router_aux_loss_coef")
+    if coefficient is None or coefficient == ModelConfig.moe_aux_loss_coeff:
+        return []
+    return [
+        f"router_aux_loss_coef = {coefficient} is not taken over: in released folders it is a template's value, M1 was "
+        f"trained with {ModelConfig.moe_aux_loss_coeff}; set model.moe_aux_loss_coeff to change that"
+    ]
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    value = _there(config, key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key} = {value!r}: it must be a whole number above 0")
+    return value
+
+
+def _number(config: Mapping[str, Any], key: str) -> float:
+    value = _there(config, key)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{key} = {value!r}: it must be a number")
+    return float(value)
+
+
+def _there(config: Mapping[str, Any], key: str) -> Any:
+    if key not in config:
+        raise ValueError(f"{key} is missing")
+    return config[key]
 
 
 def _period(config: Mapping[str, Any], layers: int) -> int:
     lists = []
-    if "attn_type_list" in config:
-        lists.append(("attn_type_list", [kind == 1 for kind in config["attn_type_list"]]))
-    if config.get("layer_types") is not None:
-        lists.append(("layer_types", [kind == "full_attention" for kind in config["layer_types"]]))
+    for key, (linear, softmax) in _LAYER_KINDS.items():
+        kinds = config.get(key)
+        if kinds is None:
+            continue
+        if not isinstance(kinds, list) or any(kind not in (linear, softmax) for kind in kinds):
+            raise ValueError(f"{key} = {kinds!r}: it must be a list of {linear!r} and {softmax!r}, one for each layer")
+        lists.append((key, [kind == softmax for kind in kinds]))
     if not lists:
         raise ValueError("neither attn_type_list nor layer_types is there: which layers are softmax attention?")
     if len(lists) == 2 and lists[0][1] != lists[1][1]:
@@ -212,11 +256,11 @@ def _period(config: Mapping[str, Any], layers: int) -> int:
             "attn_type_list and layer_types contradict each other: a config that native transformers has read from the "
             "hub's keys and saved looks so; correct it"
         )
-    name, softmax = lists[0]
-    if len(softmax) != layers or not any(softmax):
-        raise ValueError(f"{name} has {len(softmax)} entries, {sum(softmax)} of them softmax, for {layers} layers")
-    period = softmax.index(True) + 1
-    if softmax != [(layer + 1) % period == 0 for layer in range(layers)] or layers % period:
+    name, which = lists[0]
+    if len(which) != layers or not any(which):
+        raise ValueError(f"{name} has {len(which)} entries, {sum(which)} of them softmax, for {layers} layers")
+    period = which.index(True) + 1
+    if which != [(layer + 1) % period == 0 for layer in range(layers)] or layers % period:
         raise ValueError(
             f"{name} is not periodic: every {period}th layer should be softmax attention, the last as well"
         )
@@ -231,7 +275,7 @@ def _residual(config: Mapping[str, Any]) -> tuple[float, float]:
             prefix = native if native == "mlp" else f"{native}_attn"
             for key in (f"layernorm_{hub}_{part}", f"{prefix}_{part}_factor"):
                 if key in config:
-                    values[key] = float(config[key])
+                    values[key] = _number(config, key)
         if len(set(values.values())) > 1:
             raise ValueError(f"residual factors differ, and this model has one {part} for all: {values}")
         found.append(next(iter(values.values()), 1.0))
@@ -239,20 +283,22 @@ def _residual(config: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _rotary(config: Mapping[str, Any], dim: int) -> tuple[float, float]:
-    parameters = config.get("rope_parameters") or {}
+    parameters = config.get("rope_parameters", {})
+    if not isinstance(parameters, dict):
+        raise ValueError(f"rope_parameters = {parameters!r}: it must be an object")
     scaling = parameters.get("rope_type", "default") != "default" or config.get("rope_scaling")
     if scaling:
         raise ValueError(
             f"rope_parameters = {parameters or config['rope_scaling']}: only the default kind is supported"
         )
-    thetas = {float(place["rope_theta"]) for place in (config, parameters) if "rope_theta" in place}
+    thetas = {_number(place, "rope_theta") for place in (config, parameters) if "rope_theta" in place}
     if len(thetas) != 1:
         raise ValueError(f"rope_theta is {sorted(thetas) or 'missing'}: one value is needed")
     percents = set()
     if "rotary_dim" in config:
-        percents.add(config["rotary_dim"] / dim)
+        percents.add(_count(config, "rotary_dim") / dim)
     if "partial_rotary_factor" in parameters:
-        percents.add(float(parameters["partial_rotary_factor"]))
+        percents.add(_number(parameters, "partial_rotary_factor"))
     if len(percents) > 1:
         raise ValueError(f"rotary_dim and partial_rotary_factor contradict each other: shares {sorted(percents)}")
     return thetas.pop(), percents.pop() if percents else 1.0

@@ -34,6 +34,8 @@ class HubFolder:
     """File of every weight, by the weight's name."""
     entries: dict[str, Entry] = field(default_factory=dict)
     """dtype and shape of every weight, by name; empty for a dry run without the weights' files."""
+    announced: torch.dtype = torch.bfloat16
+    """The dtype that the index's total size implies, for want of entries."""
     _open: tuple[str, Any] | None = None
 
     @property
@@ -42,7 +44,7 @@ class HubFolder:
         sizes: dict[torch.dtype, int] = {}
         for entry in self.entries.values():
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size
-        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.bfloat16)
+        return max(sizes, key=lambda dtype: sizes[dtype], default=self.announced)
 
     def stored_dtype(self, unit: Unit) -> torch.dtype:
         """dtype in which the folder has a unit.
@@ -55,6 +57,16 @@ class HubFolder:
             names = ", ".join(part.name for part in unit.parts)
             raise ValueError(f"{self.folder}: {names} have different dtypes, and together they are one tensor here")
         return dtypes.pop()
+
+    def bytes_as(self, dtype: torch.dtype | None) -> int:
+        """Bytes of all weights as ``dtype``; None keeps each as it is stored.
+
+        Raises:
+            ValueError: as of ``stored_dtype``.
+        """
+        if dtype is not None or not self.entries:
+            return expected_bytes(self.units, dtype or self.announced)
+        return sum(unit.numel * unit.dtype(self.stored_dtype(unit)).itemsize for unit in self.units)
 
     def read(self, unit: Unit) -> Tensor:
         """Read a unit as a tensor of ours: shape ``unit.sizes``, dtype as stored, on the CPU.
@@ -99,11 +111,12 @@ def open_hub_folder(folder: Path, *, headers: bool = True) -> HubFolder:
     opened = HubFolder(folder, config, model, wanted, files)
     if headers:
         _read_headers(opened)
-    elif announced is not None and announced != expected_bytes(wanted, torch.bfloat16):
-        raise ValueError(
-            f"{folder / INDEX}: total_size is {announced:,}, but the map's tensors have "
-            f"{expected_bytes(wanted, torch.bfloat16):,} bytes in bf16"
-        )
+    elif announced is not None:
+        sizes = {expected_bytes(wanted, dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
+        if announced not in sizes:
+            given = " or ".join(f"{size:,} in {str(dtype)[6:]}" for size, dtype in sizes.items())
+            raise ValueError(f"{folder / INDEX}: total_size is {announced}, but the map's tensors have {given}")
+        opened.announced = sizes[announced]
     return opened
 
 
@@ -126,6 +139,8 @@ def _read_index(folder: Path) -> tuple[dict[str, str], int | None]:
         return dict.fromkeys(read_header(folder / SINGLE), SINGLE), None
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
+        if "weight_map" not in index:
+            raise ValueError("it has no weight_map")
         files = {str(name): str(file) for name, file in index["weight_map"].items()}
         return files, index.get("metadata", {}).get("total_size")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:

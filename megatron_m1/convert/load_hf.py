@@ -22,7 +22,7 @@ from megatron_m1.convert.export import same_bits
 from megatron_m1.convert.hub_folder import HubFolder
 from megatron_m1.convert.our_checkpoint import BACKEND, LateWriter, open_checkpoint
 from megatron_m1.convert.tokenizer import copy_tokenizer
-from megatron_m1.convert.weight_map import Unit
+from megatron_m1.convert.weight_map import Unit, cast
 from megatron_m1.convert.work import ConversionError, Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
 from megatron_m1.training import checkpoint_folder as folders
 
@@ -56,29 +56,21 @@ def _without_crc() -> Iterator[None]:
 class _Loading:
     """One import."""
 
-    def __init__(self, source: HubFolder, out: Path, options: LoadOptions, ranks: Ranks) -> None:
+    def __init__(self, source: HubFolder, work: WorkFolder, options: LoadOptions) -> None:
         self.source = source
         self.options = options
-        self.work = WorkFolder(out, self._description(), ranks)
+        self.work = work
         self.folder = self.work.path / CHECKPOINT
         sizes = {unit: unit.numel * self.dtype(unit).itemsize for unit in source.units}
         self.groups = group_by_size(source.units, lambda unit: sizes[unit], options.shard_size)
         self.sizes = [sum(sizes[unit] for unit in group) for group in self.groups]
         self.writer = LateWriter(self.folder, self.groups, self.dtype, self.resolve)
 
-    def _description(self) -> dict[str, Any]:
-        return {
-            "from": str(self.source.folder.resolve()),
-            "files": stamps(self.source.folder),
-            "dtype": str(self.options.dtype),
-            "shard_size": self.options.shard_size,
-        }
-
     def dtype(self, unit: Unit) -> torch.dtype:
         return unit.dtype(self.options.dtype or self.source.stored_dtype(unit))
 
     def resolve(self, unit: Unit) -> Tensor:
-        read = self.source.read(unit).to(self.dtype(unit))
+        read = cast(unit, self.source.read(unit), self.dtype(unit))
         # The file's pages must not be handed on: the writer empties what it is given.
         return read.clone() if len(unit.parts) == 1 and read.dtype == self.source.stored_dtype(unit) else read
 
@@ -105,7 +97,7 @@ class _Loading:
         dtype = self.options.dtype or self.source.dtype
         config = Config(model=self.source.model)
         config.train.precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-        config.data.seq_length = min(config.data.seq_length, self.source.config.get("max_position_embeddings", 1 << 62))
+        config.data.seq_length = min(config.data.seq_length, config.model.max_position_embeddings or 1 << 62)
         return config
 
     def finish(self, entries: list[dict[str, Any]]) -> None:
@@ -115,24 +107,21 @@ class _Loading:
         if copy_tokenizer(self.source.folder, tokenizer):
             config.data.tokenizer = str((self.work.out / "tokenizer").absolute())
         state: dict[str, Any] = {"step": 0, "tokens": 0, "consumed_samples": 0, "weights_only": True}
-        state["source"] = str(self.source.folder.resolve())
+        state |= {"source": str(self.source.folder.resolve()), "source_files": stamps(self.source.folder)}
         texts = {
             folders.CONFIG: config_text(config),
             folders.STATE: json.dumps(state, indent=2) + "\n",
             COMMIT_MARK: BACKEND,
         }
-        # There when a run was killed after this and before the end.
-        (self.folder / folders.MANIFEST).unlink(missing_ok=True)
-        temporary = self.folder.with_name(self.folder.name + folders.TEMPORARY)
-        self.folder.rename(temporary)
         digests = {self.writer.name(number): entry["after"] for number, entry in enumerate(entries)}
-        folders.commit(temporary, texts, digests)
+        folders.seal(self.folder, texts, digests)
+        folders.move_tracker(self.folder)
 
 
 def _first_difference(loading: _Loading, ranks: Ranks) -> str | None:
     written = open_checkpoint(loading.folder)
     for unit in written.units[ranks.rank :: ranks.size]:
-        if not same_bits(written.read(unit), loading.source.read(unit).to(loading.dtype(unit))):
+        if not same_bits(written.read(unit), cast(unit, loading.source.read(unit), loading.dtype(unit))):
             return f"{loading.folder}: {unit.ours} is not what was written: check the disk"
     return None
 
@@ -160,14 +149,24 @@ def load_hf(source: HubFolder, out: Path, options: LoadOptions, ranks: Ranks) ->
         ConversionError: the disk refuses, or a file of the source can't be read; ``out`` is not there.
         ValueError: ``out`` exists.
     """
-    loading = _Loading(source, out, options, ranks)
+    with WorkFolder(out, _description(source, options), ranks) as work:
+        loading = _Loading(source, work, options)
 
-    def digest(name: str) -> str:
-        return folders.file_digests(loading.folder, [name])[name]
+        def digest(name: str) -> str:
+            return folders.file_digests(loading.folder, [name])[name]
 
-    entries = run_jobs(loading.work, loading.jobs(), ranks, title="from-hf", beside=lambda: None, after=digest)
-    ranks.on_first(lambda: loading.finish(entries))
-    if options.verify:
-        _verify(loading, ranks)
-    loading.work.commit(lambda: None)
+        entries = run_jobs(work, loading.jobs(), ranks, title="from-hf", beside=lambda: None, after=digest)
+        work.on_first(lambda: loading.finish(entries))
+        if options.verify:
+            _verify(loading, ranks)
+        work.commit(lambda: None)
     return out / CHECKPOINT
+
+
+def _description(source: HubFolder, options: LoadOptions) -> dict[str, Any]:
+    return {
+        "from": str(source.folder.resolve()),
+        "files": stamps(source.folder),
+        "dtype": str(options.dtype),
+        "shard_size": options.shard_size,
+    }

@@ -196,18 +196,24 @@ class _LatePlanner(DefaultSavePlanner):
 
 
 class _PieceFile(io.BufferedWriter):
-    """A file that takes what it is given in pieces."""
+    """A file that takes what it is given in pieces, and remembers why it could not."""
+
+    fault: OSError | None = None
 
     def write(self, data: Buffer) -> int:
         # any buffer -> its bytes
         view = memoryview(data).cast("B")
-        for start in range(0, len(view), PIECE):
-            super().write(view[start : start + PIECE])
+        try:
+            for start in range(0, len(view), PIECE):
+                super().write(view[start : start + PIECE])
+        except OSError as error:
+            self.fault = error
+            raise
         return len(view)
 
 
 class _PieceFiles(FileSystem):
-    """The file system of torch's writer; what differs is how it writes."""
+    """The file system of torch's writer; what differs is how it writes, and that torch.save hides no OSError."""
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
@@ -215,8 +221,14 @@ class _PieceFiles(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        with _PieceFile(io.FileIO(path, "wb")) as file:
+        raw = io.FileIO(path, "wb")
+        file = _PieceFile(raw)
+        try:
             yield file
+            file.close()
+        except (OSError, RuntimeError) as error:
+            raw.close()  # without what could not be written
+            raise file.fault or error from None
 
 
 class LateWriter:

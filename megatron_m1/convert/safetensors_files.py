@@ -7,6 +7,7 @@ data), and the data.
 from __future__ import annotations
 
 import json
+import operator
 import os
 import struct
 from collections.abc import Iterable, Sequence
@@ -45,7 +46,8 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Read what a file holds, and check that it has all of it.
 
     Raises:
-        ValueError: it is missing, is no safetensors file, has a dtype that is no weight's, or is cut off.
+        ValueError: it is missing, is no safetensors file, has a dtype that is no weight's, is cut off, or its tensors
+            overlap or leave gaps.
     """
     try:
         with path.open("rb") as file:
@@ -58,17 +60,21 @@ def read_header(path: Path) -> dict[str, Entry]:
     try:
         header: dict[str, Any] = json.loads(text)
         header.pop("__metadata__", None)
-        entries = {
-            name: Entry(name, _DTYPES[fields["dtype"]], tuple(fields["shape"])) for name, fields in header.items()
-        }
-        ends = [fields["data_offsets"][1] - fields["data_offsets"][0] for fields in header.values()]
-        end = max((fields["data_offsets"][1] for fields in header.values()), default=0)
-    except KeyError as error:
-        raise ValueError(f"{path}: {error.args[0]} is no dtype of weights: {', '.join(_DTYPES)} are") from error
+        dtypes = {str(fields["dtype"]) for fields in header.values()}
+        shapes = {name: tuple(operator.index(size) for size in fields["shape"]) for name, fields in header.items()}
+        places = {name: tuple(map(operator.index, fields["data_offsets"])) for name, fields in header.items()}
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"{path} is no safetensors file or is damaged: its header can't be read") from error
+    if not dtypes <= _DTYPES.keys():
+        raise ValueError(f"{path}: {min(dtypes - _DTYPES.keys())} is no dtype of weights: {', '.join(_DTYPES)} are")
+    entries = {name: Entry(name, _DTYPES[header[name]["dtype"]], shape) for name, shape in shapes.items()}
+    end = 0
+    for name in sorted(entries, key=lambda name: places[name]):
+        if min(entries[name].shape, default=0) < 0 or places[name] != (end, end + entries[name].size):
+            raise ValueError(f"{path} is damaged: its header puts {name} at bytes {list(places[name])} of the data")
+        end += entries[name].size
     expected = _LENGTH.size + length + end
-    if there != expected or ends != [entry.size for entry in entries.values()]:
+    if there != expected:
         raise ValueError(f"{path} is damaged: it has {there:,} bytes, its header describes {expected:,}")
     return entries
 

@@ -56,6 +56,8 @@ def initial_model(config: Config) -> ModelConfig:
     saved = load_config(own[-1] / "config.yaml") if own else None
     if saved is not None and saved.run.init_from == init_from:
         return saved.model
+    if init_from == HUGGING_FACE:
+        raise ValueError("run.init_from = hf: names no folder: give hf:FOLDER")
     if init_from.startswith(HUGGING_FACE):
         return open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
     return load_config(find_checkpoint(Path(init_from)) / "config.yaml").model

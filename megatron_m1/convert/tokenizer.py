@@ -12,7 +12,8 @@ from megatron_m1.data.tokenizers import FOLDER_FILES, load_tokenizer
 
 SPACE = "\u2581"
 """SentencePiece's space."""
-FILES = (*FOLDER_FILES, "chat_template.jinja", "generation_config.json")
+GENERATION = "generation_config.json"
+FILES = (*FOLDER_FILES, "chat_template.jinja", GENERATION)
 """What belongs to a tokenizer in a Hugging Face folder."""
 _BPE = 2
 _NORMAL, _USER_DEFINED = 1, 4
@@ -44,11 +45,13 @@ class ReadyTokenizer:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Put it into a Hugging Face folder; returns the ids that config.json and generation_config.json name."""
+        ids = {"eos_token_id": self.eos_token_id}
         if self.converted is None:
             copy_tokenizer(self.source, folder)
         else:
             self.converted.save_pretrained(str(folder))
-        return {"eos_token_id": self.eos_token_id}
+            ids["bos_token_id"] = self.converted.bos_token_id
+        return ids
 
 
 def ready_tokenizer(path: Path, vocab_size: int) -> ReadyTokenizer:
@@ -112,7 +115,11 @@ def from_sentencepiece(path: Path) -> Any:
         if index >= 0
     }
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=unknown, clean_up_tokenization_spaces=False, **marks
+        tokenizer_object=tokenizer,
+        unk_token=unknown,
+        clean_up_tokenization_spaces=False,
+        split_special_tokens=True,
+        **marks,
     )
 
 

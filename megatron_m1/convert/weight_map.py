@@ -93,6 +93,18 @@ class Unit:
         return torch.float32 if self.keeps_fp32 else wanted
 
 
+def cast(unit: Unit, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor``, a part of ``unit`` or all of it, in ``dtype``.
+
+    Raises:
+        ValueError: fp16 can't hold its numbers.
+    """
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and bool(result.isinf().any()) and not bool(tensor.isinf().any()):
+        raise ValueError(f"{unit.ours} has numbers beyond 65504, the largest of fp16: take bf16 or fp32")
+    return result
+
+
 def rules(model: ModelConfig) -> tuple[Rule, ...]:
     """All rules for a model of this shape, in the order in which a layer's tensors are written."""
     hidden, dim, heads, kv_heads = (

@@ -2,32 +2,40 @@
 
 A conversion to ``OUT`` is made in ``OUT.partial`` and renamed at the end. There every finished file has an entry in
 ``journal/``, so that a run after a kill goes on where it stopped; an entry is written when its file is on the disk.
+``OUT.partial.lock`` keeps a second conversion out.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_m1.data.files import write_atomically
+from megatron_m1.data.files import file_lock, write_atomically
 from megatron_m1.training.checkpoint_folder import sync
 
 PARTIAL = ".partial"
 JOURNAL = "journal"
 DESCRIPTION = "conversion.json"
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)},
+}
 
 
 class ConversionError(RuntimeError):
@@ -40,11 +48,11 @@ def parse_size(text: str) -> int:
     Raises:
         ValueError: it is none, or 0.
     """
-    digits = text.strip().rstrip("BbGgIiKkMm")
-    unit = text.strip()[len(digits) :].upper()
-    if not digits.isdecimal() or int(digits) == 0 or unit not in _UNITS:
-        raise ValueError(f"shard size {text!r}: give a number above 0 and one of KB, MB, GB, KiB, MiB, GiB")
-    return int(digits) * _UNITS[unit]
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text.strip().lower())
+    size = int(Decimal(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    if size == 0:
+        raise ValueError(f"shard size {text!r}: give a number above 0 and one of KB, MB, GB, TB, KiB, MiB, GiB, TiB")
+    return size
 
 
 def group_by_size[T](items: Sequence[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
@@ -77,8 +85,8 @@ class Ranks:
         dist.all_gather_object(values, mine)
         return values
 
-    def on_first(self, action: Callable[[], None]) -> None:
-        """Run ``action`` on rank 0 while the others wait.
+    def on_first(self, action: Callable[[], None], place: Path) -> None:
+        """Run ``action``, which writes to ``place``, on rank 0 while the others wait.
 
         Raises:
             ConversionError: it met an OSError; on every rank.
@@ -89,7 +97,7 @@ class Ranks:
             try:
                 action()
             except OSError as error:
-                fault = ("os", _disk_fault(error))
+                fault = ("os", _refusal(place, error))
             except ValueError as error:
                 fault = ("value", str(error))
         first = self.gather(fault)[0]
@@ -114,16 +122,33 @@ def started_ranks() -> Iterator[Ranks]:
 
 def stamps(folder: Path) -> dict[str, list[int]]:
     """Size and time of every file of a source: another one is another source."""
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())}
+    there = [path for path in sorted(folder.iterdir()) if path.exists()]  # a link may lead nowhere
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in there}
 
 
 def _disk_fault(error: OSError) -> str:
-    place = f"{error.filename}: " if error.filename else ""
+    # Of two files the second was written.
+    place = error.filename2 or error.filename
+    place = f"{place}: " if place else ""
     return f"{place}{error.strerror or error}"
 
 
+def refuse_existing(out: Path) -> None:
+    """Check that nothing has the result's name.
+
+    Raises:
+        ValueError: something has.
+    """
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists: choose another folder, or remove it")
+
+
+def _refusal(place: Path, error: OSError) -> str:
+    return f"{place} can't be written: {_disk_fault(error)}; make room and run again, it goes on from there"
+
+
 class WorkFolder:
-    """``OUT.partial`` of a conversion.
+    """``OUT.partial`` of a conversion, as a context manager: while it is entered, it is nobody else's.
 
     Args:
         out: where the result will be.
@@ -131,26 +156,62 @@ class WorkFolder:
         ranks: who works on it.
 
     Raises:
-        ValueError: ``out`` exists already.
-        ConversionError: the folder can't be made.
+        ValueError: on entering: ``out`` exists already, can't be made, or is being made by others; or what has the
+            working folder's name is none.
+        ConversionError: on entering: the disk refuses.
     """
 
     def __init__(self, out: Path, description: Mapping[str, Any], ranks: Ranks) -> None:
         self.out = out
-        self.path = out.with_name(out.name + PARTIAL)
+        # By text: "." has no name.
+        self.path = Path(os.path.abspath(out) + PARTIAL)
         self._journal = self.path / JOURNAL
         self._ranks = ranks
-        text = json.dumps(description, indent=1, sort_keys=True) + "\n"
-        ranks.on_first(lambda: self._prepare(text))
+        self._text = json.dumps(description, indent=1, sort_keys=True) + "\n"
+        self._held = ExitStack()
 
-    def _prepare(self, text: str) -> None:
-        if os.path.lexists(self.out):
-            raise ValueError(f"{self.out} exists: choose another folder, or remove it")
+    def __enter__(self) -> Self:
+        with ExitStack() as held:
+            self._ranks.on_first(lambda: self._prepare(held), self.path)
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _prepare(self, held: ExitStack) -> None:
+        refuse_existing(self.out)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(file_lock(Path(f"{self.path}.lock"), wait=False))
+        except BlockingIOError as error:
+            raise ValueError(f"another process is writing {self.path}: wait for it, or choose another OUT") from error
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ValueError(f"{self.out} can't be made: {_disk_fault(error)}; choose another OUT") from error
+        # The other process was faster.
+        refuse_existing(self.out)
         known = self.path / DESCRIPTION
-        if self.path.exists() and not (known.is_file() and known.read_text(encoding="utf-8") == text):
-            shutil.rmtree(self.path)
-        self._journal.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, text.encode())
+        if os.path.lexists(self.path) and not known.is_file() and not self._is_empty():
+            raise ValueError(f"{self.path} is there, and not by a conversion: move it, or choose another OUT")
+        if not known.is_file() or known.read_text(encoding="utf-8") != self._text:
+            self._clear()
+            self.path.mkdir(exist_ok=True)
+            write_atomically(known, self._text.encode())
+        self._journal.mkdir(exist_ok=True)
+
+    def _is_empty(self) -> bool:
+        """Whether it has nothing but, perhaps, what is left of a description that was being written."""
+        return self.path.is_dir() and all(path.name.startswith(f".{DESCRIPTION}.") for path in self.path.iterdir())
+
+    def _clear(self) -> None:
+        """Remove all but the description, by which a later run knows what it may remove."""
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != DESCRIPTION:
+                path.unlink()
 
     def entry(self, name: str) -> Any:
         """What was recorded when file ``name`` was finished; None if it is not."""
@@ -161,9 +222,19 @@ class WorkFolder:
         """Note that file ``name`` is finished."""
         write_atomically(self._journal / f"{name}.json", json.dumps(value).encode())
 
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Run ``action``, which writes here, on rank 0 while the others wait. Raises as ``Ranks.on_first``."""
+        self._ranks.on_first(action, self.path)
+
     def forget(self) -> None:
         """Remove everything: the source was not what it seemed. Collective."""
-        self._ranks.on_first(lambda: shutil.rmtree(self.path))
+
+        def remove() -> None:
+            self._clear()
+            (self.path / DESCRIPTION).unlink()
+            self.path.rmdir()
+
+        self.on_first(remove)
 
     def commit(self, finish: Callable[[], None]) -> None:
         """Run ``finish`` on rank 0, drop the journal and give the folder its name. Collective.
@@ -174,11 +245,16 @@ class WorkFolder:
 
         def rename() -> None:
             finish()
-            shutil.rmtree(self._journal)
-            (self.path / DESCRIPTION).unlink()
+            for path in self.path.rglob("*"):
+                sync(path)
+            sync(self.path)
+            # First of all: without its journal, a folder that still had the old name would be begun anew.
             self.path.rename(self.out)
+            shutil.rmtree(self.out / JOURNAL)
+            (self.out / DESCRIPTION).unlink()
+            sync(self.out.absolute().parent)
 
-        self._ranks.on_first(rename)
+        self.on_first(rename)
 
 
 @dataclass(frozen=True)
@@ -239,21 +315,20 @@ def run_jobs(
 
         try:
             for job in mine:
-                if work.entry(job.name) is None:
-                    value = job.write()
-                    if job.check is not None:
-                        job.check()
+                is_new = work.entry(job.name) is None
+                value = job.write() if is_new else None
+                if job.check is not None:
+                    job.check()
+                if is_new:
                     ends.append(pool.submit(end, job, value))
-                    _return_free_memory()
+                _return_free_memory()
                 advance(job.size)
                 if checking.done() and checking.result() is not None:
                     break
             for pending in ends:
                 pending.result()
         except OSError as error:
-            fault = (
-                f"{work.path} can't be written: {_disk_fault(error)}; make room and run again, it goes on from there"
-            )
+            fault = _refusal(work.path, error)
         except ValueError as error:
             damage = str(error)
         damage = checking.result() or damage

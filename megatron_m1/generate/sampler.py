@@ -45,6 +45,8 @@ class Sampling:
             raise ValueError(f"temperature = {self.temperature}: give 0 (greedy) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p = {self.top_p}: give a share above 0, up to 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed}: give 0 to 2^63 - 1")
 
 
 @torch.no_grad()

@@ -80,21 +80,29 @@ def commit(temporary: Path, texts: dict[str, str], digests: dict[str, str]) -> P
         The checkpoint's folder.
     """
     final = temporary.with_name(temporary.name.removesuffix(TEMPORARY))
-    for name, text in texts.items():
-        (temporary / name).write_text(text)
-    rest = [path.name for path in temporary.iterdir() if path.name not in digests]
-    files = digests | file_digests(temporary, rest)
-    manifest = {"algorithm": "sha256", "files": dict(sorted(files.items()))}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2))
-    for name in (*rest, MANIFEST):
-        sync(temporary / name)
-    sync(temporary)
+    seal(temporary, texts, digests)
     if final.exists():
         _remove(final)
     temporary.rename(final)
     sync(final.parent)
     move_tracker(final)
     return final
+
+
+def seal(folder: Path, texts: dict[str, str], digests: dict[str, str]) -> None:
+    """Add texts and the manifest to a checkpoint's data, and bring all to the disk; arguments as of ``commit``.
+
+    May be called again after it was interrupted.
+    """
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    rest = [path.name for path in folder.iterdir() if path.name not in digests and path.name != MANIFEST]
+    files = digests | file_digests(folder, rest)
+    manifest = {"algorithm": "sha256", "files": dict(sorted(files.items()))}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    for name in (*rest, MANIFEST):
+        sync(folder / name)
+    sync(folder)
 
 
 def move_tracker(checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ from megatron_m1.config_io import load_config
 from megatron_m1.convert.hub_folder import open_hub_folder
 from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
 from megatron_m1.convert.sources import HUGGING_FACE, find_checkpoint
-from megatron_m1.convert.work import Ranks
+from megatron_m1.convert.work import Ranks, stamps
 from megatron_m1.training.checkpoint import load_model
 from megatron_m1.training.checkpoint_folder import CONFIG, STATE
 from megatron_m1.training.step import Trainer
@@ -57,9 +57,11 @@ def _imported(config: Config) -> Path:
     is_there = ranks.gather((out / CHECKPOINT / COMMIT_MARK).is_file())[0]
     if not is_there:
         return load_hf(open_hub_folder(source), out, LoadOptions(), ranks)
-    known = json.loads((out / CHECKPOINT / STATE).read_text(encoding="utf-8"))["source"]
-    if known != str(source.resolve()):
+    known = json.loads((out / CHECKPOINT / STATE).read_text(encoding="utf-8"))
+    if known["source"] != str(source.resolve()):
         raise ValueError(
-            f"{out} was made of {known}, run.init_from is {source}: remove it, or choose another run.folder"
+            f"{out} was made of {known['source']}, run.init_from is {source}: remove it, or choose another run.folder"
         )
+    if known["source_files"] != stamps(source):
+        raise ValueError(f"{source} has changed since {out} was made of it: remove this, or choose another run.folder")
     return out / CHECKPOINT

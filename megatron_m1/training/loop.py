@@ -47,9 +47,13 @@ FREE_FIELDS = {"data.cache_folder", "data.train_samples", "data.embedded_corpus"
 
 
 def changed_fields(saved: Config, now: Config) -> dict[str, str]:
-    """Describe the fields of mesh, data, optimizer and training that differ, by dotted path."""
+    """Describe the fields of model, mesh, data, optimizer and training that differ, by dotted path."""
     changes = {}
-    for group in ("parallel", "data", "optimizer", "train"):
+    if saved.run.init_from != now.run.init_from:
+        changes["run.init_from"] = (
+            f"run.init_from {saved.run.init_from} -> {now.run.init_from}, which is not read again"
+        )
+    for group in ("model", "parallel", "data", "optimizer", "train"):
         before, after = asdict(getattr(saved, group)), asdict(getattr(now, group))
         for name, value in before.items():
             path = f"{group}.{name}"

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_m1.cli import run
 from megatron_m1.convert import export as exporting
 from megatron_m1.convert.export import ExportOptions, export
 from megatron_m1.convert.our_checkpoint import open_checkpoint
 from megatron_m1.convert.work import ConversionError, Ranks, parse_size
+from megatron_m1.data.files import file_lock
 from tests.convert.folders import convert, prints, weights
 from tests.convert.killed import SHARD, start
 from tests.reference.transformers_minimax import build
 from tests.training.checkpoint_runs import file_size_limit
 
+CHECKPOINT = "checkpoints/step_00000000/integrity.json"
 DATA = {"to-hf": "*.safetensors", "from-hf": "**/*.distcp"}
 
 
@@ -84,6 +89,43 @@ def test_a_full_disk(direction: str, hub: Path, tmp_path: Path, capsys: pytest.C
         assert prints(weights(out)) == prints(weights(hub / "hub"))
 
 
+@pytest.mark.parametrize(
+    ("direction", "name"), [("to-hf", "config.json"), ("from-hf", "checkpoints/latest"), ("from-hf", CHECKPOINT)]
+)
+def test_a_conversion_that_fails_at_the_end_goes_on(direction: str, name: str, hub: Path, tmp_path: Path) -> None:
+    """A folder where a file belongs stands for a disk that is full when all weights are written."""
+    source, out = source_of(direction, hub), tmp_path / "out"
+    words = ["convert", direction, str(source), str(out), "--shard-size", f"{SHARD}"]
+    with file_size_limit(45_000):
+        assert run(words) == 1
+    partial = tmp_path / "out.partial"
+    (partial / name).mkdir(parents=True)
+    assert run(words) == 1
+    data = {path: path.stat().st_mtime_ns for path in partial.glob(DATA[direction])}
+    assert data and not out.exists()
+    (partial / name).rmdir()
+    assert run(words) == 0
+    assert {partial / path.relative_to(out): path.stat().st_mtime_ns for path in out.glob(DATA[direction])} == data
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert not {"journal", "conversion.json"} & {path.name for path in out.iterdir()}
+
+
+def test_two_at_a_time_are_refused(hub: Path, tmp_path: Path) -> None:
+    with file_lock(tmp_path / "out.partial.lock", wait=False):
+        for direction in ("to-hf", "from-hf"):
+            with pytest.raises(ValueError, match=rf"^another process is writing {tmp_path}/out\.partial: wait for it"):
+                run(["convert", direction, str(source_of(direction, hub)), str(tmp_path / "out")])
+        assert [path.name for path in tmp_path.iterdir()] == ["out.partial.lock"]
+
+
+def test_a_folder_of_the_working_folders_name_is_not_touched(hub: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"out\.partial is there, and not by a conversion: move it, or choose another"):
+        run(["convert", "to-hf", str(hub / "ours"), str(tmp_path / "out")])
+    assert (tmp_path / "out.partial/thesis.txt").read_text() == "mine"
+
+
 def flip(path: Path, at: int) -> None:
     with path.open("r+b") as file:
         file.seek(at)
@@ -125,6 +167,39 @@ def remove(file: Path) -> str:
     return "can't be read: No such file or directory$"
 
 
+def overlap(file: Path) -> str:
+    return edit(file, lambda first, _: first.update(data_offsets=[0, 8])) + r"puts .* at bytes \[0, 8\] of the data$"
+
+
+def leave_a_gap(file: Path) -> str:
+    def move(_: dict[str, Any], last: dict[str, Any]) -> None:
+        last["data_offsets"] = [place + 4 for place in last["data_offsets"]]
+
+    return edit(file, move) + r"puts .* of the data$"
+
+
+def odd_shape(file: Path) -> str:
+    edit(file, lambda first, _: first.update(shape=["a"]))
+    return "is no safetensors file or is damaged: its header can't be read$"
+
+
+def eight_bits(file: Path) -> str:
+    edit(file, lambda first, _: first.update(dtype="F8_E4M3"))
+    return "F8_E4M3 is no dtype of weights: F32, BF16, F16 are$"
+
+
+def edit(file: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> str:
+    """Change what the header says of the first and the last tensor; returns how the message begins."""
+    content = file.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    entries = sorted((e for name, e in header.items() if name != "__metadata__"), key=lambda e: e["data_offsets"])
+    change(entries[0], entries[-1])
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    return "is damaged: its header "
+
+
 def rename_a_tensor(file: Path) -> str:
     content = file.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
@@ -140,7 +215,21 @@ def other_shape(file: Path) -> str:
     return r"w1\.weight has shape \[48, 40\], config\.json implies \[40, 48\]$"
 
 
-@pytest.mark.parametrize("damage", [cut_off, tear_header, empty, remove, rename_a_tensor, other_shape])
+DAMAGES = [
+    cut_off,
+    tear_header,
+    empty,
+    remove,
+    rename_a_tensor,
+    other_shape,
+    overlap,
+    leave_a_gap,
+    odd_shape,
+    eight_bits,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_shard_is_not_imported(damage: Any, hub: Path, tmp_path: Path) -> None:
     folder = tmp_path / "hub"
     shutil.copytree(hub / "hub", folder)
@@ -165,6 +254,31 @@ def test_verify_sees_what_a_disk_did(hub: Path, tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_that_fp16_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape: dict[str, Any] = dict(layers=8, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=8, experts=2)
+    model = build(**shape, vocab=20, rotary_dim=8, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=9)
+    with torch.no_grad():
+        model.lm_head.weight[3, 4] = 7e4
+    model.save_pretrained(tmp_path / "native")
+    convert("from-hf", tmp_path / "native", tmp_path / "ours")
+    for words in (["from-hf", "native", "low"], ["to-hf", "ours", "low"]):
+        paths = [str(tmp_path / word) for word in words[1:]]
+        assert run(["convert", words[0], *paths, "--dtype", "fp16"]) == 1
+        assert "output_layer.weight has numbers beyond 65504, the largest of fp16" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["native", "ours"]
+
+
+def test_verify_asked_for_later_keeps_what_is_there(hub: Path, tmp_path: Path) -> None:
+    words = ["convert", "to-hf", str(hub / "ours"), str(tmp_path / "out"), "--shard-size", f"{SHARD}"]
+    with file_size_limit(45_000):
+        assert run(words) == 1
+    done = {path.name: path.stat().st_ino for path in (tmp_path / "out.partial").glob("*.safetensors")}
+    recorded = {path.name.removesuffix(".json") for path in (tmp_path / "out.partial/journal").iterdir()}
+    assert recorded and recorded == done.keys()
+    assert run([*words, "--verify"]) == 0
+    assert {name: (tmp_path / "out" / name).stat().st_ino for name in done} == done
+
+
 def test_an_old_partial_of_another_conversion_is_begun_anew(hub: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
     (partial / "journal").mkdir(parents=True)
@@ -186,10 +300,16 @@ def test_an_existing_folder_is_not_touched(hub: Path, tmp_path: Path) -> None:
     [
         (["to-hf", "{}/x", "{}/y"], r"x is no folder: give a checkpoint or a run folder$"),
         (["from-hf", "{}", "{}/y"], r"config\.json can't be read: No such file or directory; give a Hugging Face"),
+        ([], r"^convert needs a direction: to-hf or from-hf$"),
         (["tohf", "{}", "{}/y"], r"^unknown direction tohf: did you mean to-hf\?$"),
         (["to-hf", "{hub}/ours", "{}/y", "--shard-size", "2XB"], r"^shard size '2XB': give a number"),
         (["to-hf", "{hub}/ours", "{}/y", "--remote-code", "{}"], r"has no configuration_minimax_m1\.py: give the"),
         (["to-hf", "{hub}/ours", "{}/y", "--tokenizer", "{}/t"], r"^tokenizer .*/t can't be read: "),
+        (["to-hf", "{hub}/ours", "{}/y", "--tokenizer", "{}/t", "--dry-run"], r"^tokenizer .*/t can't be read: "),
+        (["to-hf", "{hub}/ours", "{}", "--dry-run"], r" exists: choose another folder, or remove it$"),
+        (["from-hf", "{hub}/hub", "{}", "--dry-run"], r" exists: choose another folder, or remove it$"),
+        (["from-hf", "{hub}/hub", "{hub}/hub/config.json/y"], r"y can't be made: .*/config\.json: File exists; choose"),
+        (["from-hf", "{hub}/hub", "."], r"^\. exists: choose another folder, or remove it$"),
     ],
 )
 def test_wrong_input(words: list[str], message: str, hub: Path, tmp_path: Path) -> None:
@@ -199,7 +319,8 @@ def test_wrong_input(words: list[str], message: str, hub: Path, tmp_path: Path) 
 
 
 def test_sizes() -> None:
-    assert [parse_size(text) for text in ("7", "2GB", "3 MiB".replace(" ", ""), "5kb")] == [7, 2 * 10**9, 3 << 20, 5000]
-    for text in ("", "0", "-1", "1.5GB", "GB", "1TB1"):
+    sizes = {"7": 7, "2GB": 2 * 10**9, "3MiB": 3 << 20, "5kb": 5000, "1.5GB": 1_500_000_000, "1TiB": 1 << 40}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for text in ("", "0", "-1", "1.5.1GB", "GB", "1TB1", "\uff15GB", "1GGB", "0.1"):
         with pytest.raises(ValueError, match=r"^shard size "):
             parse_size(text)

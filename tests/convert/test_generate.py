@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from megatron_m1.cli import run
 from megatron_m1.generate.sampler import Sampling, choose
 from tests.convert import runs
 from tests.convert.conftest import Run
@@ -87,11 +88,18 @@ def test_draws_are_reproducible_and_do_not_depend_on_other_prompts(workers: Work
         (Sampling(temperature=float("nan")), r"^temperature = nan: give 0"),
         (Sampling(top_p=0.0), r"^top_p = 0\.0: give a share"),
         (Sampling(chunk_tokens=0), r"^chunk_tokens = 0: give 1 or more"),
+        (Sampling(seed=2**63), r"^seed = 9223372036854775808: give 0 to 2\^63 - 1"),
+        (Sampling(seed=-1), r"^seed = -1: give 0 to"),
     ],
 )
 def test_numbers_out_of_range(sampling: Sampling, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sampling.check()
+
+
+def test_a_prompt_in_another_encoding() -> None:
+    with pytest.raises(ValueError, match=r"^prompt 'caf\\udce9' is not UTF-8"):
+        run(["generate", "nowhere", "--prompt", b"caf\xe9".decode("utf-8", "surrogateescape")])
 
 
 @pytest.mark.parametrize(("prompt", "message"), [([], "a prompt is empty"), ([104], "beyond the model's 104 ids")])

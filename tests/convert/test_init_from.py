@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,12 @@ def test_fifty_steps_from_a_hugging_face_folder(
     assert starts["run"] == starts["hub"] < losses[0] - 0.5
     assert starts["run"] == pytest.approx(losses[-1], abs=0.5)
 
+    # A run that ended before its first checkpoint goes on from what it had converted, unless the source is another now.
+    shutil.rmtree(tmp_path / "hub" / "checkpoints")
+    os.utime(tmp_path / "out" / "model.safetensors.index.json", (0, 0))
+    with pytest.raises(ValueError, match=r"out has changed since .*hub/initial was made of it: remove this, or choose"):
+        pretrain(workers, *settings(tmp_path / "hub", tiny_corpus), "--init-from", f"hf:{tmp_path / 'out'}")
+
     # Where the weights came from is not needed any more.
     shutil.rmtree(theirs)
     options = settings(first, tiny_corpus, ranks=1, max_steps=STEPS + 1)
@@ -139,6 +146,7 @@ def test_a_folder_of_imported_weights_is_no_run_to_resume(
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("hf:", r"^run\.init_from = hf: names no folder: give hf:FOLDER$"),
         ("hf:{}/nowhere", r"nowhere/config\.json can't be read: No such file"),
         ("{}/nowhere", r"nowhere is no folder: give a checkpoint or a run folder"),
         ("{}", r"has no complete one below checkpoints/"),
@@ -149,3 +157,14 @@ def test_wrong_sources(tmp_path: Path, source: str, message: str) -> None:
 
     with pytest.raises(ValueError, match=message):
         run(["pretrain", "--init-from", source.format(tmp_path), "--dry-run"])
+
+
+def test_another_shape_than_the_weights(tmp_path: Path) -> None:
+    from megatron_m1.cli import run
+
+    build(**SHAPE, vocab=VOCAB, rotary_dim=16, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=6).save_pretrained(
+        tmp_path
+    )
+    words = ["pretrain", "--init-from", f"hf:{tmp_path}", "--dry-run", "--model.num_layers", "16"]
+    with pytest.raises(ValueError, match=r"^model\.num_layers is 16, but .* has 8: leave that to the weights"):
+        run(words)

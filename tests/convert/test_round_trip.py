@@ -120,7 +120,8 @@ def test_ours_is_what_an_independent_map_says(native_folder: Path, tmp_path: Pat
 def test_the_hub_to_ours_and_back(native_folder: Path, tmp_path: Path) -> None:
     """Names and dtypes of the hub: no buffers, bf16, router fp32."""
     convert("from-hf", native_folder, tmp_path / "first")
-    convert("to-hf", tmp_path / "first", tmp_path / "hub", "--dtype", "bf16", "--shard-size", "111KB")
+    words = ("--dtype", "bf16", "--shard-size", "111KB", "--max-positions", "54321")
+    convert("to-hf", tmp_path / "first", tmp_path / "hub", *words)
     convert("from-hf", tmp_path / "hub", tmp_path / "ours", "--verify")
     convert("to-hf", tmp_path / "ours", tmp_path / "again", "--shard-size", "1GB")
     assert prints(weights(tmp_path / "again")) == prints(weights(tmp_path / "hub"))

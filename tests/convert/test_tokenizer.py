@@ -14,7 +14,9 @@ from transformers import AutoTokenizer
 from megatron_m1.convert.tokenizer import copy_tokenizer, ready_tokenizer
 from megatron_m1.data.corpus import build_corpus
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
+from tests.convert.folders import convert
 from tests.data.test_tokenizers import TEXTS, hugging_face_folder
+from tests.reference.transformers_minimax import build
 
 CHARACTERS = 1_000_000
 """Of the corpus's held-out text, which the tokenizer has not seen."""
@@ -43,11 +45,12 @@ def test_equal_ids_on_the_corpus(corpus: Path, tmp_path: Path) -> None:
     train_sentencepiece(training, model, vocab_size=4096)
     ready_tokenizer(model, 4096).write(tmp_path / "hf")
     ours, theirs = load_tokenizer(model), AutoTokenizer.from_pretrained(tmp_path / "hf")
-    texts = texts_of(corpus / "code.validation.jsonl") + texts_of(corpus / "prose.validation.jsonl") + TEXTS
+    texts = texts_of(corpus / "code.validation.jsonl") + texts_of(corpus / "prose.validation.jsonl")
+    texts += [*TEXTS, "a</s>b <s>struck out</s> <unk>", "<0x0A><s>"]
     assert len(texts) > 300
     for text in texts:
         ids = ours.encode(text)
-        assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids
+        assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == ours.decode(ids)
     assert len(theirs) == ours.vocab_size == 4096
     assert theirs.eos_token == "</s>" and theirs.eos_token_id == ours.eod == 1
@@ -75,6 +78,20 @@ def test_an_imported_tokenizer_comes_back_byte_for_byte(tmp_path: Path) -> None:
     chat = loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat == "<user>hi<end>" and loaded.eos_token_id == 256
     assert not copy_tokenizer(tmp_path, tmp_path / "nothing")
+
+
+def test_settings_of_generation_come_back(tmp_path: Path) -> None:
+    shape: dict[str, Any] = dict(layers=8, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=8, experts=2)
+    model = build(**shape, vocab=300, rotary_dim=8, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=9)
+    model.save_pretrained(tmp_path / "hub")
+    hugging_face_folder(tmp_path / "hub", eos="<end>")
+    settings = {"bos_token_id": 5, "eos_token_id": [256, 7], "temperature": 0.9}
+    (tmp_path / "hub/generation_config.json").write_text(json.dumps(settings))
+    convert("from-hf", tmp_path / "hub", tmp_path / "ours")
+    convert("to-hf", tmp_path / "ours", tmp_path / "again")
+    assert json.loads((tmp_path / "again/generation_config.json").read_text()) == settings
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (5, 256)
 
 
 @pytest.mark.parametrize(

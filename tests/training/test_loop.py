@@ -176,10 +176,16 @@ def test_more_steps_keep_the_order_of_the_data(train: Train, straight: Path) -> 
 def test_what_has_changed_since_the_checkpoint_is_told() -> None:
     saved = parse_config([], [])
     now = parse_config(
-        [], ["--optimizer.lr=0.1", "--data.seq_length=64", "--train.max_steps=7", "--data.cache_folder=x"]
+        [],
+        [
+            *("--optimizer.lr=0.1", "--data.seq_length=64", "--train.max_steps=7", "--data.cache_folder=x"),
+            *("--model.moe_router_topk=1", "--run.init_from=x"),
+        ],
     )
     assert changed_fields(saved, saved) == {}
     assert changed_fields(saved, now) == {
+        "run.init_from": "run.init_from None -> x, which is not read again",
+        "model.moe_router_topk": "model.moe_router_topk 2 -> 1",
         "data.seq_length": "data.seq_length 8192 -> 64",
         "optimizer.lr": "optimizer.lr 0.0002 -> 0.1",
     }
