@@ -286,11 +286,10 @@ def _rotary(config: Mapping[str, Any], dim: int) -> tuple[float, float]:
     parameters = config.get("rope_parameters", {})
     if not isinstance(parameters, dict):
         raise ValueError(f"rope_parameters = {parameters!r}: it must be an object")
-    scaling = parameters.get("rope_type", "default") != "default" or config.get("rope_scaling")
-    if scaling:
-        raise ValueError(
-            f"rope_parameters = {parameters or config['rope_scaling']}: only the default kind is supported"
-        )
+    if parameters.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_parameters = {parameters}: only the default kind is supported")
+    if config.get("rope_scaling"):
+        raise ValueError(f"rope_scaling = {config['rope_scaling']}: only the default kind is supported")
     thetas = {_number(place, "rope_theta") for place in (config, parameters) if "rope_theta" in place}
     if len(thetas) != 1:
         raise ValueError(f"rope_theta is {sorted(thetas) or 'missing'}: one value is needed")

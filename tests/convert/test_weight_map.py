@@ -192,6 +192,7 @@ def changed(**keys: Any) -> dict[str, Any]:
         (changed(layernorm_mlp_alpha=1.0), r"^residual factors differ"),
         (changed(rope_theta=...), r"^rope_theta is missing"),
         (changed(rope_parameters={"rope_type": "yarn", "rope_theta": 1e7}), r"only the default kind"),
+        (changed(rope_scaling={"type": "linear", "factor": 2}), r"^rope_scaling = .*: only the default kind"),
         (changed(rope_parameters={"partial_rotary_factor": 1.0, "rope_theta": 1e7}), r"^rotary_dim and partial_rot"),
         (changed(hidden_size=...), r"^hidden_size is missing"),
     ],
