@@ -245,6 +245,8 @@ class WorkFolder:
 
         def rename() -> None:
             finish()
+            for torn in self.path.rglob(".*.partial"):
+                torn.unlink()  # of a write that was killed
             for path in self.path.rglob("*"):
                 sync(path)
             sync(self.path)

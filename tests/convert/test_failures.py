@@ -101,13 +101,14 @@ def test_a_conversion_that_fails_at_the_end_goes_on(direction: str, name: str, h
     partial = tmp_path / "out.partial"
     (partial / name).mkdir(parents=True)
     assert run(words) == 1
+    (partial / ".config.json.1.partial").write_bytes(b"torn")
     data = {path: path.stat().st_mtime_ns for path in partial.glob(DATA[direction])}
     assert data and not out.exists()
     (partial / name).rmdir()
     assert run(words) == 0
     assert {partial / path.relative_to(out): path.stat().st_mtime_ns for path in out.glob(DATA[direction])} == data
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    assert not {"journal", "conversion.json"} & {path.name for path in out.iterdir()}
+    assert not {"journal", "conversion.json", ".config.json.1.partial"} & {path.name for path in out.iterdir()}
 
 
 def test_two_at_a_time_are_refused(hub: Path, tmp_path: Path) -> None:
