@@ -125,7 +125,9 @@ def check_model(model: ModelConfig) -> None:
             f"{model.num_moe_experts}: lower it"
         )
     rotated = model.kv_channels * model.rotary_percent
-    if model.rotary_percent > 1 or rotated % 2:
+    even = 2 * round(rotated / 2)
+    # The engine rounds it down.
+    if model.rotary_percent > 1 or not math.isclose(rotated, even) or int(rotated) != even:
         raise ValueError(
             f"model.rotary_percent = {model.rotary_percent} of model.kv_channels = {model.kv_channels} rotates "
             f"{rotated:g} dimensions: it must be an even number up to {model.kv_channels}"

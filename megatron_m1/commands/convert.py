@@ -96,7 +96,7 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
     from megatron_m1.convert.export import ExportOptions, check_inputs, describe_export, export
     from megatron_m1.convert.hf_config import DTYPES, caveats
     from megatron_m1.convert.our_checkpoint import open_checkpoint
-    from megatron_m1.convert.sources import find_checkpoint
+    from megatron_m1.convert.sources import find_checkpoint, tokenizer_of
     from megatron_m1.convert.work import parse_size, refuse_existing, started_ranks
 
     source = open_checkpoint(find_checkpoint(options.source))
@@ -105,13 +105,12 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
     if options.no_tokenizer:
         tokenizer = None
     elif tokenizer is None:
-        recorded = source.contents.config.data.tokenizer
-        tokenizer = Path(recorded) if recorded else None
+        tokenizer = tokenizer_of(source)
         if tokenizer is None:
             notes = ["no tokenizer was written: the checkpoint names none; give --tokenizer"]
         elif not tokenizer.exists():
             raise ValueError(
-                f"data.tokenizer of the checkpoint, {recorded}, is not there: give --tokenizer PATH or --no-tokenizer"
+                f"data.tokenizer of the checkpoint, {tokenizer}, is not there: give --tokenizer PATH or --no-tokenizer"
             )
     choices = ExportOptions(
         dtype=DTYPES.get(options.dtype),

@@ -57,13 +57,11 @@ def run(arguments: Sequence[str]) -> int:
         if not _is_text(text):
             raise ValueError(f"prompt {text!r} is not UTF-8: give it in this encoding")
     from megatron_m1.convert.hf_config import DTYPES
-    from megatron_m1.convert.hub_folder import HubFolder
-    from megatron_m1.convert.sources import open_any
+    from megatron_m1.convert.sources import open_any, tokenizer_of
     from megatron_m1.data.tokenizers import load_tokenizer
 
     source = open_any(options.source)
-    recorded = source.folder if isinstance(source, HubFolder) else source.contents.config.data.tokenizer
-    place = options.tokenizer or recorded
+    place = options.tokenizer or tokenizer_of(source)
     if not place:
         raise ValueError(f"{options.source} names no tokenizer: give --tokenizer")
     try:

@@ -117,9 +117,13 @@ def _write(plan: _Plan, folder: Path, shard: _Shard) -> None:
 
 
 def _check(plan: _Plan, folder: Path, shard: _Shard) -> None:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(folder / shard.name, framework="pt") as file:
+    try:
+        file = safe_open(folder / shard.name, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{folder / shard.name} is not what was written: check the disk ({error})") from error
+    with file:
         for unit in shard.units:
             for entry, tensor in zip(plan.entries(unit), plan.tensors(unit), strict=True):
                 if not same_bits(file.get_tensor(entry.name), tensor):
@@ -235,6 +239,7 @@ def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Rank
         run_jobs(work, jobs, ranks, title="to-hf", beside=source_fault(source.folder, ranks))
 
         def finish() -> None:
+            work.keep_only([shard.name for shard in plan.shards])
             _finish(plan, work.path, tokenizer)
             if options.format == "hub":
                 open_hub_folder(work.path)

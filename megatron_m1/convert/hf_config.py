@@ -174,13 +174,13 @@ def model_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     kind = config.get("model_type")
     if kind not in ("minimax", "minimax_m1", "minimax_text_01"):
         raise ValueError(f"model_type = {kind!r}: only minimax, minimax_m1 and minimax_text_01 can be converted")
+    # A key that is null is as good as missing.
+    config = {key: value for key, value in config.items() if value is not None}
     for key, allowed in _MUST_BE.items():
         if config.get(key, allowed[0]) not in allowed:
             raise ValueError(f"{key} = {config[key]!r} has no counterpart here: it must be {allowed[0]!r}")
     if "postnorm" not in config and "layer_types" not in config:
         raise ValueError("postnorm is missing, which the hub's code reads as false: this model needs postnorm = true")
-    # A key that is null is as good as missing.
-    config = {key: value for key, value in config.items() if value is not None}
     layers, heads, hidden = (_count(config, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
     dim = _count(config, "head_dim") if "head_dim" in config else hidden // heads
     alpha, beta = _residual(config)
@@ -229,9 +229,12 @@ def _count(config: Mapping[str, Any], key: str) -> int:
 
 def _number(config: Mapping[str, Any], key: str) -> float:
     value = _there(config, key)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{key} = {value!r}: it must be a number")
-    return float(value)
+    try:
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:
+        pass
+    raise ValueError(f"{key} = {value!r}: it must be a number")
 
 
 def _there(config: Mapping[str, Any], key: str) -> Any:
@@ -270,34 +273,41 @@ def _period(config: Mapping[str, Any], layers: int) -> int:
 def _residual(config: Mapping[str, Any]) -> tuple[float, float]:
     found = []
     for part in ("alpha", "beta"):
-        values = {}
+        values: dict[str, float] = {}
         for native, hub in _FACTORS.items():
             prefix = native if native == "mlp" else f"{native}_attn"
-            for key in (f"layernorm_{hub}_{part}", f"{prefix}_{part}_factor"):
-                if key in config:
-                    values[key] = _number(config, key)
+            keys = (f"layernorm_{hub}_{part}", f"{prefix}_{part}_factor")
+            # Readers take 1 for one that is missing.
+            values |= {key: _number(config, key) for key in keys if key in config} or {keys[0]: 1.0}
         if len(set(values.values())) > 1:
             raise ValueError(f"residual factors differ, and this model has one {part} for all: {values}")
-        found.append(next(iter(values.values()), 1.0))
+        found.append(next(iter(values.values())))
     return found[0], found[1]
 
 
 def _rotary(config: Mapping[str, Any], dim: int) -> tuple[float, float]:
-    parameters = config.get("rope_parameters", {})
-    if not isinstance(parameters, dict):
-        raise ValueError(f"rope_parameters = {parameters!r}: it must be an object")
-    if parameters.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_parameters = {parameters}: only the default kind is supported")
-    if config.get("rope_scaling"):
-        raise ValueError(f"rope_scaling = {config['rope_scaling']}: only the default kind is supported")
-    thetas = {_number(place, "rope_theta") for place in (config, parameters) if "rope_theta" in place}
+    parameters, scaling = config.get("rope_parameters", {}), config.get("rope_scaling", {})
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} = {value!r}: it must be an object")
+        # The key's older name is still read.
+        kinds = {value.get(key) for key in ("rope_type", "type")} - {None}
+        if kinds - {"default"} or (name == "rope_scaling" and value and not kinds):
+            raise ValueError(f"{name} = {value}: only the default kind is supported")
+    places = [{key: value for key, value in place.items() if value is not None} for place in (config, parameters)]
+    thetas = {_number(place, "rope_theta") for place in places if "rope_theta" in place}
     if len(thetas) != 1:
         raise ValueError(f"rope_theta is {sorted(thetas) or 'missing'}: one value is needed")
-    percents = set()
+    factor = "partial_rotary_factor"
+    percents = {_number(place, factor) for place in places if factor in place}
     if "rotary_dim" in config:
-        percents.add(_count(config, "rotary_dim") / dim)
-    if "partial_rotary_factor" in parameters:
-        percents.add(_number(parameters, "partial_rotary_factor"))
+        percents.add(_share(_count(config, "rotary_dim"), dim))
     if len(percents) > 1:
         raise ValueError(f"rotary_dim and partial_rotary_factor contradict each other: shares {sorted(percents)}")
     return thetas.pop(), percents.pop() if percents else 1.0
+
+
+def _share(rotated: int, dim: int) -> float:
+    """``rotated / dim``, or the next number above where ``dim`` times it would be rounded below ``rotated``."""
+    share = rotated / dim
+    return share if int(dim * share) >= rotated else math.nextafter(share, math.inf)

@@ -21,7 +21,7 @@ from megatron_m1.config_io import config_text
 from megatron_m1.convert.export import same_bits
 from megatron_m1.convert.hub_folder import HubFolder
 from megatron_m1.convert.our_checkpoint import BACKEND, LateWriter, open_checkpoint
-from megatron_m1.convert.tokenizer import copy_tokenizer
+from megatron_m1.convert.tokenizer import TOKENIZER, copy_tokenizer
 from megatron_m1.convert.weight_map import Unit, cast
 from megatron_m1.convert.work import ConversionError, Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
 from megatron_m1.training import checkpoint_folder as folders
@@ -103,9 +103,9 @@ class _Loading:
     def finish(self, entries: list[dict[str, Any]]) -> None:
         self.writer.finish([self.results(number, entry["value"]) for number, entry in enumerate(entries)])
         config = self.config()
-        tokenizer = self.work.path / "tokenizer"
+        tokenizer = self.work.path / TOKENIZER
         if copy_tokenizer(self.source.folder, tokenizer):
-            config.data.tokenizer = str((self.work.out / "tokenizer").absolute())
+            config.data.tokenizer = str((self.work.out / TOKENIZER).absolute())
         state: dict[str, Any] = {"step": 0, "tokens": 0, "consumed_samples": 0, "weights_only": True}
         state |= {"source": str(self.source.folder.resolve()), "source_files": stamps(self.source.folder)}
         texts = {

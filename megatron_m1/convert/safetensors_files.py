@@ -7,6 +7,7 @@ data), and the data.
 from __future__ import annotations
 
 import json
+import math
 import operator
 import os
 import struct
@@ -39,7 +40,7 @@ class Entry:
     @property
     def size(self) -> int:
         """Bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -63,7 +64,7 @@ def read_header(path: Path) -> dict[str, Entry]:
         dtypes = {str(fields["dtype"]) for fields in header.values()}
         shapes = {name: tuple(operator.index(size) for size in fields["shape"]) for name, fields in header.items()}
         places = {name: tuple(map(operator.index, fields["data_offsets"])) for name, fields in header.items()}
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         raise ValueError(f"{path} is no safetensors file or is damaged: its header can't be read") from error
     if not dtypes <= _DTYPES.keys():
         raise ValueError(f"{path}: {min(dtypes - _DTYPES.keys())} is no dtype of weights: {', '.join(_DTYPES)} are")

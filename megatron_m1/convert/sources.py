@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_m1.checkpoint_contents import complete_checkpoints
@@ -10,6 +11,7 @@ from megatron_m1.config_io import load_config
 from megatron_m1.convert.hf_config import CONFIG
 from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint, open_checkpoint
+from megatron_m1.convert.tokenizer import TOKENIZER
 
 HUGGING_FACE = "hf:"
 """Prefix of ``run.init_from`` that names a Hugging Face folder."""
@@ -45,7 +47,8 @@ def open_any(path: Path) -> OurCheckpoint | HubFolder:
 def initial_model(config: Config) -> ModelConfig:
     """Shape and numerics of the model that a run with ``run.init_from`` trains.
 
-    A run that goes on with the same ``init_from`` has it in its own checkpoints: their source may be gone.
+    A run that goes on with the same ``init_from`` has it in its own checkpoints: their source may be gone. What a
+    configuration took from the machine that it ran on is left open again.
 
     Raises:
         ValueError: there is none, or it is none of ours.
@@ -55,9 +58,24 @@ def initial_model(config: Config) -> ModelConfig:
     own = complete_checkpoints(Path(config.run.folder)) if config.run.resume else []
     saved = load_config(own[-1] / "config.yaml") if own else None
     if saved is not None and saved.run.init_from == init_from:
-        return saved.model
+        return replace(saved.model, transformer_impl=ModelConfig.transformer_impl)
     if init_from == HUGGING_FACE:
         raise ValueError("run.init_from = hf: names no folder: give hf:FOLDER")
     if init_from.startswith(HUGGING_FACE):
         return open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
-    return load_config(find_checkpoint(Path(init_from)) / "config.yaml").model
+    given = load_config(find_checkpoint(Path(init_from)) / "config.yaml").model
+    return replace(given, transformer_impl=ModelConfig.transformer_impl)
+
+
+def tokenizer_of(source: OurCheckpoint | HubFolder) -> Path | None:
+    """Where the tokenizer of a checkpoint or folder is said to be; None if nothing says so.
+
+    An imported checkpoint that was moved has it beside itself.
+    """
+    if isinstance(source, HubFolder):
+        return source.folder
+    recorded = source.contents.config.data.tokenizer
+    if not recorded:
+        return None
+    beside = source.folder.resolve().parent.parent / TOKENIZER
+    return beside if beside.is_dir() and not Path(recorded).exists() else Path(recorded)

@@ -12,6 +12,8 @@ from megatron_m1.data.tokenizers import FOLDER_FILES, load_tokenizer
 
 SPACE = "\u2581"
 """SentencePiece's space."""
+TOKENIZER = "tokenizer"
+"""Folder of an imported model in which its tokenizer is, beside ``checkpoints``."""
 GENERATION = "generation_config.json"
 FILES = (*FOLDER_FILES, "chat_template.jinja", GENERATION)
 """What belongs to a tokenizer in a Hugging Face folder."""

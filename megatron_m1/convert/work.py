@@ -13,9 +13,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatron_m1.data.files import file_lock, write_atomically
 from megatron_m1.training.checkpoint_folder import sync
 
 PARTIAL = ".partial"
+LOCK = ".lock"
 JOURNAL = "journal"
 DESCRIPTION = "conversion.json"
 _UNITS = {
@@ -122,7 +123,8 @@ def started_ranks() -> Iterator[Ranks]:
 
 def stamps(folder: Path) -> dict[str, list[int]]:
     """Size and time of every file of a source: another one is another source."""
-    there = [path for path in sorted(folder.iterdir()) if path.exists()]  # a link may lead nowhere
+    # Folders are no part of it, nor is the lock of a result that is made within it; a link may lead nowhere.
+    there = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != LOCK]
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in there}
 
 
@@ -183,7 +185,7 @@ class WorkFolder:
         refuse_existing(self.out)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(file_lock(Path(f"{self.path}.lock"), wait=False))
+            held.enter_context(file_lock(Path(f"{self.path}{LOCK}"), wait=False))
         except BlockingIOError as error:
             raise ValueError(f"another process is writing {self.path}: wait for it, or choose another OUT") from error
         except OSError as error:
@@ -213,14 +215,24 @@ class WorkFolder:
             elif path.name != DESCRIPTION:
                 path.unlink()
 
-    def entry(self, name: str) -> Any:
-        """What was recorded when file ``name`` was finished; None if it is not."""
-        path = self._journal / f"{name}.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    def entry(self, file: Path) -> Any:
+        """What was recorded when ``file`` was finished; None if it is not, or has another size now."""
+        path = self._journal / f"{file.name}.json"
+        if not path.is_file() or not file.is_file():
+            return None
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        return entry["of"] if entry["size"] == file.stat().st_size else None
 
-    def record(self, name: str, value: Any) -> None:
-        """Note that file ``name`` is finished."""
-        write_atomically(self._journal / f"{name}.json", json.dumps(value).encode())
+    def record(self, file: Path, value: Any) -> None:
+        """Note that ``file`` is finished."""
+        entry = {"of": value, "size": file.stat().st_size}
+        write_atomically(self._journal / f"{file.name}.json", json.dumps(entry).encode())
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Remove files other than these: what an earlier attempt wrote at its end may not be what this one would."""
+        for path in self.path.iterdir():
+            if path.is_file() and path.name not in {*names, DESCRIPTION}:
+                path.unlink()
 
     def on_first(self, action: Callable[[], None]) -> None:
         """Run ``action``, which writes here, on rank 0 while the others wait. Raises as ``Ranks.on_first``."""
@@ -252,8 +264,9 @@ class WorkFolder:
             sync(self.path)
             # First of all: without its journal, a folder that still had the old name would be begun anew.
             self.path.rename(self.out)
-            shutil.rmtree(self.out / JOURNAL)
-            (self.out / DESCRIPTION).unlink()
+            shutil.rmtree(self.out / JOURNAL, ignore_errors=True)
+            with suppress(OSError):
+                (self.out / DESCRIPTION).unlink()
             sync(self.out.absolute().parent)
 
         self.on_first(rename)
@@ -270,11 +283,6 @@ class Job:
     """Write it; what it returns is recorded. ``run_jobs`` brings it to the disk."""
     check: Callable[[], None] | None = None
     """Compare it with the source (``--verify``); raises ValueError."""
-
-    @property
-    def name(self) -> str:
-        """Under which it is recorded."""
-        return self.path.name
 
 
 def run_jobs(
@@ -313,11 +321,11 @@ def run_jobs(
         def end(job: Job, value: Any) -> None:
             # Beside the next file: the disk is as slow as all the rest together.
             sync(job.path)
-            work.record(job.name, {"value": value, "after": after(job.name) if after else None})
+            work.record(job.path, {"value": value, "after": after(job.path.name) if after else None})
 
         try:
             for job in mine:
-                is_new = work.entry(job.name) is None
+                is_new = work.entry(job.path) is None
                 value = job.write() if is_new else None
                 if job.check is not None:
                     job.check()
@@ -342,7 +350,7 @@ def run_jobs(
     failed = [second for _, second in answers if second is not None]
     if failed:
         raise ConversionError(failed[0])
-    return [work.entry(job.name) for job in jobs]
+    return [work.entry(job.path) for job in jobs]
 
 
 @contextmanager

@@ -62,6 +62,6 @@ def _imported(config: Config) -> Path:
         raise ValueError(
             f"{out} was made of {known['source']}, run.init_from is {source}: remove it, or choose another run.folder"
         )
-    if known["source_files"] != stamps(source):
+    if known.get("source_files") != stamps(source):
         raise ValueError(f"{source} has changed since {out} was made of it: remove this, or choose another run.folder")
     return out / CHECKPOINT

@@ -127,6 +127,57 @@ def test_a_folder_of_the_working_folders_name_is_not_touched(hub: Path, tmp_path
     assert (tmp_path / "out.partial/thesis.txt").read_text() == "mine"
 
 
+def test_what_an_earlier_end_wrote_is_removed(hub: Path, tmp_path: Path) -> None:
+    """Another tokenizer, or none, does not mix with that of an attempt that failed at its last file."""
+    words = ["convert", "to-hf", str(hub / "ours"), str(tmp_path / "out")]
+    index = tmp_path / "out.partial/model.safetensors.index.json"
+    with file_size_limit(45_000):
+        assert run(words) == 1
+    index.mkdir()
+    (tmp_path / "out.partial/tokenizer.json").write_text("{}")
+    assert run(words) == 1
+    index.rmdir()
+    assert run(words) == 0
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".safetensors", ".json"}
+    assert not (tmp_path / "out/tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("direction", ["to-hf", "from-hf"])
+@pytest.mark.parametrize("change", ["shorter", "source"])
+def test_what_is_not_as_it_was_is_written_again(direction: str, change: str, hub: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / source_of(direction, hub).name, tmp_path / "out"
+    shutil.copytree(source_of(direction, hub), source)
+    words = ["convert", direction, str(source), str(out), "--shard-size", f"{SHARD}"]
+    with file_size_limit(45_000):
+        assert run(words) == 1
+    partial = tmp_path / "out.partial"
+    obstacle = partial / ("config.json" if direction == "to-hf" else "checkpoints/latest")
+    obstacle.mkdir(parents=True)
+    assert run(words) == 1  # with all data written
+    obstacle.rmdir()
+    files = sorted(partial.glob(DATA[direction]))
+    if change == "shorter":
+        os.truncate(files[0], files[0].stat().st_size - 4)
+    else:
+        os.utime(next(path for path in source.iterdir() if path.suffix == ".json"), (0, 0))
+    before = {path.name: path.stat().st_mtime_ns for path in files}
+    assert run([*words, "--verify"]) == 0
+    after = {path.name: path.stat().st_mtime_ns for path in out.glob(DATA[direction])}
+    written = {name for name, time in before.items() if after[name] != time}
+    assert written == ({files[0].name} if change == "shorter" else set(before))
+
+
+def test_a_full_disk_in_the_middle_of_a_tensor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape: dict[str, Any] = dict(layers=8, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=8, experts=2)
+    model = build(**shape, vocab=20_000, rotary_dim=8, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=9)
+    model.save_pretrained(tmp_path / "native")
+    capsys.readouterr()
+    with file_size_limit(500_000):
+        assert run(["convert", "from-hf", str(tmp_path / "native"), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "out.partial can't be written: File too large; make room" in error
+
+
 def flip(path: Path, at: int) -> None:
     with path.open("r+b") as file:
         file.seek(at)
@@ -187,6 +238,20 @@ def odd_shape(file: Path) -> str:
 def eight_bits(file: Path) -> str:
     edit(file, lambda first, _: first.update(dtype="F8_E4M3"))
     return "F8_E4M3 is no dtype of weights: F32, BF16, F16 are$"
+
+
+def test_a_header_may_name_tensors_in_any_order(hub: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(hub / "hub", folder)
+    file = sorted(folder.glob("*.safetensors"))[3]
+    content = file.read_bytes()
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    text = json.dumps(dict(reversed(header.items()))).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    convert("from-hf", folder, tmp_path / "ours")
+    convert("to-hf", tmp_path / "ours", tmp_path / "again", "--shard-size", f"{SHARD}")
+    assert prints(weights(tmp_path / "again")) == prints(weights(hub / "hub"))
 
 
 def edit(file: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> str:
@@ -282,7 +347,10 @@ def test_verify_asked_for_later_keeps_what_is_there(hub: Path, tmp_path: Path) -
 
 def test_an_old_partial_of_another_conversion_is_begun_anew(hub: Path, tmp_path: Path) -> None:
     partial = tmp_path / "out.partial"
-    (partial / "journal").mkdir(parents=True)
+    partial.mkdir()
+    (partial / ".conversion.json.1.partial").write_text("{")  # a first one died even earlier
+    with file_size_limit(45_000):
+        assert run(["convert", "to-hf", str(hub / "ours"), str(tmp_path / "out")]) == 1
     (partial / "conversion.json").write_text("{}")
     (partial / "stray.safetensors").write_bytes(b"x")
     convert("to-hf", hub / "ours", tmp_path / "out", "--shard-size", f"{SHARD}")

@@ -167,6 +167,17 @@ def shared_conversion(rank: int, world_size: int, words: list[list[str]]) -> lis
     return [run(["convert", *line]) for line in words]
 
 
+def shared_refusal(rank: int, world_size: int, words: list[str]) -> str:
+    """What a rank of ``megatron-m1 convert`` under torchrun says of wrong input."""
+    from megatron_m1.cli import run
+
+    try:
+        run(["convert", *words])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def test_ranks_share_the_work(workers: WorkerPool, fp32_run: Run, tmp_path: Path) -> None:
     """Two processes give the same bytes as one."""
     convert("to-hf", fp32_run.folder, tmp_path / "one", "--shard-size", "100KB")
@@ -177,6 +188,9 @@ def test_ranks_share_the_work(workers: WorkerPool, fp32_run: Run, tmp_path: Path
     ]
     for line in lines:
         assert workers.run(shared_conversion, [line], world_size=2, process_group=False) == [[0], [0]]
+        # What only rank 0 can see, every rank says.
+        refused = workers.run(shared_refusal, line, world_size=2, process_group=False)
+        assert refused == [f"{line[2]} exists: choose another folder, or remove it"] * 2
     for one, two in (("one", "two"), (f"ours-one/{IMPORTED}", f"ours-two/{IMPORTED}")):
         names = {path.name for path in (tmp_path / one).iterdir()}
         assert names == {path.name for path in (tmp_path / two).iterdir()}

@@ -6,6 +6,7 @@ import copy
 import json
 import lzma
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from megatron_m1.cli import run
-from megatron_m1.convert.hf_config import hub_config, model_from_hf, native_config
+from megatron_m1.convert.hf_config import hub_config, model_from_hf, native_config, rotary_dim
 from megatron_m1.convert.hub_folder import expected_bytes
 from megatron_m1.convert.weight_map import check_names, to_hub, to_ours, units
 from megatron_m1.counts import model_counts
@@ -192,6 +193,10 @@ def changed(**keys: Any) -> dict[str, Any]:
         (changed(layernorm_mlp_alpha=1.0), r"^residual factors differ"),
         (changed(rope_theta=...), r"^rope_theta is missing"),
         (changed(rope_parameters={"rope_type": "yarn", "rope_theta": 1e7}), r"only the default kind"),
+        (changed(rope_parameters={"type": "yarn", "rope_theta": 1e7}), r"^rope_parameters = .*only the default kind"),
+        (changed(partial_rotary_factor=1.0), r"^rotary_dim and partial_rotary_factor contradict"),
+        (changed(layernorm_mlp_alpha=None), r"^residual factors differ.*'layernorm_mlp_alpha': 1\.0"),
+        (changed(rope_theta=10**400), r"^rope_theta = 1000.*: it must be a number$"),
         (changed(rope_scaling={"type": "linear", "factor": 2}), r"^rope_scaling = .*: only the default kind"),
         (changed(rope_parameters={"partial_rotary_factor": 1.0, "rope_theta": 1e7}), r"^rotary_dim and partial_rot"),
         (changed(hidden_size=...), r"^hidden_size is missing"),
@@ -200,6 +205,20 @@ def changed(**keys: Any) -> dict[str, Any]:
 def test_configs_that_are_another_model(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_from_hf(config)
+
+
+def test_null_is_as_good_as_missing() -> None:
+    nulls = changed(max_position_embeddings=None, hidden_act=None, tie_word_embeddings=None, lightning_norm_eps=None)
+    parameters = {"rope_type": None, "rope_theta": 1e7, "partial_rotary_factor": None}
+    config = nulls | {"rope_parameters": parameters, "rope_scaling": {"type": "default"}}
+    assert model_from_hf(config) == replace(model_from_hf(HUB_ONLY), max_position_embeddings=None)
+
+
+def test_every_even_share_of_a_head_is_rotated_as_said() -> None:
+    for dim in range(2, 300, 2):
+        for rotated in range(2, dim + 1, 2):
+            model = model_from_hf(changed(head_dim=dim, rotary_dim=rotated))
+            assert int(dim * model.rotary_percent) == rotary_dim(model) == rotated
 
 
 def test_configs_go_there_and_back() -> None:
