@@ -266,41 +266,41 @@ def measure(name: str, pack: Pack, slopes: Tensor, top: dict[str, float]) -> dic
     return row
 
 
-def attempt(name: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What ``run`` returns, or why it did not: others may fail, and no kernel of ours but for want of memory."""
+def attempt(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``run`` returns, or why it did not: one failure costs no other row."""
     try:
-        return run()
-    except torch.OutOfMemoryError:
-        return {"failed": "out of memory"}
-    except Exception as error:
-        if name not in THEIRS:
-            raise
-        return {"failed": f"{type(error).__name__}: {error}".splitlines()[0]}
-    finally:
+        result = run()
         torch.cuda.empty_cache()
+        return result
+    except Exception as error:
+        fault = f"{type(error).__name__}: {error}".splitlines()[0]
+    try:
+        torch.cuda.empty_cache()
+    except Exception as error:  # a lost context: so will the rest fail, and be named
+        fault += f"; then {type(error).__name__}"
+    return {"failed": fault}
 
 
 def measure_all(
-    tokens: list[int], names: list[str], slopes: Tensor, top: dict[str, float]
-) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """Errors of each op, dense and packed, and a row for each op, length, dense and packed."""
-    found: dict[str, dict[str, Any]] = {}
-    rows = []
+    tokens: list[int], names: list[str], slopes: Tensor, record: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Record errors and, for each length, a row of each op, dense and packed; ``save`` after each op."""
     print(
         f"{'tokens':>7} {'docs':>5} {'op':<10}  forward: ms TB/s TFLOP/s, forward and backward: the same; shares; GiB"
     )
     for name in names:
         for kind, packed in (("dense", False), ("packed", True)):
-            key = f"{name} {kind}"
-            found[key] = attempt(name, functools.partial(errors, name, slopes, packed))
-            print(f"error of {key}: {json.dumps(found[key])}", flush=True)
+            found = attempt(functools.partial(errors, name, slopes, packed))
+            record["errors"][f"{name} {kind}"] = found
+            print(f"error of {name} {kind}: {json.dumps(found)}", flush=True)
         for length, packed in itertools.product(tokens, (False, True)):
             pack = make_pack(length, packed)
             row: dict[str, Any] = {"op": name, "tokens": length, "documents": len(pack.lengths)}
-            row |= attempt(name, functools.partial(measure, name, pack, slopes, top))
-            rows.append(row)
+            row |= attempt(functools.partial(measure, name, pack, slopes, record["ceilings"]))
+            record["rows"].append(row)
             print(line(row), flush=True)
-    return found, rows
+        record["aims"] = aims(record["rows"], record["errors"])
+        save()
 
 
 def line(row: dict[str, Any]) -> str:
@@ -322,12 +322,14 @@ def aims(rows: list[dict[str, Any]], found: dict[str, dict[str, Any]]) -> dict[s
         mine = at["ours", False]
         result |= {"forward_ms": mine["forward_ms"], "both_ms": mine["both_ms"]}
         if ("ours", True) in at:
-            result["packed_over_dense"] = at["ours", True]["both_ms"] / mine["both_ms"]
+            for kind in ("forward", "both"):
+                result[f"packed_over_dense_{kind}"] = at["ours", True][f"{kind}_ms"] / mine[f"{kind}_ms"]
         if ("fla", False) in at:
             result["fla_over_ours_forward"] = at["fla", False]["forward_ms"] / mine["forward_ms"]
             result["fla_over_ours_both"] = at["fla", False]["both_ms"] / mine["both_ms"]
-    if "o" in found.get("fla dense", {}):
-        result["error_over_fla"] = max(found["ours dense"][name] / found["fla dense"][name] for name in NAMES)
+    own, theirs = found.get("ours dense", {}), found.get("fla dense", {})
+    if "o" in own and "o" in theirs:
+        result["error_over_fla"] = max(own[name] / theirs[name] for name in NAMES)
     return result
 
 
@@ -366,17 +368,23 @@ def main() -> None:
     print(f"correct: {len(shares)} results, the worst has {max(shares.values()):.2f} of the error that is allowed")
     top = ceilings()
     print(json.dumps({"ceilings": top}))
-    found, rows = measure_all(arguments.tokens, names, slopes, top)
     now, gpu = datetime.now(UTC), torch.cuda.get_device_name()
-    record = {"gpu": gpu, "date": now.isoformat(), "versions": made_with, "ceilings": top, "errors": found}
-    record |= {"shares_of_allowed_error": shares, "rows": rows, "aims": aims(rows, found)}
-    print(json.dumps(record["aims"], indent=1))
+    record: dict[str, Any] = {"gpu": gpu, "date": now.isoformat(), "versions": made_with, "ceilings": top}
+    record |= {"shares_of_allowed_error": shares, "errors": {}, "rows": [], "aims": {}}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    path = arguments.output / f"lightning_{gpu.replace(' ', '-')}_{now:%Y%m%d}.json"
+    path = arguments.output / f"lightning_{gpu.replace(' ', '-')}_{now:%Y%m%dT%H%M%S}.json"
+    measure_all(arguments.tokens, names, slopes, record, lambda: write(path, record))
+    print(json.dumps(record["aims"], indent=1))
+    print(f"written to {path}")
+    if any("failed" in row and row["op"] not in THEIRS for row in record["rows"]):
+        sys.exit("some rows of ours failed: see above")
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """Replace what was written of the same run."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1), encoding="utf-8")
     partial.replace(path)
-    print(f"written to {path}")
 
 
 if __name__ == "__main__":

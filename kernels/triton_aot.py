@@ -220,7 +220,7 @@ def _source(build: Build) -> ASTSource:
             signature[name] = "*fp32"
         else:
             signature[name] = "fp32" if name == "eps" else "i32"
-        # Documents are cut, and carries made, where heads are too few to fill the GPU: 16 need not divide them.
+        # Long documents are cut, and carries made, where heads are too few to fill the GPU: 16 need not divide them.
         few = name == "heads" and (build.constants.get("CARRIES_IN") or not build.constants.get("QUERIES", True))
         if signature[name] != "fp32" and name != "rows" and not few:
             aligned[(index,)] = [["tt.divisibility", 16]]

@@ -172,20 +172,25 @@ class _ChunkLightningAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, slopes, initial_state = ctx.saved_tensors
-        chunks, dtype = ctx.chunks, state_dtype(q.dtype)
-        grad_output = torch.zeros_like(v) if grads[0] is None else grads[0]
-        decays = Decays(slopes, ctx.chunk_size, dtype)
-        dq = _grad_q_from_states(k, v, grad_output, initial_state, chunks, decays)
-        dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
-        scan = _ReverseScan(decays, grads[1], initial_state)
-        for chunk in reversed(chunks):
-            q_chunk, k_chunk, v_chunk, do_chunk = (_head_major(x, chunk, dtype) for x in (q, k, v, grad_output))
-            dq_chunk, dk_chunk, dv_chunk = scan.step(chunk, q_chunk, k_chunk, v_chunk, do_chunk)
-            rows = slice(chunk.start, chunk.end)
-            dq[rows] += dq_chunk.transpose(0, 1)  # [H, m, D] -> [m, H, D]
-            dk[rows], dv[rows] = dk_chunk.transpose(0, 1), dv_chunk.transpose(0, 1)
-        return dq.to(q.dtype), dk, dv, None, scan.grad_initial_state, None, None, None
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return _gradients(ctx, grads)
+
+
+def _gradients(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    q, k, v, slopes, initial_state = ctx.saved_tensors
+    chunks, dtype = ctx.chunks, state_dtype(q.dtype)
+    grad_output = torch.zeros_like(v) if grads[0] is None else grads[0]
+    decays = Decays(slopes, ctx.chunk_size, dtype)
+    dq = _grad_q_from_states(k, v, grad_output, initial_state, chunks, decays)
+    dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v))
+    scan = _ReverseScan(decays, grads[1], initial_state)
+    for chunk in reversed(chunks):
+        q_chunk, k_chunk, v_chunk, do_chunk = (_head_major(x, chunk, dtype) for x in (q, k, v, grad_output))
+        dq_chunk, dk_chunk, dv_chunk = scan.step(chunk, q_chunk, k_chunk, v_chunk, do_chunk)
+        rows = slice(chunk.start, chunk.end)
+        dq[rows] += dq_chunk.transpose(0, 1)  # [H, m, D] -> [m, H, D]
+        dk[rows], dv[rows] = dk_chunk.transpose(0, 1), dv_chunk.transpose(0, 1)
+    return dq.to(q.dtype), dk, dv, None, scan.grad_initial_state, None, None, None
 
 
 def _grad_q_from_states(

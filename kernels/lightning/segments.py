@@ -110,14 +110,14 @@ def plan_walk(
     return Plan(_table(segments, 5), _table(carries, 5), _table(chains, 2))
 
 
-def segment_tokens(tokens: int, programs: int, processors: int, multiple: int) -> int:
+def segment_tokens(tokens: int, programs: int, processors: int, resident: int, multiple: int) -> int:
     """Tokens of the longest segment for a pack of ``tokens``: no cut if a walk of whole documents fills the GPU.
 
     A cut costs reading the keys and values of all but the last segment twice. So documents stay whole where the
     ``programs`` of one segment (heads x tiles) keep three quarters of the ``processors`` busy; else the pack is cut
-    in as many parts as fill them.
+    in as many parts as all run at once, ``resident`` programs to a processor: one more would begin when the others end.
     """
     if 4 * programs >= 3 * processors:
         return tokens
-    parts = -(-processors // programs)
+    parts = max(1, processors * resident // programs)
     return -(-tokens // (parts * multiple)) * multiple

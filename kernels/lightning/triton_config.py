@@ -22,6 +22,11 @@ class WalkConfig:
     stages: int
     """Chunks in flight: 2 loads the next one while this one is multiplied."""
 
+    @property
+    def resident(self) -> int:
+        """Programs that a processor holds: its 65,536 registers are those of 8 warps at the counts that are reached."""
+        return max(1, 8 // self.warps)
+
 
 def _padded(size: int) -> int:
     """The power of two that holds ``size``; 16 is the least that the matrix instructions take."""

@@ -78,7 +78,8 @@ class Walk:
 
     def segment_tokens(self, tokens: int) -> int:
         """Tokens of the longest segment of a pack of ``tokens``."""
-        return segment_tokens(tokens, self.programs, _processors(self.c.device), self.config.block_t)
+        processors, config = _processors(self.c.device), self.config
+        return segment_tokens(tokens, self.programs, processors, config.resident, config.block_t)
 
     def launch(
         self,
@@ -99,7 +100,7 @@ class Walk:
         strides = [stride for x in rows for stride in (x.stride()[:2] if x.dim() == 3 else (0, 0))]
         states = [unused if x is None else x for x in (state_in, carry_in, state_out)]
         state_strides = (1, width_a) if self.transposed else (width_c, 1)
-        for table in segments.to(self.c.device, non_blocking=True).split(MAX_SEGMENTS):
+        for table in self._there(segments).split(MAX_SEGMENTS):
             walk[(self.programs, table.shape[0])](
                 *rows, self.slopes, table, *states, heads, *strides, *state_strides,
                 A=width_a, C=width_c, BLOCK_T=config.block_t, BLOCK_A=config.block_a, BLOCK_C=config.block_c,
@@ -108,6 +109,10 @@ class Walk:
                 SILU_A=self.silu[0], SILU_B=self.silu[1], SILU_C=self.silu[2], SILU_GRAD=raw is not None,
                 STAGES=config.stages, num_warps=config.warps,
             )  # fmt: skip
+
+    def _there(self, table: Tensor) -> Tensor:
+        """A plan's table on the device, without waiting for it."""
+        return table.to(self.c.device, non_blocking=True)
 
     def carries(self, plan: Plan, state_in: Tensor | None, keys: bool = True) -> Tensor | None:
         """States entering the later segments of documents cut in several, [M, H, ...] as the caller's states."""
@@ -119,6 +124,7 @@ class Walk:
         self.launch(plan.carries, None, state_in, None, carries, keys=keys)
         size = shape[0] * shape[1]
         chain[(triton.cdiv(size, CHAIN_BLOCK), heads, plan.chains.shape[0])](
-            carries, self.slopes, plan.carries.to(device), plan.chains.to(device), heads, SIZE=size, BLOCK=CHAIN_BLOCK
-        )
+            carries, self.slopes, self._there(plan.carries), self._there(plan.chains), heads,
+            SIZE=size, BLOCK=CHAIN_BLOCK,
+        )  # fmt: skip
         return carries

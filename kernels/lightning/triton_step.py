@@ -65,10 +65,11 @@ class _Step(torch.autograd.Function):
         """Gradients of q, k, v and the state."""
         q, k, v, slopes, new_state = ctx.saved_tensors
         grad_output, grad_state = grads[0].float(), grads[1]
-        dq = torch.einsum("bhc,bhac->bha", grad_output, new_state)
         total = grad_state + q.float().unsqueeze(-1) * grad_output.unsqueeze(-2)  # [B, H, Dk, Dv]
-        dk = torch.einsum("bhac,bhc->bha", total, v.float())
-        dv = torch.einsum("bhac,bha->bhc", total, k.float())
+        with torch.autocast(q.device.type, enabled=False):
+            dq = torch.einsum("bhc,bhac->bha", grad_output, new_state)
+            dk = torch.einsum("bhac,bhc->bha", total, v.float())
+            dv = torch.einsum("bhac,bha->bhc", total, k.float())
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, total * torch.exp(-slopes)[:, None, None]
 
 

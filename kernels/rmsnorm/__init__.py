@@ -81,16 +81,18 @@ def gated_rms_norm(
     if x.dim() != 3 or gate.shape != x.shape or weight.shape != (x.shape[1] * x.shape[2],):
         shapes = ", ".join(str(list(t.shape)) for t in (x, weight, gate))
         raise ValueError(f"x, weight, gate are {shapes}: give [T, H, D], [H * D] and [T, H, D]")
+    if weight.numel() == 0:
+        raise ValueError(f"x is {list(x.shape)}: a token needs numbers, H and D at least 1")
     if weight.dtype != x.dtype or gate.dtype != x.dtype:
         raise ValueError(f"x, weight, gate are {x.dtype}, {weight.dtype}, {gate.dtype}: give all three one dtype")
     if x.dtype not in DTYPES:
         raise ValueError(f"x, weight, gate are {x.dtype}: give float32, bfloat16, float16 or float64")
     if weight.device != x.device or gate.device != x.device:
         raise ValueError(f"x, weight, gate are on {x.device}, {weight.device}, {gate.device}: move them to one device")
-    if not 0 < eps < math.inf:
-        raise ValueError(f"eps is {eps}: give a finite number above 0")
+    if not isinstance(eps, float | int) or not 0 < eps < math.inf:
+        raise ValueError(f"eps is {eps!r}: give a finite number above 0")
     width = weight.numel() if width is None else width
-    if width < weight.numel():
+    if not isinstance(width, int) or width < weight.numel():
         raise ValueError(f"width is {width}: give all ranks' numbers of a token, at least H * D = {weight.numel()}")
     name = choose_backend(x.device, backend)
     if name == "triton":

@@ -45,8 +45,9 @@ class FusedRmsNorm(torch.autograd.Function):
         if opened is not None:
             grad = grad * opened
         product = grad * wide
-        # [..., n] -> [rows, n]
-        grad_weight = inverse.flatten() @ product.reshape(-1, x.shape[-1])
+        with torch.autocast(x.device.type, enabled=False):
+            # [..., n] -> [rows, n]
+            grad_weight = inverse.flatten() @ product.reshape(-1, x.shape[-1])
         grad_normal = product.mul_(weight)
         projection = grad_normal.sum(dim=-1, keepdim=True)  # [..., 1]
         if ctx.add_over_ranks is not None:

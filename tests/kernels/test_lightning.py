@@ -18,6 +18,7 @@ from megatron_m1.kernels.lightning import (
     lightning_attention_step,
 )
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
+from megatron_m1.kernels.rmsnorm import gated_rms_norm
 from tests.kernels.lightning_cases import KEY_DIM, VALUE_DIM, Case, assert_close, make_case, run
 from tests.kernels.tolerances import rounded
 from tests.reference.dense_lightning import dense_lightning_attention
@@ -197,12 +198,35 @@ def test_dtypes(backend: str) -> None:
     assert results["o"].is_contiguous()
 
 
-def test_autocast_does_not_reach_the_states() -> None:
-    case = make_case([70], dtype=torch.float32)
-    expected = lightning_attention(case.q, case.k, case.v, case.slopes, output_final_state=True)
+@pytest.mark.parametrize("length", [30, 170])
+def test_autocast_does_not_reach_the_states(length: int) -> None:
+    """Of one chunk and of several; backward too, for what we differentiate ourselves."""
+    case = make_case([length], dtype=torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        expected = run(case, "chunk")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = lightning_attention(case.q, case.k, case.v, case.slopes, output_final_state=True)
-    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+        actual = run(case, "chunk")
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
+    x, gate, weight = torch.randn(9, 2, 8), torch.randn(9, 2, 8), torch.ones(16, requires_grad=True)
+    y = gated_rms_norm(x, weight, gate, 1e-6)
+    (expected_grad,) = torch.autograd.grad(y.sum(), weight, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (actual_grad,) = torch.autograd.grad(y.sum(), weight)
+    assert torch.equal(actual_grad, expected_grad)
+
+
+@pytest.mark.usefixtures("nan_memory")
+def test_an_unused_slot_has_no_gradient() -> None:
+    """Of three states one is entered with; memory is poisoned, so what is not written would be NaN."""
+    case = make_case([5, 80], dtype=torch.float32, initial=False, final=False)
+    states = torch.randn(3, 3, KEY_DIM, VALUE_DIM, requires_grad=True)
+    slots: dict[str, Any] = dict(cu_seqlens=case.cu_seqlens, initial_index=[-1, 1])
+    for backend in ("naive", "chunk"):
+        o, _ = lightning_attention_selected(
+            case.q, case.k, case.v, case.slopes, initial_state=states, backend=backend, **slots
+        )
+        (grad,) = torch.autograd.grad(o.square().sum(), states)
+        assert grad[[0, 2]].count_nonzero() == 0 and grad[1].count_nonzero() > 0
 
 
 def test_backward_keeps_only_the_inputs() -> None:

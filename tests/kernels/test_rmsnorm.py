@@ -108,6 +108,9 @@ def test_wrong_arguments_are_refused() -> None:
         (dict(gate=x.to("meta")), "on cpu, cpu, meta: move"),
         (dict(eps=0.0), "eps is 0.0"),
         (dict(eps=float("nan")), "eps is nan"),
+        (dict(eps="1e-6"), "eps is '1e-6'"),
+        (dict(width=float("nan")), "width is nan"),
+        (dict(x=x[:, :0], weight=torch.ones(0), gate=x[:, :0]), r"\[5, 0, 4\]: a token needs numbers"),
         (dict(width=0), "width is 0: .* = 8"),
         (dict(x=x.long(), weight=torch.ones(8).long(), gate=x.long()), r"torch\.int64: give float32"),
     ):

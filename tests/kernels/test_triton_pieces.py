@@ -203,8 +203,14 @@ def test_plan_covers_every_token_once() -> None:
 
 
 def test_whole_documents_where_heads_fill_the_gpu() -> None:
-    assert segment_tokens(32768, 128, 132, 64) == 32768
-    assert segment_tokens(32768, 16, 132, 64) == 3648
+    assert segment_tokens(32768, 128, 132, 1, 64) == 32768
+    assert segment_tokens(32768, 100, 132, 1, 64) == 32768
+
+
+@pytest.mark.parametrize(("programs", "resident"), [(16, 1), (32, 1), (64, 1), (32, 2), (64, 2), (8, 1), (90, 2)])
+def test_all_segments_run_at_once_where_heads_are_few(programs: int, resident: int) -> None:
+    parts = -(-32768 // segment_tokens(32768, programs, 132, resident, 64))
+    assert parts * programs <= 132 * resident < (parts + 1) * programs
 
 
 X, STATE, NARROW = torch.zeros(3, 1, 16), torch.zeros(3, 1, 16, 16), torch.zeros(3, 1, 4, 16)
