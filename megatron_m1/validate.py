@@ -17,6 +17,7 @@ from megatron_m1.stages import Stages, plan_stages
 
 RECOMPUTABLE = ("core_attn", "moe")
 MOST_FLASH_CHANNELS = 256
+"""Of a head, in torch's flash kernel."""
 
 
 def resolve(config: Config, world_size: int, *, has_gpu: bool) -> Config:

@@ -16,11 +16,6 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
 
 
-def _is_text(text: str) -> bool:
-    """Whether it is Unicode; bytes of the command line that are not become lone surrogates."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def command_parser() -> CommandParser:
     """Return the parser of the command's options."""
     parser = CommandParser(
@@ -54,8 +49,10 @@ def run(arguments: Sequence[str]) -> int:
     """
     options = command_parser().parse_all(arguments)
     for text in options.prompt:
-        if not _is_text(text):
-            raise ValueError(f"prompt {text!r} is not UTF-8: give it in this encoding")
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # of bytes on the command line that are none, Python makes lone surrogates
+            raise ValueError(f"prompt {text!r} is not UTF-8: give it in this encoding") from None
     from megatron_m1.convert.hf_config import DTYPES
     from megatron_m1.convert.sources import open_any, tokenizer_of
     from megatron_m1.data.tokenizers import load_tokenizer

@@ -84,14 +84,15 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
         flags += ["--run.init_from", options.init_from]
     names = parser.option_names()
     config = parse_config(options.config, flags, options.preset, command_options=names)
-    if config.run.init_from is not None:
+    init_from = config.run.init_from
+    if init_from is not None:
         from megatron_m1.checkpoint_contents import check_shape
         from megatron_m1.convert.sources import initial_model
 
         model = initial_model(config)
         config = parse_config(options.config, flags, options.preset, command_options=names, model=model)
         fix = "leave that to the weights, or start from others"
-        check_shape(vars(config.model), vars(model), Path(str(config.run.init_from)), fix=fix)
+        check_shape(vars(config.model), vars(model), Path(init_from), fix=fix)
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
     gpus = count_gpus()

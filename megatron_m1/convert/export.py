@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_m1.convert.hf_config import CONFIG, hub_config, native_config
+from megatron_m1.convert.hf_config import CONFIG, hub_config, native_config, read_json_object
 from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
 from megatron_m1.convert.native_buffers import buffer_entries, native_buffers
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
@@ -162,7 +162,7 @@ def _finish(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None
     if tokenizer is not None:
         ids = tokenizer.write(folder)
         # An imported model's own settings have travelled with its tokenizer.
-        generation = ids | (_read_json(folder / GENERATION) if (folder / GENERATION).is_file() else generation)
+        generation = ids | (read_json_object(folder / GENERATION) if (folder / GENERATION).is_file() else generation)
         config |= ids | {"bos_token_id": generation.get("bos_token_id")}
     if options.remote_code is not None:
         for name in REMOTE_FILES:
@@ -175,13 +175,6 @@ def _finish(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None
         "weight_map": {entry.name: shard.name for shard in plan.shards for entry in shard.entries},
     }
     _write_json(folder / INDEX, index)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path.name} of the tokenizer is no JSON object: {error}") from error
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -34,17 +34,17 @@ _LAYER_KINDS: dict[str, tuple[Any, Any]] = {
     "layer_types": ("linear_attention", "full_attention"),
 }
 """Key -> what it calls lightning and softmax layers."""
-_MUST_BE: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "tie_word_embeddings": (False,),
-    "sliding_window": (None,),
-    "shared_intermediate_size": (0, None),
-    "router_jitter_noise": (0, 0.0, None),
-    "attention_dropout": (0, 0.0, None),
-    "quantization_config": (None,),
-    "postnorm": (True,),
+_MUST_BE: dict[str, Any] = {
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "sliding_window": None,
+    "shared_intermediate_size": 0,
+    "router_jitter_noise": 0,
+    "attention_dropout": 0,
+    "quantization_config": None,
+    "postnorm": True,
 }
-"""Keys whose other values this model has no counterpart for; where a key is missing, its first value is meant."""
+"""Keys whose other values this model has no counterpart for; where a key is missing, this value is meant."""
 
 
 def residual_alpha(model: ModelConfig) -> float:
@@ -154,10 +154,21 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error.strerror}; give a Hugging Face model folder") from error
-    except ValueError as error:
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no JSON object")
@@ -176,9 +187,9 @@ def model_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(f"model_type = {kind!r}: only minimax, minimax_m1 and minimax_text_01 can be converted")
     # A key that is null is as good as missing.
     config = {key: value for key, value in config.items() if value is not None}
-    for key, allowed in _MUST_BE.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{key} = {config[key]!r} has no counterpart here: it must be {allowed[0]!r}")
+    for key, value in _MUST_BE.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{key} = {config[key]!r} has no counterpart here: it must be {value!r}")
     if "postnorm" not in config and "layer_types" not in config:
         raise ValueError("postnorm is missing, which the hub's code reads as false: this model needs postnorm = true")
     layers, heads, hidden = (_count(config, key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))

@@ -320,6 +320,22 @@ def test_verify_sees_what_a_disk_did(hub: Path, tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_verify_sees_what_a_disk_did_between_two_runs(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A finished file whose header can't be read any more; the next run begins anew."""
+    words = ["convert", "to-hf", str(hub / "ours"), str(tmp_path / "out"), "--shard-size", f"{SHARD}"]
+    with file_size_limit(45_000):
+        assert run(words) == 1
+    flip(next((tmp_path / "out.partial").glob("*.safetensors")), 8)
+    capsys.readouterr()
+    assert run([*words, "--verify"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "is not what was written: check the disk" in error
+    assert list(tmp_path.iterdir()) == []
+    assert run([*words, "--verify"]) == 0
+
+
 def test_numbers_that_fp16_has_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shape: dict[str, Any] = dict(layers=8, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=8, experts=2)
     model = build(**shape, vocab=20, rotary_dim=8, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=9)

@@ -42,7 +42,8 @@ def pickled_exception(error: BaseException) -> bytes:
     try:
         data = pickle.dumps(error)
         pickle.loads(data)
-    # An exception class decides itself how it is rebuilt, so its failure can be of any type.
     except Exception:
+        # Pickling runs the exception class's own code, here and on arrival, and that may raise anything: what the
+        # test is to hear of is the error, not why it could not travel.
         return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
     return data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests.harness import WorkerPool
+from tests.harness.messages import pickled_exception
 
 
 def rank_sum(rank: int, world_size: int, factor: float) -> tuple[int, torch.Tensor]:
@@ -76,6 +78,30 @@ def test_exception_keeps_type_rank_traceback_and_the_workers(workers: WorkerPool
     assert "rank 1 of 2" in note
     assert "fail_on_last" in note
     assert workers.run(os_pid, world_size=2) == before
+
+
+class TwoPartError(Exception):
+    """Is rebuilt from its message alone, as pickle does it, which its constructor refuses."""
+
+    def __init__(self, part: str, other: str) -> None:
+        super().__init__(f"{part} and {other}")
+
+
+class HeldError(Exception):
+    """Holds what can't be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("held")
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(TwoPartError("one", "two"), "TwoPartError: one and two"), (HeldError(), "HeldError: held")],
+)
+def test_an_exception_that_can_not_travel_is_told_as_another(error: Exception, message: str) -> None:
+    told = pickle.loads(pickled_exception(error))
+    assert type(told) is RuntimeError and str(told) == message
 
 
 def test_death_is_named_and_the_rank_replaced(workers: WorkerPool) -> None:
