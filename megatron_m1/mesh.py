@@ -63,6 +63,7 @@ def initialise(parallel: ParallelConfig, *, seed: int) -> Mesh:
     """
     cpu.install()
     device = _initialise_torch(parallel)
+    timeout = process_group_timeout(dist.get_backend(), parallel.distributed_timeout_seconds)
     # Order follows Megatron: tensor ranks are neighbours, then context, expert, data, pipeline.
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -71,12 +72,11 @@ def initialise(parallel: ParallelConfig, *, seed: int) -> Mesh:
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or 1,
-        distributed_timeout_minutes=process_group_timeout(
-            dist.get_backend(), parallel.distributed_timeout_seconds
-        ).total_seconds()
-        / 60,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=True,
     )
+    # The one group that megatron-core makes with torch's half an hour; it gathers the experts' optimizer state.
+    parallel_state.get_expert_data_parallel_group_gloo().set_timeout(timeout)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     _connect_context_ranks(device)
     last = parallel_state.is_pipeline_last_stage(ignore_virtual=True)

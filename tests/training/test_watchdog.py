@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_m1.config import ParallelConfig
 from megatron_m1.training.watchdog import (
     HUNG_EXIT_CODE,
     CollectiveError,
@@ -67,6 +68,39 @@ def fail_twice(rank: int, world_size: int) -> list[str]:
                 messages.append(str(error))
     dist.send(torch.ones(1), dst=1)
     return messages
+
+
+def group_timeouts(rank: int, world_size: int, seconds: float) -> tuple[set[float], int, str]:
+    """Time-outs of the groups that a mesh makes, their number, and what waiting for an expert's state ends with."""
+    from megatron.core import parallel_state
+
+    from megatron_m1 import mesh
+
+    before = set(dist.distributed_c10d._world.pg_map)
+    # Imports take longer than the ranks may differ from here on.
+    dist.barrier()
+    mesh.initialise(ParallelConfig(distributed_backend="gloo", distributed_timeout_seconds=seconds), seed=1)
+    made = set(dist.distributed_c10d._world.pg_map) - before
+    found = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made}
+    said = ""
+    if rank == 0:
+        pieces = [torch.empty(1) for _ in range(world_size)]
+        try:
+            dist.gather(torch.ones(1), pieces, group=parallel_state.get_expert_data_parallel_group_gloo())
+        except RuntimeError as error:
+            said = str(error)
+        dist.send(torch.ones(1), dst=1)
+    else:
+        dist.recv(torch.empty(1), src=0)
+    return found, len(made), said
+
+
+def test_every_group_gives_up_when_it_should(workers: WorkerPool) -> None:
+    """megatron-core leaves one group torch's half an hour: a rank that died in a save would be waited for so long."""
+    (found, number, said), (others, *_) = workers.run(group_timeouts, 3.0, world_size=2)
+    assert number > 10
+    assert found == others == {3.0}
+    assert "Timed out waiting 3000ms" in said
 
 
 def test_every_wording_of_gloo_is_recognised(workers: WorkerPool) -> None:
