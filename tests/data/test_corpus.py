@@ -119,16 +119,20 @@ def prepare_and_look(folder: Path, results: multiprocessing.Queue[dict[str, tupl
     results.put(stamps(folder / f"bpe-{VOCAB_SIZE}"))
 
 
+@pytest.mark.usefixtures("workers")
 def test_several_processes_at_once_build_once(folder: Path) -> None:
-    """Each looks at the files when its call returns: had a second one built them again, they would differ."""
+    """Each looks at the files when its call returns: had a second one built them again, they would differ.
+
+    ``workers`` decides what its fork server has imported; a fork of this process, which has threads, could hang.
+    """
     for part in PARTS:
         (folder / f"bpe-{VOCAB_SIZE}" / f"{part}.idx").unlink()
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     results: multiprocessing.Queue[dict[str, tuple[int, int]]] = context.Queue()
     processes = [context.Process(target=prepare_and_look, args=(folder, results)) for _ in range(3)]
     for process in processes:
         process.start()
-    seen = [results.get(timeout=60) for _ in processes]
+    seen = [results.get(timeout=240) for _ in processes]
     for process in processes:
         process.join()
     final = stamps(folder / f"bpe-{VOCAB_SIZE}")

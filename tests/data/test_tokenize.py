@@ -123,15 +123,19 @@ def test_a_failure_keeps_the_old_output(tmp_path: Path, model: Path) -> None:
     assert {path.name for path in tmp_path.glob("out*")} == {"out.bin", "out.idx", "out.json"}
 
 
+@pytest.mark.usefixtures("workers")
 def test_a_kill_keeps_the_old_output_and_the_next_run_cleans_up(tmp_path: Path, model: Path) -> None:
-    """The input is a pipe: once it took all we wrote, the run is in the middle of writing."""
+    """The input is a pipe: once it took all we wrote, the run is in the middle of writing.
+
+    ``workers`` decides what its fork server has imported; a fork of this process, which has threads, could hang.
+    """
     (tmp_path / "good.jsonl").write_bytes(jsonl(texts(5)))
     prefix = str(tmp_path / "out")
     tokenize_corpus([tmp_path / "good.jsonl"], prefix, model, workers=1)
     before = files_of(prefix)
     pipe = tmp_path / "pipe.jsonl"
     os.mkfifo(pipe)
-    victim = multiprocessing.get_context("fork").Process(
+    victim = multiprocessing.get_context("forkserver").Process(
         target=tokenize_corpus, args=([pipe], prefix, model), kwargs={"workers": 1}
     )
     victim.start()
