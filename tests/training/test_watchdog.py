@@ -53,7 +53,7 @@ def test_a_rank_that_never_comes(tmp_path: Path) -> None:
 
 def fail_twice(rank: int, world_size: int) -> list[str]:
     """Rank 0 waits in vain twice: gloo words the time-out and the closed pair after it differently."""
-    group = dist.new_group(timeout=datetime.timedelta(seconds=0.5))
+    group = dist.new_group(timeout=datetime.timedelta(seconds=2.0))
     assert isinstance(group, dist.ProcessGroup)
     if rank == 1:
         dist.recv(torch.empty(1), src=0)
@@ -124,14 +124,15 @@ def test_other_errors_pass() -> None:
 
 
 def test_progress_and_idle_time_extend_the_allowance() -> None:
-    """A watchdog of 0.2 s ends the process (and so this test run) if it counts what lies before progress or outside."""
-    with Watchdog(0, 0.1, grace_seconds=0.1, first_step_seconds=0.0) as watchdog:
-        for step in range(3):
-            with watchdog.step(step):
-                for _ in range(3):
-                    busy(0.1)
-                    watchdog.progress()
-            busy(0.3)
+    """A watchdog of 1.5 s ends the process (and so this test run) if it counts what lies before progress or outside."""
+    with Watchdog(0, 0.75, grace_seconds=0.75, first_step_seconds=0.0) as watchdog:
+        with watchdog.step(0):
+            for _ in range(3):
+                busy(0.6)
+                watchdog.progress()
+        busy(1.6)
+        with watchdog.step(1):
+            busy(0.1)
 
 
 def busy(seconds: float) -> None:
