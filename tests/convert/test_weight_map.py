@@ -105,6 +105,13 @@ def test_another_total_size(tmp_path: Path) -> None:
         run(["convert", "from-hf", str(hub_folder(tmp_path, index)), str(tmp_path / "out"), "--dry-run"])
 
 
+def test_a_total_size_that_is_no_number(tmp_path: Path) -> None:
+    index = hub_index()
+    index["metadata"]["total_size"] = [HUB_BYTES]
+    with pytest.raises(ValueError, match=r"total_size is \[912210767872\], but the map's tensors have"):
+        run(["convert", "from-hf", str(hub_folder(tmp_path, index)), str(tmp_path / "out"), "--dry-run"])
+
+
 def test_moves_and_their_inverse() -> None:
     for unit in units(config_of({}).model):
         hub = [torch.randn(part.shape) for part in unit.parts]
@@ -174,6 +181,7 @@ def changed(**keys: Any) -> dict[str, Any]:
         (changed(num_hidden_layers="80"), r"^num_hidden_layers = '80': it must be a whole number above 0$"),
         (changed(num_hidden_layers=...), r"^num_hidden_layers is missing$"),
         (changed(num_attention_heads=0), r"^num_attention_heads = 0: it must be a whole number above 0$"),
+        (changed(vocab_size=10**400), r"^vocab_size = 1000.*: it must be a whole number above 0$"),
         (changed(num_key_value_heads=7), r"^model\.num_attention_heads = 64 is not divisible by"),
         (changed(num_experts_per_tok=33), r"^model\.moe_router_topk = 33 is more than model\.num_moe_experts = 32"),
         (changed(rms_norm_eps="1e-5"), r"^rms_norm_eps = '1e-5': it must be a number$"),
@@ -194,6 +202,7 @@ def changed(**keys: Any) -> dict[str, Any]:
         (changed(rope_theta=...), r"^rope_theta is missing"),
         (changed(rope_parameters={"rope_type": "yarn", "rope_theta": 1e7}), r"only the default kind"),
         (changed(rope_parameters={"type": "yarn", "rope_theta": 1e7}), r"^rope_parameters = .*only the default kind"),
+        (changed(rope_parameters={"rope_type": [], "rope_theta": 1e7}), r"^rope_parameters = .*only the default kind"),
         (changed(partial_rotary_factor=1.0), r"^rotary_dim and partial_rotary_factor contradict"),
         (changed(layernorm_mlp_alpha=None), r"^residual factors differ.*'layernorm_mlp_alpha': 1\.0"),
         (changed(rope_theta=10**400), r"^rope_theta = 1000.*: it must be a number$"),
