@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +33,9 @@ PARTIAL = ".partial"
 LOCK = ".lock"
 JOURNAL = "journal"
 DESCRIPTION = "conversion.json"
+PATIENCE = timedelta(days=7)
+"""That ranks have for each other: one may have hours of work more, as after a kill. One that dies closes its
+connections, which ends the others at once."""
 _UNITS = {
     "": 1,
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
@@ -114,7 +118,7 @@ def started_ranks() -> Iterator[Ranks]:
         return
     from torch import distributed as dist
 
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
