@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_m1.cli import run
-from megatron_m1.convert.hf_config import hub_config, model_from_hf, native_config, rotary_dim
+from megatron_m1.convert.hf_config import caveats, hub_config, model_from_hf, native_config, rotary_dim
 from megatron_m1.convert.hub_folder import expected_bytes
 from megatron_m1.convert.weight_map import check_names, to_hub, to_ours, units
 from megatron_m1.counts import model_counts
@@ -242,3 +242,15 @@ def test_configs_go_there_and_back() -> None:
     assert both["model_type"] == "minimax" and both["dtype"] == "bfloat16" and "auto_map" not in both
     assert both["postnorm"] is True and both["rotary_dim"] == 8 and both["attn_type_list"] == [0] * 7 + [1]
     assert both["layernorm_mlp_alpha"] == both["mlp_alpha_factor"] == both["full_attn_alpha_factor"] == 2.5
+
+
+def test_what_readers_get_wrong() -> None:
+    """Of M1: transformers' rotary embedding and vLLM's epsilon; of a model that suits both, nothing."""
+    model = model_from_hf(HUB_ONLY)
+    rotary, epsilon = caveats(model)
+    assert rotary.startswith("native transformers rotates whole softmax heads (128 dimensions instead of the first 64)")
+    assert epsilon.startswith("vLLM uses 1e-05 in the norm inside lightning layers, this model 1e-06: ")
+    assert caveats(replace(model, rotary_percent=1.0)) == [epsilon]
+    assert caveats(replace(model, rotary_percent=1.0, layernorm_epsilon=1e-6)) == []
+    (theirs,) = caveats(replace(model, rotary_percent=1.0, lightning_norm_epsilon=1e-5))
+    assert theirs.startswith("native transformers uses 1e-06 in the norm inside lightning layers, this model 1e-05: ")
