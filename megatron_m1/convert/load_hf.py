@@ -155,7 +155,7 @@ def load_hf(source: HubFolder, out: Path, options: LoadOptions, ranks: Ranks) ->
         def digest(name: str) -> str:
             return folders.file_digests(loading.folder, [name])[name]
 
-        entries = run_jobs(work, loading.jobs(), ranks, title="from-hf", beside=lambda: None, after=digest)
+        entries = run_jobs(work, loading.jobs(), ranks, title="from-hf", beside=lambda _: None, after=digest)
         work.on_first(lambda: loading.finish(entries))
         if options.verify:
             _verify(loading, ranks)
