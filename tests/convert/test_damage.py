@@ -12,11 +12,15 @@ from threading import Event
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from megatron_m1.cli import run
 from megatron_m1.convert import export as exporting
 from megatron_m1.convert.export import ExportOptions, export, source_fault
+from megatron_m1.convert.hub_folder import open_hub_folder
+from megatron_m1.convert.load_hf import LoadOptions, load_hf
 from megatron_m1.convert.our_checkpoint import open_checkpoint
+from megatron_m1.convert.weight_map import Unit
 from megatron_m1.convert.work import ConversionError, Ranks
 from tests.convert.folders import convert, prints, source_of, weights
 from tests.convert.killed import SHARD
@@ -152,6 +156,28 @@ def test_a_damaged_shard_is_not_imported(damage: Any, hub: Path, tmp_path: Path)
     with pytest.raises(ValueError, match=message):
         run(["convert", "from-hf", str(folder), str(tmp_path / "out")])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
+
+
+def test_a_folder_that_changes_while_it_is_read(hub: Path, tmp_path: Path) -> None:
+    """As one that is still being downloaded; the next run takes nothing of the first one's."""
+    folder = tmp_path / "hub"
+    shutil.copytree(hub / "hub", folder)
+    source: Any = open_hub_folder(folder)
+    read = source.read
+
+    def change_and_read(unit: Unit) -> Tensor:
+        os.utime(folder / "config.json", (0, 0))
+        tensor: Tensor = read(unit)
+        return tensor
+
+    source.read = change_and_read
+    with pytest.raises(ValueError, match=r"hub has changed while it was read: run again, it begins anew$"):
+        load_hf(source, tmp_path / "ours", LoadOptions(), Ranks())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "ours.partial"]
+    (data,) = (tmp_path / "ours.partial").glob("**/*.distcp")
+    before = data.stat().st_mtime_ns
+    convert("from-hf", folder, tmp_path / "ours", "--verify")
+    assert (tmp_path / "ours" / data.relative_to(tmp_path / "ours.partial")).stat().st_mtime_ns != before
 
 
 def test_verify_sees_what_a_disk_did(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
