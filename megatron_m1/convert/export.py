@@ -39,7 +39,7 @@ class ExportOptions:
     dtype: torch.dtype | None = None
     """Of all weights but the router's, which stays fp32; None keeps each as it is stored."""
     shard_size: int = 10**9
-    """Bytes of a file at most, unless one tensor of ours is larger."""
+    """Bytes of tensors in a file at most, unless one tensor of ours is larger."""
     format: Literal["hub", "native"] = "hub"
     """hub: names and config keys for transformers, vLLM and the hub's code. native: what transformers itself saves, its
     buffers included, on which vLLM fails."""
