@@ -41,7 +41,7 @@ class Tokenizer(Protocol):
         """Ids of ``text``, without any begin or end mark. Marks that are spelled out in the text are plain text."""
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ``ids``."""
+        """Text of ``ids``. What is no id of this tokenizer is left out: an embedding may have more rows."""
 
     def digest(self) -> str:
         """SHA-256 of the files that define it, in hexadecimal."""
@@ -96,7 +96,7 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids``; ``</s>`` is left out."""
-        return str(self._processor.decode(ids))
+        return str(self._processor.decode([number for number in ids if number < self.vocab_size]))
 
     def digest(self) -> str:
         """SHA-256 of the model file."""

@@ -37,7 +37,7 @@ def command_parser(direction: str) -> CommandParser:
     )
     size = SHARD_SIZES[direction]
     parser.add_argument(
-        "--shard-size", default=size, metavar="SIZE", help=f"bytes of a file, at most (default: {size})"
+        "--shard-size", default=size, metavar="SIZE", help=f"bytes of tensors in a file, at most (default: {size})"
     )
     parser.add_argument("--verify", action="store_true", help="read the result again and compare it bit by bit")
     parser.add_argument("--dry-run", action="store_true", help="check names and shapes, say what would be written")

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import Any, Literal
 
 import torch
@@ -38,7 +39,7 @@ class ExportOptions:
     dtype: torch.dtype | None = None
     """Of all weights but the router's, which stays fp32; None keeps each as it is stored."""
     shard_size: int = 10**9
-    """Bytes of a file at most, unless one tensor of ours is larger."""
+    """Bytes of tensors in a file at most, unless one tensor of ours is larger."""
     format: Literal["hub", "native"] = "hub"
     """hub: names and config keys for transformers, vLLM and the hub's code. native: what transformers itself saves, its
     buffers included, on which vLLM fails."""
@@ -138,16 +139,20 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (a, b)))
 
 
-def source_fault(folder: Path, ranks: Ranks) -> Callable[[], str | None]:
-    """Return what checks this rank's share of a folder's files against its integrity.json."""
+def source_fault(folder: Path, ranks: Ranks) -> Callable[[Event], str | None]:
+    """Return what checks this rank's share of a folder's files against its integrity.json, until it is told to end."""
 
-    def check() -> str | None:
+    def check(over: Event) -> str | None:
         try:
             files = read_manifest(folder)
         except ValueError as error:
             return f"{folder} is damaged: {error}"
-        fault = first_fault(folder, dict(list(files.items())[ranks.rank :: ranks.size]))
-        return None if fault is None else f"{folder} is damaged: {fault}"
+        for name, digest in list(files.items())[ranks.rank :: ranks.size]:
+            # Of a large model this takes many minutes, for which a full disk or Ctrl-C should not wait.
+            fault = None if over.is_set() else first_fault(folder, {name: digest})
+            if fault is not None:
+                return f"{folder} is damaged: {fault}"
+        return None
 
     return check
 

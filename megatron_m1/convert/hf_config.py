@@ -233,7 +233,7 @@ def unread(config: Mapping[str, Any]) -> list[str]:
 
 def _count(config: Mapping[str, Any], key: str) -> int:
     value = _there(config, key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 63:
         raise ValueError(f"{key} = {value!r}: it must be a whole number above 0")
     return value
 
@@ -302,8 +302,8 @@ def _rotary(config: Mapping[str, Any], dim: int) -> tuple[float, float]:
         if not isinstance(value, dict):
             raise ValueError(f"{name} = {value!r}: it must be an object")
         # The key's older name is still read.
-        kinds = {value.get(key) for key in ("rope_type", "type")} - {None}
-        if kinds - {"default"} or (name == "rope_scaling" and value and not kinds):
+        kinds = [value[key] for key in ("rope_type", "type") if value.get(key) is not None]
+        if any(kind != "default" for kind in kinds) or (name == "rope_scaling" and value and not kinds):
             raise ValueError(f"{name} = {value}: only the default kind is supported")
     places = [{key: value for key, value in place.items() if value is not None} for place in (config, parameters)]
     thetas = {_number(place, "rope_theta") for place in places if "rope_theta" in place}

@@ -37,7 +37,7 @@ class LoadOptions:
     dtype: torch.dtype | None = None
     """Of all weights but the router's, which is fp32; None keeps each as it is stored."""
     shard_size: int = 5 * 10**8
-    """Bytes of a file at most, unless one tensor of ours is larger."""
+    """Bytes of tensors in a file at most, unless one tensor of ours is larger."""
     verify: bool = False
     """Read the whole checkpoint again and compare it with the folder, bit by bit."""
 
@@ -58,6 +58,7 @@ class _Loading:
 
     def __init__(self, source: HubFolder, work: WorkFolder, options: LoadOptions) -> None:
         self.source = source
+        self.source_files = stamps(source.folder)
         self.options = options
         self.work = work
         self.folder = self.work.path / CHECKPOINT
@@ -101,13 +102,16 @@ class _Loading:
         return config
 
     def finish(self, entries: list[dict[str, Any]]) -> None:
+        # Nothing in a Hugging Face folder says what its weights should be: some could be the old ones, some the new.
+        if stamps(self.source.folder) != self.source_files:
+            raise ValueError(f"{self.source.folder} has changed while it was read: run again, it begins anew")
         self.writer.finish([self.results(number, entry["value"]) for number, entry in enumerate(entries)])
         config = self.config()
         tokenizer = self.work.path / TOKENIZER
         if copy_tokenizer(self.source.folder, tokenizer):
             config.data.tokenizer = str((self.work.out / TOKENIZER).absolute())
         state: dict[str, Any] = {"step": 0, "tokens": 0, "consumed_samples": 0, "weights_only": True}
-        state |= {"source": str(self.source.folder.resolve()), "source_files": stamps(self.source.folder)}
+        state |= {"source": str(self.source.folder.resolve()), "source_files": self.source_files}
         texts = {
             folders.CONFIG: config_text(config),
             folders.STATE: json.dumps(state, indent=2) + "\n",
@@ -147,7 +151,7 @@ def load_hf(source: HubFolder, out: Path, options: LoadOptions, ranks: Ranks) ->
 
     Raises:
         ConversionError: the disk refuses, or a file of the source can't be read; ``out`` is not there.
-        ValueError: ``out`` exists.
+        ValueError: ``out`` exists, or the source has changed meanwhile.
     """
     with WorkFolder(out, _description(source, options), ranks) as work:
         loading = _Loading(source, work, options)
@@ -155,7 +159,7 @@ def load_hf(source: HubFolder, out: Path, options: LoadOptions, ranks: Ranks) ->
         def digest(name: str) -> str:
             return folders.file_digests(loading.folder, [name])[name]
 
-        entries = run_jobs(work, loading.jobs(), ranks, title="from-hf", beside=lambda: None, after=digest)
+        entries = run_jobs(work, loading.jobs(), ranks, title="from-hf", beside=lambda _: None, after=digest)
         work.on_first(lambda: loading.finish(entries))
         if options.verify:
             _verify(loading, ranks)

@@ -46,12 +46,22 @@ class ReadyTokenizer:
     """transformers' tokenizer; None where the source's files are copied."""
 
     def write(self, folder: Path) -> dict[str, Any]:
-        """Put it into a Hugging Face folder; returns the ids that config.json and generation_config.json name."""
+        """Put it into a Hugging Face folder; returns the ids that config.json and generation_config.json name.
+
+        Raises:
+            OSError: the disk refuses.
+        """
         ids = {"eos_token_id": self.eos_token_id}
         if self.converted is None:
             copy_tokenizer(self.source, folder)
         else:
-            self.converted.save_pretrained(str(folder))
+            try:
+                self.converted.save_pretrained(str(folder))
+            except Exception as error:
+                if type(error) is not Exception:
+                    raise
+                # What tokenizers, which is no Python, raises for a disk that refuses.
+                raise OSError(f"{folder / FOLDER_FILES[0]}: {error}") from error
             ids["bos_token_id"] = self.converted.bos_token_id
         return ids
 
@@ -105,8 +115,7 @@ def from_sentencepiece(path: Path) -> Any:
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
     )
-    longer = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED and len(piece.piece) > 1]
-    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in longer])
+    tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in _longer_symbols(model)])
     marks = {
         name: model.pieces[index].piece
         for name, index in (
@@ -125,14 +134,21 @@ def from_sentencepiece(path: Path) -> Any:
     )
 
 
+def _longer_symbols(model: Any) -> list[str]:
+    """User-defined symbols of several characters: Hugging Face cuts texts at these before it does anything else."""
+    return [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED and len(piece.piece) > 1]
+
+
 def _check(model: Any, path: Path) -> None:
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer, normalizer, symbols = model.trainer_spec, model.normalizer_spec, _longer_symbols(model)
     faults = [
         (trainer.model_type != _BPE, "it is no BPE model"),
         (not trainer.byte_fallback, "it has no byte fallback"),
         (bool(normalizer.precompiled_charsmap), f"it normalises text ({normalizer.name})"),
         (normalizer.remove_extra_whitespaces, "it removes spaces"),
         (trainer.treat_whitespace_as_suffix, "it treats spaces as suffixes"),
+        (normalizer.add_dummy_prefix and bool(symbols), f"it puts a space before texts, and has symbols: {symbols}"),
+        (any({" ", SPACE} & set(symbol) for symbol in symbols), f"it has symbols with spaces: {symbols}"),
     ]
     for is_fault, reason in faults:
         if is_fault:

@@ -17,8 +17,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
+from threading import Event
 from typing import Any, Self
 
 import torch
@@ -32,6 +34,9 @@ PARTIAL = ".partial"
 LOCK = ".lock"
 JOURNAL = "journal"
 DESCRIPTION = "conversion.json"
+PATIENCE = timedelta(days=7)
+"""That ranks have for each other: one may have hours of work more, as after a kill. One that dies closes its
+connections, which ends the others at once."""
 _UNITS = {
     "": 1,
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
@@ -114,7 +119,7 @@ def started_ranks() -> Iterator[Ranks]:
         return
     from torch import distributed as dist
 
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
@@ -291,7 +296,7 @@ def run_jobs(
     ranks: Ranks,
     *,
     title: str,
-    beside: Callable[[], str | None],
+    beside: Callable[[Event], str | None],
     after: Callable[[str], Any] | None = None,
 ) -> list[Any]:
     """Do what the journal does not have yet, dealt over the ranks. Collective.
@@ -301,7 +306,8 @@ def run_jobs(
         jobs: all files, the same on every rank.
         ranks: who.
         title: of the progress bar, which rank 0 shows for its own share.
-        beside: runs in a thread meanwhile: this rank's part of checking the source; a fault in one line, or None.
+        beside: runs in a thread meanwhile: this rank's part of checking the source; a fault in one line, or None. Its
+            argument is set when the work has failed and nobody waits for the answer.
         after: called in a thread with the name of each file that was written; its value is recorded with the file.
 
     Returns:
@@ -314,8 +320,9 @@ def run_jobs(
     fault: str | None = None
     damage: str | None = None
     total = sum(job.size for job in mine)
+    failed = Event()
     with _one_thread(), ThreadPoolExecutor(2) as pool, _bar(title, total, shown=ranks.rank == 0) as advance:
-        checking = pool.submit(beside)
+        checking = pool.submit(beside, failed)
         ends: list[Future[None]] = []
 
         def end(job: Job, value: Any) -> None:
@@ -338,19 +345,28 @@ def run_jobs(
             for pending in ends:
                 pending.result()
         except OSError as error:
+            failed.set()
             fault = _refusal(work.path, error)
         except ValueError as error:
             damage = str(error)
+        except BaseException:
+            failed.set()
+            raise
         damage = checking.result() or damage
+    _raise_together(work, ranks, damage, fault)
+    return [work.entry(job.path) for job in jobs]
+
+
+def _raise_together(work: WorkFolder, ranks: Ranks, damage: str | None, fault: str | None) -> None:
+    """Raise on every rank what some rank met: damage first, with which nothing that was written is worth keeping."""
     answers = ranks.gather((damage, fault))
     damaged = [first for first, _ in answers if first is not None]
     if damaged:
         work.forget()
         raise ConversionError(damaged[0])
-    failed = [second for _, second in answers if second is not None]
-    if failed:
-        raise ConversionError(failed[0])
-    return [work.entry(job.path) for job in jobs]
+    refused = [second for _, second in answers if second is not None]
+    if refused:
+        raise ConversionError(refused[0])
 
 
 @contextmanager

@@ -84,10 +84,17 @@ def forward(
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Choose a token from logits [vocabulary] (fp32), on the CPU."""
+    """Choose a token from logits [vocabulary] (fp32), on the CPU.
+
+    Raises:
+        ValueError: some are not finite.
+    """
+    if not bool(logits.isfinite().all()):
+        raise ValueError("logits are not finite: the model has diverged, or its numbers are too large for this dtype")
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = torch.softmax(logits.double() / sampling.temperature, dim=-1)
+    # Differences to the largest: divided by a very small temperature, logits themselves would overflow.
+    probabilities = torch.softmax((logits - logits.max()).double() / sampling.temperature, dim=-1)
     ordered, ids = probabilities.sort(descending=True)
     # Those before which less than top_p is taken; the first always is.
     kept = ordered * (ordered.cumsum(-1) - ordered < sampling.top_p)
@@ -128,7 +135,8 @@ def generate(model: GPTModel, prompts: Sequence[Sequence[int]], sampling: Sampli
         The next token of every sequence that goes on, by its index.
 
     Raises:
-        ValueError: a prompt is empty or has an id that is no row of the embedding, or ``sampling`` is out of range.
+        ValueError: a prompt is empty or has an id that is no row of the embedding, ``sampling`` is out of range, or
+            logits are not finite.
     """
     sampling.check()
     rows = model.embedding.word_embeddings.weight.shape[0]

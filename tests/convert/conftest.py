@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.convert import runs
+from tests.convert.folders import convert
+from tests.convert.killed import SHARD
 from tests.harness import WorkerPool
+from tests.reference.transformers_minimax import build
 
 
 @dataclass(frozen=True)
@@ -45,3 +49,15 @@ def full_rotary_run(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("rotary")
     config = runs.config_of({}, rotary_percent=1.0)
     return Run(folder, workers.run(runs.train_and_save, config, folder, world_size=1))
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub folder of several shards, and what it was made of: a checkpoint, and a folder of transformers'."""
+    root = tmp_path_factory.mktemp("hub")
+    shape: dict[str, Any] = dict(layers=8, hidden=48, heads=4, kv_heads=2, head_dim=24, ffn=40, experts=5)
+    model = build(**shape, vocab=99, rotary_dim=24, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=9)
+    model.save_pretrained(root / "native")
+    convert("from-hf", root / "native", root / "ours")
+    convert("to-hf", root / "ours", root / "hub", "--shard-size", f"{SHARD}")
+    return root

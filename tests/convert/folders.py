@@ -18,6 +18,11 @@ def convert(*words: object) -> None:
     assert run(["convert", *map(str, words)]) == 0
 
 
+def source_of(direction: str, hub: Path) -> Path:
+    """What a conversion in this direction starts from, of the fixture ``hub``."""
+    return hub / ("ours/checkpoints/step_00000000" if direction == "to-hf" else "hub")
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     """All tensors of a Hugging Face folder; its index must name each with its file."""
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]

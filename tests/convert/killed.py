@@ -27,14 +27,17 @@ def start(direction: str, source: Path, out: Path) -> None:
 
 
 def die_after(direction: str, source: Path, out: Path, files: int) -> None:
-    """Die of SIGKILL as soon as so many files are recorded and the next is begun."""
+    """Die of SIGKILL on the way, when so many files are recorded at least."""
     journal = out.with_name(out.name + ".partial") / "journal"
     resolve = open_checkpoint if direction == "to-hf" else open_hub_folder
     opened: Any = resolve(source)
-    read = opened.read
+    read, middle = opened.read, opened.units[len(opened.units) // 2]
 
     def read_or_die(unit: Any) -> Any:
-        if len(list(journal.glob("*.json"))) >= files:
+        if unit == middle:
+            # A slow disk records files long after they were written: all may be written before any is recorded.
+            while len(list(journal.glob("*.json"))) < files:
+                os.sched_yield()
             os.kill(os.getpid(), signal.SIGKILL)
         return read(unit)
 

@@ -61,6 +61,14 @@ def test_temperature_and_top_p() -> None:
     torch.testing.assert_close(draws(logits, Sampling(temperature=1.0, top_p=0.7)), kept, atol=noise, rtol=0)
     assert draws(logits, Sampling(temperature=1.0, top_p=1e-9), 50)[1] == 1.0
     assert draws(logits, Sampling(), 1)[1] == 1.0
+    assert draws(1e4 * logits, Sampling(temperature=1e-308), 50)[1] == 1.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_no_numbers(value: float, temperature: float) -> None:
+    with pytest.raises(ValueError, match=r"^logits are not finite: the model has diverged"):
+        draws(torch.tensor([0.0, value, 1.0]), Sampling(temperature=temperature), 1)
 
 
 def test_draws_are_reproducible_and_do_not_depend_on_other_prompts(workers: WorkerPool, fp32_run: Run) -> None:

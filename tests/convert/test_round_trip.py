@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -15,6 +17,7 @@ from megatron_m1.checkpoint_contents import read_checkpoint
 from megatron_m1.config_io import load_config
 from megatron_m1.convert.hub_folder import open_hub_folder
 from megatron_m1.convert.our_checkpoint import open_checkpoint
+from megatron_m1.convert.work import started_ranks
 from megatron_m1.training.checkpoint_folder import first_fault, read_manifest
 from tests.convert import runs
 from tests.convert.conftest import Run
@@ -130,6 +133,24 @@ def test_the_hub_to_ours_and_back(native_folder: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again" / name).read_text() == (tmp_path / "hub" / name).read_text()
 
 
+def test_what_an_export_says(native_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert("from-hf", native_folder, tmp_path / "ours")
+    capsys.readouterr()
+    convert("to-hf", tmp_path / "ours", tmp_path / "hub", "--dry-run")
+    planned = capsys.readouterr().out.splitlines()
+    assert not (tmp_path / "hub").exists()
+    convert("to-hf", tmp_path / "ours", tmp_path / "hub", "--format", "native")
+    said = capsys.readouterr().out.splitlines()
+    size = sum(value.nbytes for value in weights(tmp_path / "hub").values())
+    assert re.fullmatch(rf".*/hub: {len(weights(tmp_path / 'hub'))} tensors, {size:,} bytes in 1 files, .*", said[0])
+    assert re.match(r"would write \d+ tensors, .* 6 lightning and 2 softmax layers, float32$", planned[0])
+    tokenizer = "note: no tokenizer was written: the checkpoint names none; give --tokenizer"
+    epsilon = "note: vLLM uses 1e-05 in the norm inside lightning layers, this model 1e-06: "
+    assert planned[1] == said[1] == tokenizer and len(planned) == 3
+    assert planned[2] == said[3] and said[3].startswith(epsilon)
+    assert said[2] == "note: vLLM fails on the buffers of --format native" and len(said) == 4
+
+
 def test_remote_code_is_copied_and_named(native_folder: Path, tmp_path: Path) -> None:
     """As in the released config.json."""
     code = tmp_path / "code"
@@ -176,6 +197,20 @@ def shared_refusal(rank: int, world_size: int, words: list[str]) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+def patience(rank: int, world_size: int) -> float:
+    """Seconds that a rank of a conversion waits for another."""
+    with started_ranks() as ranks:
+        assert (ranks.rank, ranks.size) == (rank, world_size)
+        group = dist.group.WORLD
+        assert group is not None
+        return float(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+
+
+def test_a_rank_with_hours_of_work_more_is_waited_for(workers: WorkerPool) -> None:
+    """By themselves, torch's groups give up after half an hour."""
+    assert workers.run(patience, world_size=2, process_group=False) == [7 * 24 * 3600.0] * 2
 
 
 def test_ranks_share_the_work(workers: WorkerPool, fp32_run: Run, tmp_path: Path) -> None:

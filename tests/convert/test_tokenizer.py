@@ -11,12 +11,14 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
+from megatron_m1.cli import run
 from megatron_m1.convert.tokenizer import copy_tokenizer, ready_tokenizer
 from megatron_m1.data.corpus import build_corpus
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
 from tests.convert.folders import convert
 from tests.data.test_tokenizers import TEXTS, hugging_face_folder
 from tests.reference.transformers_minimax import build
+from tests.training.checkpoint_runs import file_size_limit
 
 CHARACTERS = 1_000_000
 """Of the corpus's held-out text, which the tokenizer has not seen."""
@@ -94,6 +96,33 @@ def test_settings_of_generation_come_back(tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"]) == (5, 256)
 
 
+def test_a_disk_that_refuses_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """tokenizers raises what is no OSError; a folder where its file belongs stands for a disk that is full."""
+    shape: dict[str, Any] = dict(layers=8, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=8, experts=2)
+    model = build(**shape, vocab=330, rotary_dim=8, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=9)
+    model.save_pretrained(tmp_path / "native")
+    convert("from-hf", tmp_path / "native", tmp_path / "ours")
+    train_sentencepiece(TEXTS[:3] * 20, tmp_path / "t.model", vocab_size=330)
+    words = [
+        "convert",
+        "to-hf",
+        str(tmp_path / "ours"),
+        str(tmp_path / "out"),
+        "--tokenizer",
+        str(tmp_path / "t.model"),
+    ]
+    with file_size_limit(5_000):
+        assert run(words) == 1
+    (tmp_path / "out.partial/tokenizer.json").mkdir()
+    capsys.readouterr()
+    assert run(words) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "out.partial can't be written: " in error and "tokenizer.json: Is a dir" in error
+    (tmp_path / "out.partial/tokenizer.json").rmdir()
+    assert run(words) == 0
+    assert load_tokenizer(tmp_path / "out").vocab_size == 330
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -101,6 +130,11 @@ def test_settings_of_generation_come_back(tmp_path: Path) -> None:
         ({"byte_fallback": False}, "it has no byte fallback"),
         ({"normalization_rule_name": "nmt_nfkc"}, r"it normalises text \(nmt_nfkc\)"),
         ({"remove_extra_whitespaces": True}, "it removes spaces"),
+        (
+            {"add_dummy_prefix": True, "user_defined_symbols": ["<tool>"]},
+            r"it puts a space before texts, and has symbols: \['<tool>'\]",
+        ),
+        ({"user_defined_symbols": ["x\u2581y"]}, r"it has symbols with spaces: \['x\u2581y'\]"),
     ],
 )
 def test_models_without_an_exact_counterpart(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -109,6 +143,7 @@ def test_models_without_an_exact_counterpart(options: dict[str, Any], reason: st
         "byte_fallback": True,
         "normalization_rule_name": "identity",
         "remove_extra_whitespaces": False,
+        "add_dummy_prefix": False,
     }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS),
@@ -122,8 +157,11 @@ def test_models_without_an_exact_counterpart(options: dict[str, Any], reason: st
         ready_tokenizer(tmp_path / "t.model", 1000)
 
 
-def test_a_model_with_a_dummy_prefix_and_marks(tmp_path: Path) -> None:
-    """As Llama's: a space before every text, a begin mark, symbols of several characters."""
+@pytest.mark.parametrize(
+    ("prefix", "symbols"), [(True, ["\n"]), (False, ["<tool>", "<to", "\n"])], ids=["prefix", "symbols"]
+)
+def test_a_model_with_a_dummy_prefix_or_symbols(prefix: bool, symbols: list[str], tmp_path: Path) -> None:
+    """A begin mark and, as Llama's, a space before every text; or symbols of several characters."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(inspect.getsource(inspect).splitlines()),
         model_prefix=str(tmp_path / "t"),
@@ -132,14 +170,21 @@ def test_a_model_with_a_dummy_prefix_and_marks(tmp_path: Path) -> None:
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        add_dummy_prefix=True,
-        user_defined_symbols=["<tool>", "\n"],
+        add_dummy_prefix=prefix,
+        user_defined_symbols=symbols,
         minloglevel=2,
     )
     ready_tokenizer(tmp_path / "t.model", 500).write(tmp_path / "hf")
     own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    for text in ["def f(x): return x", "no space", "two  spaces", "a b\nc 🙂"]:
+    for text in [
+        "def f(x): return x",
+        "no space",
+        "two  spaces",
+        "a b\nc 🙂",
+        "call <tool>now<to <t <s>",
+        "<tool> <tool>",
+    ]:
         assert theirs.encode(text, add_special_tokens=False) == own.encode(text), text
         assert theirs.decode(own.encode(text)) == text
     assert theirs.bos_token == "<s>"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_m1.cli import run
-from megatron_m1.convert.hf_config import hub_config, model_from_hf, native_config, rotary_dim
+from megatron_m1.convert.hf_config import caveats, hub_config, model_from_hf, native_config, rotary_dim
 from megatron_m1.convert.hub_folder import expected_bytes
 from megatron_m1.convert.weight_map import check_names, to_hub, to_ours, units
 from megatron_m1.counts import model_counts
@@ -105,6 +105,13 @@ def test_another_total_size(tmp_path: Path) -> None:
         run(["convert", "from-hf", str(hub_folder(tmp_path, index)), str(tmp_path / "out"), "--dry-run"])
 
 
+def test_a_total_size_that_is_no_number(tmp_path: Path) -> None:
+    index = hub_index()
+    index["metadata"]["total_size"] = [HUB_BYTES]
+    with pytest.raises(ValueError, match=r"total_size is \[912210767872\], but the map's tensors have"):
+        run(["convert", "from-hf", str(hub_folder(tmp_path, index)), str(tmp_path / "out"), "--dry-run"])
+
+
 def test_moves_and_their_inverse() -> None:
     for unit in units(config_of({}).model):
         hub = [torch.randn(part.shape) for part in unit.parts]
@@ -174,6 +181,7 @@ def changed(**keys: Any) -> dict[str, Any]:
         (changed(num_hidden_layers="80"), r"^num_hidden_layers = '80': it must be a whole number above 0$"),
         (changed(num_hidden_layers=...), r"^num_hidden_layers is missing$"),
         (changed(num_attention_heads=0), r"^num_attention_heads = 0: it must be a whole number above 0$"),
+        (changed(vocab_size=10**400), r"^vocab_size = 1000.*: it must be a whole number above 0$"),
         (changed(num_key_value_heads=7), r"^model\.num_attention_heads = 64 is not divisible by"),
         (changed(num_experts_per_tok=33), r"^model\.moe_router_topk = 33 is more than model\.num_moe_experts = 32"),
         (changed(rms_norm_eps="1e-5"), r"^rms_norm_eps = '1e-5': it must be a number$"),
@@ -194,6 +202,7 @@ def changed(**keys: Any) -> dict[str, Any]:
         (changed(rope_theta=...), r"^rope_theta is missing"),
         (changed(rope_parameters={"rope_type": "yarn", "rope_theta": 1e7}), r"only the default kind"),
         (changed(rope_parameters={"type": "yarn", "rope_theta": 1e7}), r"^rope_parameters = .*only the default kind"),
+        (changed(rope_parameters={"rope_type": [], "rope_theta": 1e7}), r"^rope_parameters = .*only the default kind"),
         (changed(partial_rotary_factor=1.0), r"^rotary_dim and partial_rotary_factor contradict"),
         (changed(layernorm_mlp_alpha=None), r"^residual factors differ.*'layernorm_mlp_alpha': 1\.0"),
         (changed(rope_theta=10**400), r"^rope_theta = 1000.*: it must be a number$"),
@@ -233,3 +242,15 @@ def test_configs_go_there_and_back() -> None:
     assert both["model_type"] == "minimax" and both["dtype"] == "bfloat16" and "auto_map" not in both
     assert both["postnorm"] is True and both["rotary_dim"] == 8 and both["attn_type_list"] == [0] * 7 + [1]
     assert both["layernorm_mlp_alpha"] == both["mlp_alpha_factor"] == both["full_attn_alpha_factor"] == 2.5
+
+
+def test_what_readers_get_wrong() -> None:
+    """Of M1: transformers' rotary embedding and vLLM's epsilon; of a model that suits both, nothing."""
+    model = model_from_hf(HUB_ONLY)
+    rotary, epsilon = caveats(model)
+    assert rotary.startswith("native transformers rotates whole softmax heads (128 dimensions instead of the first 64)")
+    assert epsilon.startswith("vLLM uses 1e-05 in the norm inside lightning layers, this model 1e-06: ")
+    assert caveats(replace(model, rotary_percent=1.0)) == [epsilon]
+    assert caveats(replace(model, rotary_percent=1.0, layernorm_epsilon=1e-6)) == []
+    (theirs,) = caveats(replace(model, rotary_percent=1.0, lightning_norm_epsilon=1e-5))
+    assert theirs.startswith("native transformers uses 1e-06 in the norm inside lightning layers, this model 1e-05: ")

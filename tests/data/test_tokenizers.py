@@ -52,6 +52,15 @@ def test_text_survives(tmp_path: Path, kind: str) -> None:
     assert 0 <= tokenizer.eod < tokenizer.vocab_size
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "hugging face"])
+def test_rows_of_an_embedding_that_are_no_ids(tmp_path: Path, kind: str) -> None:
+    """A model may draw them as long as it is not trained."""
+    path = sentencepiece_model(tmp_path) if kind == "sentencepiece" else hugging_face_folder(tmp_path)
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode("x = 1")
+    assert tokenizer.decode([tokenizer.vocab_size, *ids, 5000]) == "x = 1"
+
+
 def test_sentencepiece_against_its_own_library(tmp_path: Path) -> None:
     path = sentencepiece_model(tmp_path)
     tokenizer, own = load_tokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
