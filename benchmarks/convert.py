@@ -32,6 +32,7 @@ from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile
 from megatron_m1.convert.weight_map import units
 from megatron_m1.convert.work import Ranks
+from megatron_m1.training.checkpoint_folder import read_manifest
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODEL = ModelConfig(
@@ -162,6 +163,20 @@ def require_same_bytes(hub: Path, again: Path) -> None:
             raise ValueError(f"refusing to report: {unit.ours} did not come back")
 
 
+def require_same_files(ours: Path, again: Path) -> None:
+    """Compare the files of two checkpoints that hold weights, by their SHA-256.
+
+    Raises:
+        ValueError: they differ.
+    """
+    first, second = (
+        {name: digest for name, digest in read_manifest(folder).items() if name.endswith(".distcp")}
+        for folder in (ours, again)
+    )
+    if not first or first != second:
+        raise ValueError(f"refusing to report: {sorted(first)} and {sorted(second)} differ")
+
+
 def take_turns(root: Path, hub: Path) -> dict[str, list[dict[str, float]]]:
     """All sides once a round, after one uncounted round; what they wrote is removed."""
     ours = root / "ours"
@@ -179,6 +194,8 @@ def take_turns(root: Path, hub: Path) -> dict[str, list[dict[str, float]]]:
             result = side()
             if turn >= 0:
                 found[name].append(result)
+            if turn == ROUNDS - 1 and name == "from-hf":
+                require_same_files(ours / CHECKPOINT, out / CHECKPOINT)
             if turn == ROUNDS - 1 and name == "to-hf":
                 require_same_bytes(hub, out)
             shutil.rmtree(out)

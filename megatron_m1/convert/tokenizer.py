@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_m1.convert.hf_config import read_json_object
 from megatron_m1.data.tokenizers import FOLDER_FILES, load_tokenizer
 
 SPACE = "\u2581"
@@ -75,13 +76,15 @@ def ready_tokenizer(path: Path, vocab_size: int) -> ReadyTokenizer:
         vocab_size: rows of the model's embedding.
 
     Raises:
-        ValueError: it can't be read, is larger than the embedding, or is a SentencePiece model of a kind that has no
-            exact counterpart.
+        ValueError: it or its settings for generation can't be read, it is larger than the embedding, or a SentencePiece
+            model of a kind that has no exact counterpart.
     """
     try:
         loaded = load_tokenizer(path)
     except OSError as error:
         raise ValueError(f"tokenizer {path} can't be read: {error.strerror or error}") from error
+    if (path / GENERATION).is_file():
+        read_json_object(path / GENERATION)  # before hours of work on weights
     if loaded.vocab_size > vocab_size:
         raise ValueError(f"tokenizer {path} has {loaded.vocab_size} tokens, the model's embedding {vocab_size} rows")
     return ReadyTokenizer(path, loaded.eod, None if path.is_dir() else from_sentencepiece(path))

@@ -76,6 +76,9 @@ def test_an_imported_tokenizer_comes_back_byte_for_byte(tmp_path: Path) -> None:
     assert copy_tokenizer(tmp_path / "out", tmp_path / "again")
     for file in folder.iterdir():
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"generation_config\.json is no JSON object"):
+        ready_tokenizer(folder, 300)
     loaded = AutoTokenizer.from_pretrained(tmp_path / "again")
     chat = loaded.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert chat == "<user>hi<end>" and loaded.eos_token_id == 256
