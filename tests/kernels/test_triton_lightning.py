@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_m1.kernels.lightning import triton_launch
+from megatron_m1.kernels.lightning import triton_launch, triton_tune
 from megatron_m1.kernels.lightning.triton_attention import triton_lightning_attention
 from tests.kernels.kernel_check import check_kernels, check_timed, shares, silu_shares
 from tests.kernels.lightning_cases import EXTREME, Case, assert_close, make_case, run
@@ -45,6 +45,17 @@ def test_head_dims(dims: tuple[int, int], dtype: torch.dtype) -> None:
 )
 def test_widest_heads(dims: tuple[int, int], dtype: torch.dtype) -> None:
     compare(make_case([66], dtype=dtype, slopes=EXTREME[1:2], dims=dims))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_chunks_of_an_a100(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes an H100's configurations; an A100's have chunks of half the tokens, and other tiles."""
+    monkeypatch.setattr(triton_tune, "_capability", lambda device: 80)
+    case = make_case([66, 1, 33], dtype=dtype, slopes=EXTREME[:2], dims=(48, 48))
+    compare(case)
+    parts = torch.stack([case.q, case.k, case.v], dim=2)  # [T, H, 3, D]
+    for name, share in silu_shares(parts, case.grad_o, case.slopes, case.lengths).items():
+        assert share <= 1.0, f"{name}: {share} times the error that is allowed"
 
 
 @pytest.mark.parametrize("most", [16, 64, 100])
