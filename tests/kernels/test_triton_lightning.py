@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -11,6 +15,7 @@ from tests.kernels.kernel_check import check_kernels, check_timed, shares, silu_
 from tests.kernels.lightning_cases import EXTREME, Case, assert_close, make_case, run
 from tests.kernels.tolerances import KERNEL_DTYPES, rounded
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("nan_memory")
 DTYPES = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=["fp32", "bf16", "fp16"])
 
@@ -79,6 +84,12 @@ def test_what_a_benchmark_checks_first() -> None:
     assert len(found) > 20 and all(share <= 1.0 for share in found.values()), found
     found = check_timed(EXTREME[:2], lengths=[66, 1], width=16)
     assert len(found) == 12 and all(share <= 1.0 for share in found.values()), found
+
+
+def test_packs_too_small_to_be_drawn_are_refused() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "lightning.py"), "--tokens", "8"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "8 tokens is too small: give at least 256" in run.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
