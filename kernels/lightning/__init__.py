@@ -76,9 +76,10 @@ def lightning_attention(
 
     Args:
         q: queries [T, H, Dk], T the tokens of the pack; float32, bfloat16, float16, or float64 (not with "triton",
-            which also ends at Dk, Dv = 256). Any strides up to 2^25 numbers a token; views of one buffer are read in
-            place. In float16, "triton" rounds scores and states to float16 before products, as any form with float16
-            operands does: they must stay below 65504, or results are infinite.
+            which also ends at Dk, Dv = 256). Any strides: "triton" reads views of one buffer in place, and copies what
+            is not dense in its last dimension or has more than 2^25 numbers from token to token. In float16, "triton"
+            rounds scores and states to float16 before products, as any form with float16 operands does: they must
+            stay below 65504, or results are infinite.
         k: keys [T, H, Dk], q's dtype.
         v: values [T, H, Dv], q's dtype; Dv may differ from Dk.
         slopes: [H] float32 (float64 allowed), finite and >= 0, natural-log decay per token, see ``layer_slopes``.

@@ -10,9 +10,16 @@ from torch.autograd.function import once_differentiable
 from megatron_m1.kernels.lightning.segments import NONE, state_slots
 from megatron_m1.kernels.lightning.triton_launch import Documents
 from megatron_m1.kernels.lightning.triton_tune import tuned_walk
-from megatron_m1.kernels.triton_inputs import check_triton, dense_rows
+from megatron_m1.kernels.triton_inputs import check_triton
 
 MAX_WIDTH = 256
+MAX_STRIDE = 2**25
+"""Numbers from token to token: 64 tokens of a chunk reach 2^31, where its 32-bit offsets end."""
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x`` [T, ...] itself if the walk can read its rows where they are."""
+    return x if x.stride(-1) == 1 and x.stride(0) <= MAX_STRIDE else x.contiguous()
 
 
 def _forward(
@@ -98,7 +105,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Gradients of q, k, v and the initial states."""
         q, k, v, slopes, initial_state = ctx.saved_tensors
-        grad_output = torch.zeros_like(v) if grads[0] is None else dense_rows(grads[0])
+        grad_output = torch.zeros_like(v) if grads[0] is None else _rows(grads[0])
         grad_final = None if grads[1] is None else grads[1].contiguous()
         dq, dk, dv = _gradients(q, k, v)
         with torch.cuda.device_of(q):
@@ -131,7 +138,7 @@ class _SiluAttention(torch.autograd.Function):
         q, k, v = parts[:, :, :3].unbind(2)
         dq, dk, dv = grad[:, :, :3].unbind(2)
         with torch.cuda.device_of(parts):
-            _backward((q, k, v), slopes, None, ctx.documents, True, dense_rows(grads[0]), None, (dq, dk, dv))
+            _backward((q, k, v), slopes, None, ctx.documents, True, _rows(grads[0]), None, (dq, dk, dv))
         return grad, None, None
 
 
@@ -171,7 +178,7 @@ def triton_lightning_attention(
     documents = Documents(tuple(cu_seqlens), *slots, segment_tokens)
     state = None if initial_state is None else initial_state.contiguous()
     result: tuple[Tensor, Tensor | None] = _Attention.apply(
-        dense_rows(q), dense_rows(k), dense_rows(v), slopes.float().contiguous(), state, documents
+        _rows(q), _rows(k), _rows(v), slopes.float().contiguous(), state, documents
     )
     return result
 
@@ -183,9 +190,7 @@ def triton_silu_attention(
     _check(parts, parts.shape[3])
     nobody = (NONE,) * (len(cu_seqlens) - 1)
     documents = Documents(tuple(cu_seqlens), nobody, nobody, segment_tokens)
-    result: tuple[Tensor, Tensor] = _SiluAttention.apply(
-        parts if parts.stride(3) == 1 else parts.contiguous(), slopes.float().contiguous(), documents
-    )
+    result: tuple[Tensor, Tensor] = _SiluAttention.apply(_rows(parts), slopes.float().contiguous(), documents)
     return result
 
 
@@ -235,5 +240,5 @@ def triton_lightning_state(
     _check(k, k.shape[2], v.shape[2])
     nobody = (NONE,) * len(final_index)
     documents = Documents(tuple(cu_seqlens), nobody, tuple(final_index), segment_tokens)
-    result: Tensor = _State.apply(dense_rows(k), dense_rows(v), slopes.float().contiguous(), documents)
+    result: Tensor = _State.apply(_rows(k), _rows(v), slopes.float().contiguous(), documents)
     return result

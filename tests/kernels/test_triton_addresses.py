@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_m1.kernels.lightning import lightning_attention_step
+from megatron_m1.kernels.lightning import lightning_attention, lightning_attention_step
 from megatron_m1.kernels.lightning.segments import Segment
 from megatron_m1.kernels.lightning.triton_config import walk_configs
 from megatron_m1.kernels.lightning.triton_launch import Walk
@@ -65,6 +65,18 @@ def test_walk(strides: tuple[int, int], reverse: bool) -> None:
     far.launch(table, far_out, far_states, None, far_states, raw=far_copy(raw, strides))
     assert near_out.isfinite().all() and torch.equal(far_out, near_out)
     assert torch.equal(far_states[slot + 1], near_states[1])
+
+
+def test_tokens_so_far_apart_that_a_chunk_ends_beyond() -> None:
+    """Offsets within a chunk are 32-bit: what would overflow them is copied, inputs and the output's gradient."""
+    tensors = [normal(66 + i, HEADS, WIDTH)[i:] for i in range(4)]
+    results = []
+    for move in (torch.clone, lambda rows: far_copy(rows, (FAR // 32, WIDTH))):
+        *leaves, grad = (move(x) for x in tensors)
+        q, k, v = (x.requires_grad_() for x in leaves)
+        o = lightning_attention(q, k, v, SLOPES, backend="triton")
+        results.append([o.detach(), *torch.autograd.grad(o, (q, k, v), grad)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def test_chain() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from megatron_m1.kernels.lightning import triton_launch
+from megatron_m1.kernels.lightning import triton_launch, triton_tune
 from megatron_m1.kernels.lightning.triton_attention import triton_lightning_attention
 from tests.kernels.kernel_check import check_kernels, check_timed, shares, silu_shares
 from tests.kernels.lightning_cases import EXTREME, Case, assert_close, make_case, run
 from tests.kernels.tolerances import KERNEL_DTYPES, rounded
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("nan_memory")
 DTYPES = pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=["fp32", "bf16", "fp16"])
 
@@ -47,6 +52,17 @@ def test_widest_heads(dims: tuple[int, int], dtype: torch.dtype) -> None:
     compare(make_case([66], dtype=dtype, slopes=EXTREME[1:2], dims=dims))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_chunks_of_an_a100(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes an H100's configurations; an A100's have chunks of half the tokens, and other tiles."""
+    monkeypatch.setattr(triton_tune, "_capability", lambda device: 80)
+    case = make_case([66, 1, 33], dtype=dtype, slopes=EXTREME[:2], dims=(48, 48))
+    compare(case)
+    parts = torch.stack([case.q, case.k, case.v], dim=2)  # [T, H, 3, D]
+    for name, share in silu_shares(parts, case.grad_o, case.slopes, case.lengths).items():
+        assert share <= 1.0, f"{name}: {share} times the error that is allowed"
+
+
 @pytest.mark.parametrize("most", [16, 64, 100])
 def test_documents_cut_in_segments(most: int) -> None:
     case = make_case([130, 1, 69], dtype=torch.float32, slopes=EXTREME[:2])
@@ -68,6 +84,12 @@ def test_what_a_benchmark_checks_first() -> None:
     assert len(found) > 20 and all(share <= 1.0 for share in found.values()), found
     found = check_timed(EXTREME[:2], lengths=[66, 1], width=16)
     assert len(found) == 12 and all(share <= 1.0 for share in found.values()), found
+
+
+def test_packs_too_small_to_be_drawn_are_refused() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "lightning.py"), "--tokens", "8"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and "8 tokens is too small: give at least 256" in run.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

@@ -102,12 +102,34 @@ def test_pieces_make_the_whole() -> None:
     compare(op, *leaves_of((90, 2, 16), (90, 2, 16), (90, 2, 16)))
 
 
-def test_strided_views_are_read_in_place() -> None:
+def test_strided_views() -> None:
     def op(parts: Tensor, backend: str) -> Any:
         q, k, v = parts.split(16, dim=-1)
         return lightning_attention(q, k, v, SLOPES, backend=backend)
 
     compare(op, *leaves_of((70, 2, 48)))
+
+
+@pytest.mark.parametrize("name", ["attention", "silu", "norm"])
+def test_views_are_read_in_place(name: str) -> None:
+    """What is kept for backward of the buffer's size is the buffer itself, and no copy of a part."""
+    (parts,) = leaves_of((70, 2, 4, 16))
+    q, k, v, gate = parts.unbind(2)
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        if name == "attention":
+            lightning_attention(q, k, v, SLOPES, backend="triton")
+        elif name == "silu":
+            silu_lightning_attention(parts, SLOPES, backend="triton")
+        else:
+            gated_rms_norm(q, torch.ones(32), gate, 1e-6, backend="triton")
+    large = {x.untyped_storage().data_ptr() for x in kept if x.numel() >= q.numel()}
+    assert large == {parts.untyped_storage().data_ptr()}
 
 
 @pytest.mark.parametrize("widths", [[16, 16, 16], [16, 16, 24]], ids=["equal", "wider values"])

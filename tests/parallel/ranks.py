@@ -70,7 +70,7 @@ def whole(case: Case, parts: list[tuple[Tensor, ...]]) -> list[Tensor]:
     return [torch.cat(tensors)[tokens.argsort()] for tensors in zip(*parts, strict=True)]
 
 
-def lasp_results(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Tensor, ...]]:
+def lasp_results(rank: int, ranks: int, cases: list[Case], backend: str | None = None) -> list[tuple[Tensor, ...]]:
     """Output, dq, dk, dv of this rank's tokens in every case; fresh memory is full of NaN."""
     group: Any = dist.group.WORLD
     results = []
@@ -80,8 +80,8 @@ def lasp_results(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Tensor,
         for x in (q, k, v):
             x.requires_grad_()
         with nan_filled_empty():
-            output, entered = lasp_attention(q, k, v, case.slopes(), layout, group)
-            again, _ = lasp_attention(q, k, v, case.slopes(), layout, group, entered=entered)
+            output, entered = lasp_attention(q, k, v, case.slopes(), layout, group, backend=backend)
+            again, _ = lasp_attention(q, k, v, case.slopes(), layout, group, entered=entered, backend=backend)
             output.backward(grad)
         assert torch.equal(output, again)
         results.append(tuple(x.detach() for x in (output, *(x.grad for x in (q, k, v) if x.grad is not None))))

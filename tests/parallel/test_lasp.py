@@ -1,17 +1,32 @@
 """LASP+ on several ranks against one process that goes token by token, in float64: outputs and every gradient.
 
-Both sum the same float64 terms in another order, so they agree to some 1e-15 of the largest of them.
+Both sum the same terms in another order, so in float64 they agree to some 1e-15 of the largest of them.
 """
 
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
 from megatron_m1.kernels.lightning import lightning_attention
 from tests.harness import WorkerPool
-from tests.parallel.ranks import cases_for, lasp_results, whole
+from tests.kernels.tolerances import rounded
+from tests.parallel.ranks import Case, cases_for, lasp_results, whole
 
 TOLERANCE = 1e-12
+
+
+def compare(name: str, case: Case, by_rank: list[tuple[Tensor, ...]], tolerance: float) -> None:
+    q, k, v, grad = (x.double() for x in case.inputs())
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    truth = lightning_attention(q, k, v, case.slopes(), cu_seqlens=case.bounds, backend="naive")
+    truth.backward(grad)
+    wanted = [truth.detach(), *(x.grad for x in inputs)]
+    for part, ours, theirs in zip(("o", "dq", "dk", "dv"), whole(case, by_rank), wanted, strict=True):
+        assert theirs is not None
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        assert error < tolerance, f"{name}: {part} {error}"
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5])
@@ -19,13 +34,15 @@ def test_ranks_compute_what_one_process_computes(ranks: int, workers: WorkerPool
     cases = cases_for(ranks)
     by_rank = workers.run(lasp_results, list(cases.values()), world_size=ranks)
     for index, (name, case) in enumerate(cases.items()):
-        q, k, v, grad = case.inputs()
-        inputs = [x.requires_grad_() for x in (q, k, v)]
-        truth = lightning_attention(q, k, v, case.slopes(), cu_seqlens=case.bounds, backend="naive")
-        truth.backward(grad)
-        wanted = [truth.detach(), *(x.grad for x in inputs)]
-        found = whole(case, [results[index] for results in by_rank])
-        for part, ours, theirs in zip(("o", "dq", "dk", "dv"), found, wanted, strict=True):
-            assert theirs is not None
-            error = (ours - theirs).abs().max() / theirs.abs().max()
-            assert error < TOLERANCE, f"{name}: {part} {error}"
+        compare(name, case, [results[index] for results in by_rank], TOLERANCE)
+
+
+def test_ranks_on_the_kernels(workers: WorkerPool) -> None:
+    """As on GPUs: states and local attention by the Triton kernels, here interpreted, in float32."""
+    of_all = cases_for(2, dtype=torch.float32)
+    names = ("one document over all ranks", "starts on some bounds", "more than two segments")
+    by_rank = workers.run(lasp_results, [of_all[name] for name in names], "triton", world_size=2)
+    for index, name in enumerate(names):
+        case = of_all[name]
+        tolerance = rounded(torch.float32, case.bounds[-1], case.dim)
+        compare(name, case, [results[index] for results in by_rank], tolerance)
