@@ -2,8 +2,8 @@
 
 Truth is float64 from the same bf16 inputs, an error the norm of the difference, and the measure one process in bf16:
 the same kernel without any exchange. Parts of a softmax are bf16 and merged in fp32, so that a second rounding joins
-that of the result (sqrt(2) of its error); what other ranks' states add is rounded, and so is the sum (sqrt(3), and a tenth
-for how errors of so few tokens spread).
+that of the result (sqrt(2) of its error). What other ranks' states add is rounded, and so is the sum (sqrt(3), and a
+tenth for how errors of so few tokens spread).
 """
 
 from __future__ import annotations
@@ -66,3 +66,19 @@ def test_states_join_bf16_outputs_with_one_rounding_each(workers: WorkerPool) ->
         found = whole(case, [results[index] for results in by_rank])
         alone, truth = lightning(case, torch.bfloat16, "chunk"), lightning(case, torch.float64, "naive")
         assert_as_exact(name, found, alone, truth, 1.1 * 3.0**0.5)
+
+
+def with_and_without_autocast(rank: int, ranks: int, case: Case) -> list[list[tuple[Tensor, ...]]]:
+    """Both kinds' outputs and gradients, first as they are, then inside autocast."""
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append(lasp_results(rank, ranks, [case]) + ring_results(rank, ranks, [case]))
+    return found
+
+
+def test_autocast_does_not_reach_other_ranks_states_and_blocks(workers: WorkerPool) -> None:
+    case = Case([0, 3, 40], dtype=torch.float32)
+    for plain, inside in workers.run(with_and_without_autocast, case, world_size=2):
+        for parts, others in zip(plain, inside, strict=True):
+            assert all(torch.equal(ours, other) for ours, other in zip(parts, others, strict=True))
