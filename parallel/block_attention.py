@@ -1,8 +1,8 @@
 """Softmax attention of some queries with some keys, as part of a larger softmax: with its LSE, and backward from it.
 
-The one place that knows the kernels. Forward returns the log-sum-exp of each query's scores, by which parts are merged.
-Backward takes the *merged* output and LSE: then each part's gradients are its share of the whole's. torch's public
-``varlen_attn`` takes its LSE for a constant, so the operators below it are called.
+The one place that knows the kernels of the ring. Forward returns the log-sum-exp of each query's scores, by which parts
+are merged. Backward takes the *merged* output and LSE: then each part's gradients are its share of the whole's. torch's
+public ``varlen_attn`` takes its LSE for a constant, so the operators below it are called.
 """
 
 from __future__ import annotations

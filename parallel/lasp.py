@@ -80,12 +80,14 @@ def _add_products(out: Tensor, rows: Rows, x: Tensor, state: Tensor, slopes: Ten
     ``w`` is lambda^1, lambda^2, ... from the piece's start, or lambda^0, lambda^1, ... from its end backwards.
     """
     start, end = rows
-    for first, last in _in_parts(rows):
-        place = torch.arange(first, last, device=x.device, dtype=state.dtype)
-        steps = (end - 1) - place if from_end else place - (start - 1)
-        weights = torch.exp(-slopes.to(state.dtype)[:, None] * steps)  # [H, n]
-        heads = x[first:last].transpose(0, 1).to(state.dtype) * weights[..., None]  # [n, H, A] -> [H, n, A]
-        out[first:last] += (heads @ state).transpose(0, 1).to(out.dtype)  # [H, n, B] -> [n, H, B]
+    # Autocast would take the products with a state to bfloat16.
+    with torch.autocast(x.device.type, enabled=False):
+        for first, last in _in_parts(rows):
+            place = torch.arange(first, last, device=x.device, dtype=state.dtype)
+            steps = (end - 1) - place if from_end else place - (start - 1)
+            weights = torch.exp(-slopes.to(state.dtype)[:, None] * steps)  # [H, n]
+            heads = x[first:last].transpose(0, 1).to(state.dtype) * weights[..., None]  # [n, H, A] -> [H, n, A]
+            out[first:last] += (heads @ state).transpose(0, 1).to(out.dtype)  # [H, n, B] -> [n, H, B]
 
 
 def _pieces(x: Tensor, pieces: tuple[Rows, ...], *, backwards: bool = False) -> Tensor:

@@ -218,8 +218,10 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, grou
         [n, heads, dim] in q's dtype, scaled by 1/sqrt(dim) inside the softmax; differentiable once.
 
     Raises:
-        ValueError: the group is not of the layout's size.
+        ValueError: the group is not of the layout's size, or there are not ``local_tokens`` queries.
     """
+    if q.shape[0] != layout.local_tokens:
+        raise ValueError(f"q has {q.shape[0]} tokens, the layout's rank {layout.local_tokens}: give the rank's own")
     if group.size() != layout.context_parallel_size:
         raise ValueError(
             f"the group has {group.size()} ranks, the layout {layout.context_parallel_size}: give the same"

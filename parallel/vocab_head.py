@@ -78,8 +78,12 @@ def vocab_logits(hidden: Tensor, weight: Tensor, *, ieee_fp32: bool) -> Tensor:
     return logits
 
 
-def _precision(ieee_fp32: bool) -> contextlib.AbstractContextManager[None]:
-    return ieee_fp32_matmul() if ieee_fp32 else contextlib.nullcontext()
+@contextlib.contextmanager
+def _precision(x: Tensor, *, ieee_fp32: bool) -> Iterator[None]:
+    """Products in their factors' dtype on ``x``'s device: autocast would take them to bfloat16."""
+    tf32 = ieee_fp32_matmul() if ieee_fp32 else contextlib.nullcontext()
+    with torch.autocast(x.device.type, enabled=False), tf32:
+        yield
 
 
 def _chunks(rows: int, ranks: int, weight: Tensor, chunk_bytes: int) -> list[slice]:
@@ -168,7 +172,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         chunks = _chunks(hidden.shape[0], ranks, weight, chunk_bytes)
         # per token, as the labels: [tp, T / tp] each
         top, total, target = (hidden.new_empty(labels.shape, dtype=torch.float32) for _ in range(3))
-        with _precision(ieee_fp32):
+        with _precision(hidden, ieee_fp32=ieee_fp32):
             for rows, tokens in zip(chunks, _gathered(hidden, chunks, group, weight.dtype), strict=True):
                 logits = None  # the last chunk's, before there are two
                 logits = matmul(tokens, weight.t()).float()  # [tp * c, V / tp]
@@ -198,7 +202,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         scale = grad / total
         kept, ctx.kept = ctx.kept, None
         hidden_grad, weight_grad = torch.empty_like(hidden), _WeightGradient(weight)
-        with _precision(ctx.ieee_fp32):
+        with _precision(hidden, ieee_fp32=ctx.ieee_fp32):
             for rows, tokens in zip(chunks, _gathered(hidden, chunks, group, weight.dtype), strict=True):
                 factor = scale[:, rows]
                 if kept is None:
@@ -233,7 +237,7 @@ class _VocabLogits(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, ieee_fp32: bool) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         ctx.ieee_fp32 = ieee_fp32
-        with _precision(ieee_fp32):
+        with _precision(hidden, ieee_fp32=ieee_fp32):
             return matmul(hidden, weight.t())
 
     @staticmethod
@@ -241,6 +245,6 @@ class _VocabLogits(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         weight_grad = _WeightGradient(weight)
-        with _precision(ctx.ieee_fp32):
+        with _precision(hidden, ieee_fp32=ctx.ieee_fp32):
             weight_grad.add(grads[0].t(), hidden)
             return matmul(grads[0], weight), weight_grad.result(), None

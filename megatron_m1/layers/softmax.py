@@ -126,7 +126,7 @@ class PackedCoreAttention(MegatronModule):
         v = value.squeeze(1)
         if caches is not None:
             out = caches.attend(self.layer_number, q, k, v, layout.local_document_bounds)
-        elif layout.context_parallel_size > 1:
+        elif self.cp_group.size() > 1 or layout.context_parallel_size > 1:
             out = ring_attention(q, k, v, layout, self.cp_group)
         else:
             out = packed_softmax_attention(q, k, v, layout)

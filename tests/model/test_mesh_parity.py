@@ -1,4 +1,4 @@
-"""Every mesh against one process: loss, aux loss, gradient norm, every parameter's gradient, then 20 optimizer steps.
+"""Every mesh against one process: loss, aux loss, expert load, gradient norm, every gradient, then 20 optimizer steps.
 
 The weights come from ``initialise_weights``, so that agreement also proves that no mesh changes them. Tolerance: fp32
 sums in another order differ by some 1e-7 of their size at each of the 8 layers, so gradients are held to 2e-6 relative
@@ -97,6 +97,8 @@ def test_a_mesh_computes_what_one_process_computes(name: str, workers: WorkerPoo
     assert errors[worst] < GRADIENT_TOLERANCE, f"{worst}: {errors[worst]}"
     for result in results:
         _assert_same(result["first"], one_process["first"], GRADIENT_TOLERANCE)
+        # Later steps' weights differ by more than some router's choice between two experts may bear.
+        assert result["first"].expert_load == pytest.approx(one_process["first"].expert_load, rel=GRADIENT_TOLERANCE)
         for step, truth in zip(result["trace"], one_process["trace"][:steps], strict=True):
             _assert_same(step, truth, TRACE_TOLERANCE)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_m1.kernels.lightning import layer_slopes
 from megatron_m1.parallel.lasp import lasp_attention
@@ -104,35 +105,32 @@ def ring_results(rank: int, ranks: int, cases: list[Case]) -> list[tuple[Tensor,
     return results
 
 
-class _Counted:
-    """Bytes that leave and reach this rank through torch.distributed while it is entered."""
+class _Counted(TorchDispatchMode):
+    """Bytes that leave and reach this rank through any process group while it is entered.
+
+    torch sends every operation of a process group through its dispatcher, whichever Python function asked for it.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
         self.sent = self.received = 0
-        self.originals = dist.all_gather_into_tensor, dist.batch_isend_irecv
 
-    def __enter__(self) -> _Counted:
-        gather, exchange = self.originals
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._count(func, args)
+        return func(*args, **(kwargs or {}))
 
-        def counted_gather(output: Tensor, own: Tensor, **how: Any) -> Any:
-            others = output.nbytes - own.nbytes
+    def _count(self, func: Any, args: Any) -> None:
+        if func is torch.ops.c10d._allgather_base_.default:
+            gathered, own = args[:2]
+            others = gathered.nbytes - own.nbytes
             self.sent, self.received = self.sent + others, self.received + others
-            return gather(output, own, **how)
-
-        def counted_exchange(operations: list[dist.P2POp]) -> Any:
-            for operation in operations:
-                if operation.op is dist.isend:
-                    self.sent += operation.tensor.nbytes
-                else:
-                    self.received += operation.tensor.nbytes
-            return exchange(operations)
-
-        dist.all_gather_into_tensor = counted_gather  # type: ignore[assignment]
-        dist.batch_isend_irecv = counted_exchange  # type: ignore[assignment]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        dist.all_gather_into_tensor, dist.batch_isend_irecv = self.originals
+        elif func is torch.ops.c10d.send.default:
+            self.sent += sum(tensor.nbytes for tensor in args[0])
+        elif func is torch.ops.c10d.recv_.default:
+            self.received += sum(tensor.nbytes for tensor in args[0])
+        else:
+            raise AssertionError(f"{func} is in no plan")
 
 
 def counted_bytes(rank: int, ranks: int, cases: list[Case]) -> list[dict[str, tuple[int, int]]]:

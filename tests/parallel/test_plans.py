@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.parallel.scan import Link, scan
-from megatron_m1.parallel.segments import BALANCE, ModelCost, causal_pairs, choose_segments
+from megatron_m1.parallel.segments import BALANCE, ModelCost, by_work, causal_pairs, choose_segments, cut
 from tests.parallel.packs import bounds_of, named_packs, packs_and_ranks
 
 PAIRS_ONLY = ModelCost(per_token=0.0, per_pair=1.0, per_state=0.0)
@@ -148,6 +149,48 @@ def _check_states(bounds: list[int], ranks: int, cost: ModelCost | None) -> None
                 assert state.flatten().tolist() == wanted.tolist()
 
 
+class _Matrices:
+    """A transition with a matrix for every segment, as gated delta rules have: row ``source`` came with its state."""
+
+    def __init__(self, matrices: torch.Tensor) -> None:
+        self.matrices = matrices  # [R, 1, D, D]
+
+    def carry(self, state: torch.Tensor, link: Link) -> torch.Tensor:
+        return self.matrices[link.source] @ state
+
+
+def test_a_matrix_for_a_transition_takes_no_other_scan() -> None:
+    """S_t = A_t S_(t-1) + B_t, both ways over a pack: states that enter heads, and gradients that leave tails."""
+    bounds, ranks, dim = [0, 3, 41, 44, 60], 3, 3
+    generator = torch.Generator().manual_seed(1)
+    a, b, read = (torch.randn(60, dim, dim, generator=generator, dtype=torch.float64) / 2 for _ in range(3))
+    starts = torch.tensor(bounds)[:-1]
+    layouts = layouts_of(bounds, ranks)
+    held = [tokens_of(layout) for layout in layouts]
+    for forward in (True, False):
+        # Backward, token t passes on the gradient D to A_t^T D + A_t^T R_t, R_t being what reading the state leaves.
+        step = a if forward else a.mT
+        own = b if forward else a.mT @ read
+        after = torch.zeros(61, dim, dim, dtype=torch.float64)
+        for t in range(60) if forward else reversed(range(60)):
+            new_document = t in starts if forward else t + 1 in torch.tensor(bounds)
+            after[t] = own[t] + (0.0 if new_document else step[t] @ after[t - 1 if forward else t + 1])
+        exchanges = [layout.state_plan.forward if forward else layout.state_plan.backward for layout in layouts]
+        slots = exchanges[0].slots
+        local, matrices = (torch.zeros(ranks * slots, 1, dim, dim, dtype=torch.float64) for _ in range(2))
+        for rank, exchange in enumerate(exchanges):
+            for slot, (start, end) in enumerate(exchange.sends):
+                state, matrix = torch.zeros(dim, dim).double(), torch.eye(dim).double()
+                for t in held[rank][start:end] if forward else held[rank][start:end][::-1]:
+                    state, matrix = step[t] @ state + own[t], step[t] @ matrix
+                local[rank * slots + slot, 0], matrices[rank * slots + slot, 0] = state, matrix
+        for rank, exchange in enumerate(exchanges):
+            states = scan(exchange.chains, local, _Matrices(matrices), len(exchange.receives))
+            for state, (start, end) in zip(states, exchange.receives, strict=True):
+                neighbour = held[rank][start] - 1 if forward else held[rank][end - 1] + 1
+                torch.testing.assert_close(state[0], after[neighbour], rtol=1e-12, atol=1e-12)
+
+
 def test_zigzag_is_the_default_and_balances_one_document() -> None:
     cost = ModelCost(0.0, 1.0, 0.0)
     for ranks in (2, 3, 8, 64):
@@ -173,6 +216,22 @@ def test_as_many_segments_as_balance_needs_and_no_more_than_their_states_are_wor
         assert _work_of_ranks(bounds_here, ranks, fewer)[1] == 2, "states that cost more than they save are not taken"
         linear = ModelCost(1e6, 1.0, 0.0)
         assert _work_of_ranks(bounds_here, ranks, linear)[1] == 2, "attention that hardly counts is not balanced"
+
+
+def test_the_fewest_segments_that_balance_are_taken() -> None:
+    bounds, found = bounds_of([*[16] * 384, 2048]), set()
+    for ranks, per_token in itertools.product((2, 4, 8), (0.0, 500.0, 2000.0, 5000.0, 8000.0)):
+        for per_rank in itertools.count(2):
+            segments = cut(bounds[-1], ranks, per_rank)
+            pairs = np.diff(causal_pairs(np.asarray(bounds), segments))
+            owners = by_work(pairs, np.diff(segments), ranks)
+            work = per_token * bounds[-1] / ranks + np.bincount(owners, weights=pairs)
+            if work.max() <= BALANCE * work.mean():
+                break
+        chosen = choose_segments(bounds, ranks, ModelCost(per_token, 1.0, 0.0))
+        assert len(chosen.owners) == per_rank * ranks
+        found.add(per_rank)
+    assert found == set(range(2, 9))
 
 
 def test_causal_pairs_are_counted_by_document() -> None:

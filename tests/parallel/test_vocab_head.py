@@ -142,15 +142,6 @@ def chunked(case: Case, group: dist.ProcessGroup) -> tuple[list[Tensor], Allocat
     return [loss.detach(), hidden.grad, weight.grad], allocations
 
 
-@pytest.fixture(scope="module")
-def alone() -> Iterator[dist.ProcessGroup]:
-    """A group of this process only."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_one_rank_is_as_exact_as_whole_logits(name: str, alone: dist.ProcessGroup, nan_memory: None) -> None:
     odd = replace(CASES[name], tokens=CASES[name].tokens - 1)
@@ -266,6 +257,14 @@ def test_tf32_in_every_product(ieee_fp32: bool, expected: str, alone: dist.Proce
     # Two chunks forward, one of them made again, two products each for the gradients; then one and two.
     assert switches.seen == [expected] * (2 + 1 + 4 + 3)
     assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def test_autocast_does_not_reach_the_products(alone: dist.ProcessGroup) -> None:
+    case = CASES["odd-chunks"]
+    expected, _ = chunked(case, alone)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = chunked(case, alone)
+    assert all(torch.equal(ours, other) for ours, other in zip(found, expected, strict=True))
 
 
 def test_bad_input(alone: dist.ProcessGroup) -> None:
