@@ -33,25 +33,23 @@ class PackedBatchParams(PackedSeqParams):
         return cls(qkv_format="sbhd", layout=layout)
 
 
-def batch_params(packed_seq_params: Any) -> PackedBatchParams:
-    """Check that ``packed_seq_params`` is ours.
+def batch_params(packed_seq_params: Any, ranks: int) -> PackedBatchParams:
+    """Check that ``packed_seq_params`` is ours, and of a layout for as many ``ranks`` as share a pack.
 
     Raises:
-        ValueError: the model was called without one.
+        ValueError: the model was called without one, or with another mesh's.
     """
     if not isinstance(packed_seq_params, PackedBatchParams) or packed_seq_params.layout is None:
         raise ValueError(
             f"the model needs packed_seq_params=PackedBatchParams.of(layout), got {type(packed_seq_params).__name__}"
         )
+    size = packed_seq_params.layout.context_parallel_size
+    if size != ranks:
+        raise ValueError(f"the context-parallel group has {ranks} ranks, the layout {size}: give the same")
     return packed_seq_params
 
 
-def layout_of(packed_seq_params: Any) -> SequenceLayout:
-    """Return the layout that travels in ``packed_seq_params``.
-
-    Raises:
-        ValueError: the model was called without one.
-    """
-    layout = batch_params(packed_seq_params).layout
-    assert layout is not None
-    return layout
+def layout_of(params: PackedBatchParams) -> SequenceLayout:
+    """Return the layout of checked ``params``."""
+    assert params.layout is not None
+    return params.layout

@@ -168,7 +168,7 @@ class LightningAttention(MegatronModule):
         Returns:
             The block's output, shaped and typed as ``hidden_states``, and no bias.
         """
-        params = batch_params(packed_seq_params)
+        params = batch_params(packed_seq_params, self.cp_group.size())
         qkvg, _ = self.linear_qkvg(hidden_states)
         if self.recompute and self.training:
             core = tensor_parallel.checkpoint(partial(self._core, params=params), False, qkvg)

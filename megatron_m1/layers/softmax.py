@@ -117,8 +117,9 @@ class PackedCoreAttention(MegatronModule):
         Returns:
             [n, 1, heads * dim].
         """
-        layout = layout_of(packed_seq_params)
-        caches, positions = batch_params(packed_seq_params).caches, layout.positions
+        params = batch_params(packed_seq_params, self.cp_group.size())
+        layout, caches = layout_of(params), params.caches
+        positions = layout.positions
         if caches is not None:
             positions = caches.positions(positions, layout.local_document_bounds)
         q = rotate(query.squeeze(1), positions, self.rotary_dim, self.rotary_base)
@@ -126,7 +127,7 @@ class PackedCoreAttention(MegatronModule):
         v = value.squeeze(1)
         if caches is not None:
             out = caches.attend(self.layer_number, q, k, v, layout.local_document_bounds)
-        elif self.cp_group.size() > 1 or layout.context_parallel_size > 1:
+        elif layout.context_parallel_size > 1:
             out = ring_attention(q, k, v, layout, self.cp_group)
         else:
             out = packed_softmax_attention(q, k, v, layout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,16 +89,10 @@ def _padding_mask(batch: MicroBatch, model: Chunk, mesh: Mesh) -> Tensor | None:
 
 
 def _forward_step(
-    samples: Iterator[PackedSample], model: Chunk, *, trainer: Trainer
+    batches: Iterator[MicroBatch], model: Chunk, *, trainer: Trainer
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     trainer.heartbeat()
-    batch = make_micro_batch(
-        next(samples),
-        trainer.mesh,
-        seq_length=trainer.seq_length,
-        pack_tokens=trainer.pack_tokens,
-        cost=trainer.cost,
-    )
+    batch = next(batches)
     output = model(
         batch.tokens,
         None,
@@ -116,13 +111,24 @@ def _forward_step(
     return output, loss_sum
 
 
+def shared_micro_batches(trainer: Trainer, samples: list[PackedSample]) -> tuple[Iterator[MicroBatch], ...]:
+    """Return an iterator for each virtual chunk; a micro-batch is laid out once, when the first chunk asks for it."""
+    lay_out = partial(
+        make_micro_batch,
+        mesh=trainer.mesh,
+        seq_length=trainer.seq_length,
+        pack_tokens=trainer.pack_tokens,
+        cost=trainer.cost,
+    )
+    return itertools.tee(map(lay_out, samples), len(trainer.chunks))
+
+
 def _run_schedule(trainer: Trainer, samples: list[PackedSample], *, forward_only: bool) -> list[dict[str, Tensor]]:
     run = get_forward_backward_func()
-    # Every virtual chunk reads the same micro-batches through an iterator of its own.
-    iterators = [iter(samples) for _ in trainer.chunks]
+    iterators = shared_micro_batches(trainer, samples)
     return run(
         forward_step_func=partial(_forward_step, trainer=trainer),
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        data_iterator=list(iterators) if len(iterators) > 1 else iterators[0],
         model=trainer.chunks if len(trainer.chunks) > 1 else trainer.chunks[0],
         num_microbatches=len(samples),
         seq_length=trainer.pack_tokens,

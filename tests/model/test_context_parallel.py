@@ -29,7 +29,7 @@ from megatron_m1.data.packed import PackedSample
 from megatron_m1.packed import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.training.microbatch import make_micro_batch
-from megatron_m1.training.step import StepResult, evaluate, train_step
+from megatron_m1.training.step import StepResult, evaluate, shared_micro_batches, train_step
 from megatron_m1.validate import padded_pack_tokens
 from tests.harness import WorkerPool
 from tests.model.meshes import assemble, gradients_and_trace, my_share, packs, run_config, start
@@ -125,7 +125,7 @@ def whole_pack_on_every_rank(rank: int, world_size: int, config: Config) -> None
 
 
 def test_a_layout_of_one_rank_is_not_taken_for_the_groups(workers: WorkerPool) -> None:
-    with pytest.raises(ValueError, match="the group has 2 ranks, the layout 1: give the same"):
+    with pytest.raises(ValueError, match="the context-parallel group has 2 ranks, the layout 1: give the same"):
         workers.run(whole_pack_on_every_rank, run_config({CP: 2}), world_size=2)
 
 
@@ -189,6 +189,18 @@ def test_positions_go_beyond_a_ranks_tokens(workers: WorkerPool) -> None:
     assert [rank["positions"].numel() for rank in facts] == [25, 25]
     assert max(rank["positions"].max().item() for rank in facts) == 49
     assert all(rank["padding"] is None for rank in facts)
+
+
+def shared_objects(rank: int, world_size: int, config: Config) -> list[bool]:
+    """Whether a stage's virtual chunks are given the same objects, micro-batch by micro-batch."""
+    trainer = start(config, world_size)
+    first, second = shared_micro_batches(trainer, packs())
+    return [one is other for one, other in zip(first, second, strict=True)]
+
+
+def test_virtual_chunks_share_one_layout(workers: WorkerPool) -> None:
+    config = run_config({"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2})
+    assert workers.run(shared_objects, config, world_size=2) == [[True] * len(packs())] * 2
 
 
 def bf16_states(rank: int, world_size: int) -> tuple[torch.dtype, Tensor, Tensor]:
