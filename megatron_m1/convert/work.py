@@ -324,12 +324,6 @@ def run_jobs(
     with _one_thread(), ThreadPoolExecutor(2) as pool, _bar(title, total, shown=ranks.rank == 0) as advance:
         checking = pool.submit(beside, failed)
         ends: list[Future[None]] = []
-
-        def end(job: Job, value: Any) -> None:
-            # Beside the next file: the disk is as slow as all the rest together.
-            sync(job.path)
-            work.record(job.path, {"value": value, "after": after(job.path.name) if after else None})
-
         try:
             for job in mine:
                 is_new = work.entry(job.path) is None
@@ -337,7 +331,8 @@ def run_jobs(
                 if job.check is not None:
                     job.check()
                 if is_new:
-                    ends.append(pool.submit(end, job, value))
+                    # Beside the next file: the disk is as slow as all the rest together.
+                    ends.append(pool.submit(_record, work, job, value, after))
                 _return_free_memory()
                 advance(job.size)
                 if checking.done() and checking.result() is not None:
@@ -355,6 +350,11 @@ def run_jobs(
         damage = checking.result() or damage
     _raise_together(work, ranks, damage, fault)
     return [work.entry(job.path) for job in jobs]
+
+
+def _record(work: WorkFolder, job: Job, value: Any, after: Callable[[str], Any] | None) -> None:
+    sync(job.path)
+    work.record(job.path, {"value": value, "after": after(job.path.name) if after else None})
 
 
 def _raise_together(work: WorkFolder, ranks: Ranks, damage: str | None, fault: str | None) -> None:
