@@ -38,12 +38,13 @@ class Answer:
 
 
 def pickled_exception(error: BaseException) -> bytes:
-    """Pickle ``error``; one that cannot make the journey becomes a RuntimeError with its type and message."""
+    """Pickle ``error``; one that can't travel becomes a RuntimeError with its type and message, and a note why."""
     try:
         data = pickle.dumps(error)
         pickle.loads(data)
-    except Exception:
-        # Pickling runs the exception class's own code, here and on arrival, and that may raise anything: what the
-        # test is to hear of is the error, not why it could not travel.
-        return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+    except Exception as reason:
+        # Of any type: pickling runs the exception class's own code, here and on arrival.
+        told = RuntimeError(f"{type(error).__name__}: {error}")
+        told.add_note(f"told as text, since it can't be pickled: {type(reason).__name__}: {reason}")
+        return pickle.dumps(told)
     return data

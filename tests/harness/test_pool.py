@@ -96,12 +96,17 @@ class HeldError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
-    [(TwoPartError("one", "two"), "TwoPartError: one and two"), (HeldError(), "HeldError: held")],
+    ("error", "message", "reason"),
+    [
+        (TwoPartError("one", "two"), "TwoPartError: one and two", "'other'"),
+        (HeldError(), "HeldError: held", "'_thread.lock'"),
+    ],
 )
-def test_an_exception_that_can_not_travel_is_told_as_another(error: Exception, message: str) -> None:
+def test_an_exception_that_can_not_travel_is_told_as_another(error: Exception, message: str, reason: str) -> None:
     told = pickle.loads(pickled_exception(error))
     assert type(told) is RuntimeError and str(told) == message
+    (note,) = told.__notes__
+    assert note.startswith("told as text, since it can't be pickled: TypeError: ") and reason in note
 
 
 def test_death_is_named_and_the_rank_replaced(workers: WorkerPool) -> None:

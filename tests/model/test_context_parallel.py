@@ -41,7 +41,7 @@ CP = "context_parallel_size"
 EP = "expert_model_parallel_size"
 TOKENS = 120
 CHANGED = 1e-4
-"""Relative; of a loss that a changed token reaches. Sums of other sizes differ by some 1e-6."""
+"""Relative, at least; of a loss that a changed token reaches."""
 
 
 def compare_with_one_process(ranks: int, documents: list[list[int]], workers: WorkerPool) -> None:
@@ -113,8 +113,12 @@ def test_a_document_changes_no_other(workers: WorkerPool) -> None:
     found = workers.run(losses, run_config({CP: 3}, documents=[bounds]), samples, world_size=3)[0]
     for index, target in enumerate(targets):
         before, after = found[2 * index : 2 * index + 2]
-        # Routing differs in the changed document, so that experts' products have other sizes everywhere.
-        assert (abs(before - after) > CHANGED * before) == (55 <= target < 70), target
+        difference = abs(before - after) / before
+        if 55 <= target < 70:
+            assert difference > CHANGED, target
+        else:
+            # Not bit by bit: routing differs in the changed document, so that experts' products have other sizes.
+            assert difference < GRADIENT_TOLERANCE, target
 
 
 def whole_pack_on_every_rank(rank: int, world_size: int, config: Config) -> None:
