@@ -20,6 +20,7 @@ from megatron_m1.launch import (
     start_workers,
     worker_world_size,
 )
+from megatron_m1.printing import keep_output
 from megatron_m1.validate import resolve
 
 DESCRIPTION = """\
@@ -106,6 +107,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
         raise ValueError("--nproc-per-node under torchrun: torchrun has started the processes, leave it out")
     if options.dry_run:
         return _dry_run(config, options, launch, gpus)
+    keep_output()
     _check_gpus(gpus, launch)
     world_size = launch.world_size if launch else workers or 1
     config = _prepare(resolve(config, world_size, has_gpu=gpus > 0))
