@@ -10,12 +10,12 @@ import ctypes
 import importlib
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,9 +24,12 @@ import psutil
 
 from megatron_m1.data.cores import usable_cores
 from megatron_m1.printing import guard_streams, keep_output
+from megatron_m1.slurm import number_of, read_step
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""Signals that mean: save and exit cleanly."""
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""Signals that mean: save and exit cleanly. A hang-up that is ignored at the start (``nohup``) stays ignored."""
+SAME_PRESS_SECONDS = 0.25
+"""Two SIGINT closer together are one request that was sent twice, as GNU timeout does; nobody presses so fast."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -47,29 +50,6 @@ class Launch:
         return self.nodes * self.processes_per_node
 
 
-def _integer(environ: Mapping[str, str], names: Sequence[str], *, minimum: int) -> int | None:
-    """Return the first of the variables ``names`` that is set, as an integer."""
-    for name in names:
-        text = environ.get(name, "").strip()
-        if not text:
-            continue
-        if not re.fullmatch(r"\d+", text) or int(text) < minimum:
-            raise ValueError(f"environment variable {name} = {text!r}: give an integer of at least {minimum}")
-        return int(text)
-    return None
-
-
-def first_host(node_list: str) -> str:
-    """Return the first host of a SLURM node list, e.g. ``gpu[07-12,20],cpu1`` -> ``gpu07``."""
-    depth = 0
-    for end, character in enumerate(node_list):
-        depth += {"[": 1, "]": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            node_list = node_list[:end]
-            break
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", node_list)
-
-
 def launch_from_environment(environ: Mapping[str, str], *, processes: int | None, default_processes: int) -> Launch:
     """Read the launch from NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE, else from SLURM's variables.
 
@@ -81,33 +61,33 @@ def launch_from_environment(environ: Mapping[str, str], *, processes: int | None
     Raises:
         ValueError: a variable is no integer, is missing for several nodes, or SLURM starts several tasks a node.
     """
-    nodes = _integer(environ, ["NNODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES"], minimum=1) or 1
-    node_rank = _integer(environ, ["NODE_RANK", "SLURM_NODEID"], minimum=0)
+    nodes = number_of(environ, "NNODES", minimum=1)
+    # Of a batch script whose user numbers the nodes, SLURM knows nothing that matters.
+    step = None if nodes is not None and "SLURM_STEP_ID" not in environ else read_step(environ)
+    nodes = nodes or (step.nodes if step else 1)
+    node_rank = number_of(environ, "NODE_RANK", minimum=0)
+    if node_rank is None and (step is not None or nodes == 1):
+        node_rank = step.node_rank if step else 0
     if node_rank is None:
-        if nodes > 1:
-            raise ValueError(f"NNODES = {nodes} but NODE_RANK is not set: give every node its number from 0")
-        node_rank = 0
+        raise ValueError(f"NNODES = {nodes} but NODE_RANK is not set: give every node its number from 0")
     if node_rank >= nodes:
         raise ValueError(f"NODE_RANK = {node_rank} with NNODES = {nodes}: nodes are numbered from 0 to {nodes - 1}")
-    tasks = environ.get("SLURM_NTASKS_PER_NODE", "1")
-    if "SLURM_STEP_ID" in environ and tasks != "1":
-        raise ValueError(
-            f"SLURM starts {tasks} tasks a node: use srun --ntasks-per-node=1, each starts its own processes"
-        )
-    per_node = processes or _integer(environ, ["GPUS_PER_NODE", "SLURM_GPUS_ON_NODE"], minimum=1) or default_processes
-    port = _integer(environ, ["MASTER_PORT"], minimum=1)
-    address = environ.get("MASTER_ADDR") or first_host(environ.get("SLURM_JOB_NODELIST", ""))
+    per_node = processes or number_of(environ, "GPUS_PER_NODE", minimum=1)
+    per_node = per_node or number_of(environ, "SLURM_GPUS_ON_NODE", minimum=1) or default_processes
+    port = number_of(environ, "MASTER_PORT", minimum=1)
+    if port is not None and port > 65_535:
+        raise ValueError(f"environment variable MASTER_PORT = {port}: ports end at 65535")
+    address = environ.get("MASTER_ADDR") or (step.first_node if step else "")
     if nodes > 1:
         if not address:
             raise ValueError(f"NNODES = {nodes} but MASTER_ADDR is not set: give the address of node 0")
-        job = _integer(environ, ["SLURM_JOB_ID"], minimum=0)
-        port = port or (20_000 + job % 20_000 if job is not None else 29_500)
+        port = port or (step.port if step else 29_500)
     return Launch(nodes, node_rank, per_node, address if nodes > 1 or port else "127.0.0.1", port)
 
 
 def worker_world_size(environ: Mapping[str, str]) -> int | None:
     """Return the number of processes when torchrun (or its like) has started this one, else None."""
-    return _integer(environ, ["WORLD_SIZE"], minimum=1) if "RANK" in environ else None
+    return number_of(environ, "WORLD_SIZE", minimum=1) if "RANK" in environ else None
 
 
 def count_gpus() -> int:
@@ -121,8 +101,8 @@ def count_gpus() -> int:
 
 def torchrun_arguments(launch: Launch) -> list[str]:
     """Return torchrun's own arguments for ``launch``."""
-    # Not SIGTERM or SIGINT: torchrun would end its workers, and itself with a traceback, while they save.
-    arguments = [f"--nproc-per-node={launch.processes_per_node}", "--signals-to-handle=SIGHUP,SIGQUIT"]
+    # No others: torchrun would end its workers, and itself with a traceback, while they save.
+    arguments = [f"--nproc-per-node={launch.processes_per_node}", "--signals-to-handle=SIGQUIT"]
     if launch.nodes == 1 and launch.master_port is None:
         return [*arguments, "--standalone", f"--local-addr={launch.master_addr}"]
     return [
@@ -144,16 +124,26 @@ def start_workers(launch: Launch, program: Sequence[str]) -> int:
     command = [sys.executable, "-m", "megatron_m1.launch", *torchrun_arguments(launch), *program]
     threads = max(1, usable_cores() // launch.processes_per_node)
     agent = subprocess.Popen(command, env={"OMP_NUM_THREADS": str(threads)} | os.environ)
+    first_interrupt: float | None = None
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        nonlocal first_interrupt
+        if number == signal.SIGINT:
+            # The workers can't tell a second Ctrl-C from one that they got besides ours.
+            if first_interrupt is not None and time.monotonic() - first_interrupt > SAME_PRESS_SECONDS:
+                print("megatron-m1: second Ctrl-C: leaving without saving", file=sys.stderr, flush=True)
+                agent.kill()
+            first_interrupt = first_interrupt or time.monotonic()
         workers = psutil.Process(agent.pid).children() if agent.poll() is None else []
         for worker in workers:
-            worker.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                worker.send_signal(number)
         if not workers:
             agent.kill()
 
     for number in FORWARDED:
-        signal.signal(number, forward)
+        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+            signal.signal(number, forward)
     status = agent.wait()
     return 128 - status if status < 0 else status
 
@@ -167,7 +157,7 @@ def die_with_parent() -> None:
 def prepare_worker() -> None:
     """Undo in a worker what it inherits from the agent: ignored signals, and a life of its own."""
     die_with_parent()
-    for number in FORWARDED:
+    for number in set(FORWARDED) - {signal.SIGHUP}:
         if signal.getsignal(number) in (signal.SIG_IGN, signal.default_int_handler):
             # Until there is something to save, a signal ends the process; a traceback would help nobody.
             signal.signal(number, signal.SIG_DFL)
@@ -246,7 +236,9 @@ def run_agent(arguments: Sequence[str]) -> int:
     """
     die_with_parent()
     for number in FORWARDED:
-        signal.signal(number, signal.SIG_IGN)
+        # Not SIG_IGN, which the workers would inherit: they could not tell it from nohup's.
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 

@@ -99,11 +99,11 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     gpus = count_gpus()
     workers = worker_world_size(os.environ)
     launch = None
-    if workers is None:
+    if workers is None and (options.world_size is None or not options.dry_run):
         launch = launch_from_environment(
             os.environ, processes=options.nproc_per_node, default_processes=gpus or default_processes
         )
-    elif options.nproc_per_node is not None:
+    elif workers is not None and options.nproc_per_node is not None:
         raise ValueError("--nproc-per-node under torchrun: torchrun has started the processes, leave it out")
     if options.dry_run:
         return _dry_run(config, options, launch, gpus)
