@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,22 +51,25 @@ class Launch:
         return self.nodes * self.processes_per_node
 
 
-def launch_from_environment(environ: Mapping[str, str], *, processes: int | None, default_processes: int) -> Launch:
+def launch_from_environment(
+    environ: Mapping[str, str], *, processes: int | None, default_processes: int, visible_gpus: int = 0
+) -> Launch:
     """Read the launch from NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE, else from SLURM's variables.
 
     Args:
         environ: the environment.
         processes: processes per node as asked on the command line; it wins over GPUS_PER_NODE.
         default_processes: processes per node when nothing says otherwise.
+        visible_gpus: GPUs that this process sees, of which SLURM may count more; 0 is none or unknown.
 
     Raises:
         ValueError: a variable is no integer, is missing for several nodes, or SLURM starts several tasks a node.
     """
-    nodes = number_of(environ, "NNODES", minimum=1)
-    # Of a batch script whose user numbers the nodes, SLURM knows nothing that matters.
-    step = None if nodes is not None and "SLURM_STEP_ID" not in environ else read_step(environ)
+    nodes, node_rank = number_of(environ, "NNODES", minimum=1), number_of(environ, "NODE_RANK", minimum=0)
+    # Of nodes that their user numbers, or of a batch script, SLURM knows nothing that matters.
+    numbered = nodes is not None and ((nodes > 1 and node_rank is not None) or "SLURM_STEP_ID" not in environ)
+    step = None if numbered else read_step(environ)
     nodes = nodes or (step.nodes if step else 1)
-    node_rank = number_of(environ, "NODE_RANK", minimum=0)
     if node_rank is None and (step is not None or nodes == 1):
         node_rank = step.node_rank if step else 0
     if node_rank is None:
@@ -73,7 +77,9 @@ def launch_from_environment(environ: Mapping[str, str], *, processes: int | None
     if node_rank >= nodes:
         raise ValueError(f"NODE_RANK = {node_rank} with NNODES = {nodes}: nodes are numbered from 0 to {nodes - 1}")
     per_node = processes or number_of(environ, "GPUS_PER_NODE", minimum=1)
-    per_node = per_node or number_of(environ, "SLURM_GPUS_ON_NODE", minimum=1) or default_processes
+    if per_node is None:
+        per_node = number_of(environ, "SLURM_GPUS_ON_NODE", minimum=0) or default_processes
+        per_node = min(per_node, visible_gpus or per_node)
     port = number_of(environ, "MASTER_PORT", minimum=1)
     if port is not None and port > 65_535:
         raise ValueError(f"environment variable MASTER_PORT = {port}: ports end at 65535")
@@ -114,13 +120,27 @@ def torchrun_arguments(launch: Launch) -> list[str]:
     ]
 
 
+def _check_address(address: str) -> None:
+    """Refuse a name that does not exist: torchrun would look for it for a quarter of an hour."""
+    try:
+        socket.getaddrinfo(address, None)
+    except socket.gaierror as error:
+        # A name server that does not answer just now may do so when torchrun asks.
+        if error.errno != socket.EAI_AGAIN:
+            raise ValueError(f"MASTER_ADDR = {address!r} can't be found: give the name or address of node 0") from error
+
+
 def start_workers(launch: Launch, program: Sequence[str]) -> int:
     """Run ``program`` in this node's processes, pass SIGTERM, SIGUSR1 and SIGINT on to them, return torchrun's status.
 
     Args:
         launch: how many processes run where.
         program: what torchrun runs: a script, or ``-m`` and a module, and its arguments.
+
+    Raises:
+        ValueError: nothing has the address at which the nodes meet.
     """
+    _check_address(launch.master_addr)
     command = [sys.executable, "-m", "megatron_m1.launch", *torchrun_arguments(launch), *program]
     threads = max(1, usable_cores() // launch.processes_per_node)
     agent = subprocess.Popen(command, env={"OMP_NUM_THREADS": str(threads)} | os.environ)
@@ -228,6 +248,14 @@ def _report_first(error: Exception, world: int, *, name_silent_ranks: bool, pati
     store.set(f"{key}/printed", "yes")
 
 
+def _meeting_failure(error: Exception, place: str) -> ValueError:
+    """Say in one line why the nodes could not meet at ``place``."""
+    if "EADDRINUSE" in str(error):
+        return ValueError(f"{place}: another program has this port; choose another MASTER_PORT, the same on every node")
+    reason = (str(error).splitlines() or [repr(error)])[0]
+    return ValueError(f"the nodes could not meet at {place}; check MASTER_ADDR, MASTER_PORT and node 0 ({reason})")
+
+
 def run_agent(arguments: Sequence[str]) -> int:
     """Be torchrun, but ignore the signals that the parent passes on to the workers, and don't repeat what they said.
 
@@ -239,12 +267,18 @@ def run_agent(arguments: Sequence[str]) -> int:
         # Not SIG_IGN, which the workers would inherit: they could not tell it from nohup's.
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: None)
+    from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         main(list(arguments))
+    except DistError as error:
+        given = dict(word.partition("=")[::2] for word in arguments)
+        place = f"{given.get('--master-addr', 'this machine')}, port {given.get('--master-port', '(a free one)')}"
+        _print_error(_meeting_failure(error, place))
+        return 1
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode >= 0:

@@ -6,9 +6,15 @@ Every node starts its own processes, so a node must have one task. Which variabl
 in a step (``SLURM_STEP_ID``)       nodes: ``SLURM_STEP_NUM_NODES``, else those of ``SLURM_STEP_TASKS_PER_NODE``,
                                     else ``SLURM_NNODES``. Tasks: ``SLURM_STEP_TASKS_PER_NODE``, else
                                     ``SLURM_STEP_NUM_TASKS``, else ``SLURM_NTASKS_PER_NODE``, else
-                                    ``SLURM_NTASKS``. First node: of ``SLURM_STEP_NODELIST``, else of the job's list
+                                    ``SLURM_NTASKS``. Rank of the node: ``SLURM_NODEID``, counted within the step.
+                                    First node: of ``SLURM_STEP_NODELIST``, else of the job's list
 in a batch script, no step          it runs on the first node alone: more nodes need srun
+several tasks on a node             refused: each would train by itself in the same folder
+fewer tasks than nodes              refused: the nodes without one would be waited for
 heterogeneous job                   each component counts its own nodes: refused
+``NNODES`` and ``NODE_RANK``        of several nodes, together, overrule all of this
+GPUs of the node                    ``SLURM_GPUS_ON_NODE``, but no more than the task sees (``--gpus-per-task``)
+port                                from ``SLURM_JOB_ID`` and ``SLURM_STEP_ID``: steps run side by side
 ==================================  ===========================================================================
 
 The variables of the job describe the job's request also in an interactive step, which is one task of it.
@@ -85,8 +91,8 @@ def read_step(environ: Mapping[str, str]) -> SlurmStep | None:
     in_step = bool(environ.get("SLURM_STEP_ID", "").strip())
     if (number_of(environ, "SLURM_HET_SIZE", minimum=0) or 1) > 1:
         raise ValueError(
-            "a heterogeneous SLURM job counts the nodes of each component by itself: start one alone, or give "
-            "every node NNODES, NODE_RANK and MASTER_ADDR without SLURM's variables"
+            "a heterogeneous SLURM job (SLURM_HET_SIZE) counts the nodes of each component by itself: give every node "
+            "NNODES, NODE_RANK and MASTER_ADDR, or unset SLURM_HET_SIZE to start one component alone"
         )
     if not in_step:
         nodes = _first_number(environ, "SLURM_NNODES", "SLURM_JOB_NUM_NODES") or 1
@@ -124,6 +130,8 @@ def _check_tasks(environ: Mapping[str, str]) -> int:
     most = max(most, 1 + (number_of(environ, "SLURM_LOCALID", minimum=0) or 0))
     if most > 1:
         raise ValueError(f"SLURM starts {most} tasks a node: {ONE_TASK}")
+    if (sum(counts) or tasks or nodes) < nodes:
+        raise ValueError(f"SLURM starts {sum(counts) or tasks} tasks on {nodes} nodes: {ONE_TASK}")
     return nodes
 
 

@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from megatron_m1.launch import (
     SAME_PRESS_SECONDS,
     Launch,
     launch_from_environment,
+    start_workers,
     torchrun_arguments,
     worker_world_size,
 )
@@ -100,10 +102,21 @@ JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_NNODES": "4",
             {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "head"},
             Launch(3, 2, 6, "head", 29_500),
         ),
+        (
+            {"NNODES": "32", "NODE_RANK": "9", "MASTER_ADDR": "head", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"},
+            Launch(32, 9, 6, "head", 29_500),
+        ),
     ],
 )
 def test_slurms_steps(step: dict[str, str], expected: Launch) -> None:
     assert launch_from_environment(JOB | step, processes=None, default_processes=6) == expected
+
+
+def test_no_more_processes_than_gpus_that_a_task_sees() -> None:
+    for counted, visible, started in (("8", 2, 2), ("2", 8, 2), ("0", 0, 1), ("8", 0, 8)):
+        environ = {"SLURM_GPUS_ON_NODE": counted}
+        launch = launch_from_environment(environ, processes=None, default_processes=1, visible_gpus=visible)
+        assert launch.processes_per_node == started
 
 
 def test_tasks_per_node() -> None:
@@ -141,6 +154,8 @@ def test_first_host_of_a_node_list(node_list: str, host: str) -> None:
         ({"SLURM_STEP_ID": "0", "SLURM_LOCALID": "3"}, "4 tasks a node"),
         ({"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "x"}, "SLURM_STEP_TASKS_PER_NODE = 'x'"),
         ({"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0"}, "runs on the first alone: start it by srun"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NUM_TASKS": "2"}, "2 tasks on 4 nodes"),
+        ({"SLURM_STEP_ID": "0", "NNODES": "1", "NODE_RANK": "0", "SLURM_STEP_NUM_TASKS": "2"}, "2 tasks a node"),
         ({"SLURM_STEP_ID": "0", "SLURM_HET_SIZE": "2"}, "heterogeneous"),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT = 65536: ports end at 65535"),
         ({"NNODES": "1" * 5000}, "NNODES = "),
@@ -259,6 +274,21 @@ def two_waiting_workers(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes
             process.kill()
     launcher.kill()
     launcher.wait()
+
+
+@pytest.mark.slow
+def test_a_busy_port_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        program = LAUNCH_TWO.replace("'127.0.0.1', None", f"'127.0.0.1', {port}")
+        done = run_script(sys.executable, "-c", program, ROOT / "tests" / "waiting_worker.py", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"megatron-m1: error: 127\.0\.0\.1, port {port}: another program has this .*\n", done.stderr)
+
+
+def test_a_node_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"MASTER_ADDR = 'a name with spaces' can't be found"):
+        start_workers(Launch(2, 1, 1, "a name with spaces", 29_500), [])
 
 
 @pytest.mark.slow

@@ -101,7 +101,10 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     launch = None
     if workers is None and (options.world_size is None or not options.dry_run):
         launch = launch_from_environment(
-            os.environ, processes=options.nproc_per_node, default_processes=gpus or default_processes
+            os.environ,
+            processes=options.nproc_per_node,
+            default_processes=gpus or default_processes,
+            visible_gpus=gpus,
         )
     elif workers is not None and options.nproc_per_node is not None:
         raise ValueError("--nproc-per-node under torchrun: torchrun has started the processes, leave it out")
