@@ -5,25 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import sentencepiece
 
 from megatron_m1.data.files import write_atomically
-
-FOLDER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
-"""Files of a Hugging Face folder that decide how text is cut; its others (weights, cards) do not matter."""
+from megatron_m1.data.hf_tokenizer import HuggingFaceTokenizer
 
 
 class Tokenizer(Protocol):
@@ -37,8 +26,15 @@ class Tokenizer(Protocol):
     def eod(self) -> int:
         """Id that ends a document."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What had to be assumed when it was loaded, one line each; commands print them once."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without any begin or end mark. Marks that are spelled out in the text are plain text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, equal to those of :meth:`encode` one by one, and faster than these."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids``. What is no id of this tokenizer is left out: an embedding may have more rows."""
@@ -89,9 +85,19 @@ class SentencePieceTokenizer:
         """Id of ``</s>``."""
         return int(self._processor.eos_id())
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: a model file is complete."""
+        return ()
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``."""
         ids: list[int] = self._processor.encode(text)
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on one core."""
+        ids: list[list[int]] = self._processor.encode(list(texts), num_threads=1)
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -100,56 +106,6 @@ class SentencePieceTokenizer:
 
     def digest(self) -> str:
         """SHA-256 of the model file."""
-        return self._digest
-
-
-class HuggingFaceTokenizer:
-    """Any tokenizer folder that transformers' ``AutoTokenizer`` loads; its ``eos_token`` ends documents."""
-
-    def __init__(self, path: Path) -> None:
-        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-        if not files:
-            raise ValueError(f"{path} holds no tokenizer files; give a folder with tokenizer.json or its like")
-        # Importing transformers takes seconds, which only those who use one of its tokenizers should wait.
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except Exception as error:  # its loaders raise nearly anything
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            raise ValueError(f"{path} holds no tokenizer that transformers can load: {reason}") from error
-        if self._tokenizer.eos_token_id is None:
-            raise ValueError(f"{path} has no eos_token to end documents with; set one in its tokenizer_config.json")
-        # No warning about documents longer than some model's context: they are cut into packs later.
-        self._tokenizer.model_max_length = 1 << 62
-        state = hashlib.sha256()
-        for file in files:
-            content = file.read_bytes()
-            state.update(f"{file.name} {len(content)}\n".encode() + content)
-        self._digest = state.hexdigest()
-        self._vocab_size = max(len(self._tokenizer), 1 + max(self._tokenizer.get_vocab().values()))
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included."""
-        return self._vocab_size
-
-    @property
-    def eod(self) -> int:
-        """Id of ``eos_token``."""
-        return int(self._tokenizer.eos_token_id)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of ``text``."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ``ids``, special tokens spelled out."""
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    def digest(self) -> str:
-        """SHA-256 over the tokenizer's files."""
         return self._digest
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_m1.convert.hf_config import read_json_object
-from megatron_m1.data.tokenizers import FOLDER_FILES, load_tokenizer
+from megatron_m1.data.hf_folder import FOLDER_FILES
+from megatron_m1.data.tokenizers import load_tokenizer
 
 SPACE = "\u2581"
 """SentencePiece's space."""
