@@ -43,8 +43,8 @@ OTHER_VOCABULARIES = (
     "emoji.json",
 )
 """Vocabularies of particular classes of transformers; they matter where there is no ``tokenizer.json``."""
-SETTINGS = ("generation_config.json", "config.json")
-"""Files that may give the end mark's id where nothing names its text."""
+GENERATION = "generation_config.json"
+"""May give the end mark's id where nothing names its text."""
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -83,6 +83,8 @@ class TokenizerFolder:
     """Its id, where no file names its text and one gives the id."""
     rebuilt_class: str | None
     """The class for which transformers 5 does not take ``tokenizer.json`` as it is, or may not; None if it does."""
+    names_class: bool
+    """Whether one of its files names a class or a kind of model, by which transformers takes a class."""
     own_code: str | None
     """The class that the folder brings as Python code for its tokenizer."""
     notes: list[str] = field(default_factory=list)
@@ -168,21 +170,24 @@ def read_folder(path: Path) -> TokenizerFolder:
         raise ValueError(f"{path} holds no tokenizer files; give a folder with tokenizer.json or its like")
     config = json_object(path / CONFIG, contents.get(CONFIG))
     special = json_object(path / SPECIAL, contents.get(SPECIAL))
-    settings = [
-        json_object(path / name, (path / name).read_bytes() if (path / name).is_file() else None) for name in SETTINGS
-    ]
+    model, generation = (_optional(path / name) for name in ("config.json", GENERATION))
     end_mark, end_mark_in = token_text(config.get("eos_token")), CONFIG
     if end_mark is None:
         end_mark, end_mark_in = token_text(special.get("eos_token")), SPECIAL
     end_id = None
     if end_mark is None:
-        end_id = next((end for end in map(_end_id, settings) if end is not None), None)
-    kind = _rebuilt_class(config, settings[-1], contents.get(FILE, b""))
+        end_id = _end_id(generation)
+    kind = _rebuilt_class(config, model, contents.get(FILE, b""))
     code = _own_code(config)
-    folder = TokenizerFolder(path, contents, config, special, end_mark, end_mark_in, end_id, kind, code)
+    named = any((config.get("tokenizer_class"), model.get("tokenizer_class"), model.get("model_type")))
+    folder = TokenizerFolder(path, contents, config, special, end_mark, end_mark_in, end_id, kind, named, code)
     if FILE in contents:
         folder.notes.extend(_notes(folder))
     return folder
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return json_object(path, path.read_bytes() if path.is_file() else None)
 
 
 def token_text(token: object) -> str | None:
@@ -221,7 +226,7 @@ def _end_id(settings: dict[str, Any]) -> int | None:
     end = settings.get("eos_token_id")
     if isinstance(end, list) and len(end) == 1:
         end = end[0]
-    return end if isinstance(end, int) and not isinstance(end, bool) else None
+    return end if isinstance(end, int) and not isinstance(end, bool) and 0 <= end < 1 << 31 else None
 
 
 def _own_code(config: dict[str, Any]) -> str | None:
@@ -260,3 +265,8 @@ def _notes(folder: TokenizerFolder) -> Iterator[str]:
     }
     if ends[CONFIG] is not None and ends[SPECIAL] not in (None, ends[CONFIG]):
         yield f"{folder.path}: eos_token is {ends[CONFIG]!r}, as {CONFIG} says; {SPECIAL} says {ends[SPECIAL]!r}"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    return (str(error).splitlines() or [repr(error)])[0]

@@ -13,7 +13,7 @@ from megatron_m1.data.hf_folder import FOLDER_FILES
 from megatron_m1.data.tokenizers import load_tokenizer
 
 SPACE = "\u2581"
-"""SentencePiece's space."""
+"""SentencePiece's space, in models that escape spaces."""
 TOKENIZER = "tokenizer"
 """Folder of an imported model in which its tokenizer is, beside ``checkpoints``."""
 GENERATION = "generation_config.json"
@@ -112,13 +112,12 @@ def from_sentencepiece(path: Path) -> Any:
     tokenizer = Tokenizer(
         BPE(vocabulary, _merges(model, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    prefixed = model.normalizer_spec.add_dummy_prefix
-    steps = [normalizers.Prepend(SPACE)] if prefixed else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    prefixed, escaped = model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.escape_whitespaces
+    steps = [normalizers.Prepend(" ")] if prefixed else []
     ends = [decoders.Strip(" ", 1, 0)] if prefixed else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
-    )
+    tokenizer.normalizer = normalizers.Sequence([*steps, *([normalizers.Replace(" ", SPACE)] if escaped else [])])
+    spaces = [decoders.Replace(SPACE, " ")] if escaped else []
+    tokenizer.decoder = decoders.Sequence([*spaces, decoders.ByteFallback(), decoders.Fuse(), *ends])
     tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in _longer_symbols(model)])
     marks = {
         name: model.pieces[index].piece
