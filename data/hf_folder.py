@@ -121,7 +121,7 @@ class TokenizerFolder:
 
     def marks(self) -> list[AddedToken]:
         """Special tokens that have a name, such as ``bos_token``."""
-        named = {}
+        named: dict[str, AddedToken] = {}
         for source in self._sources():
             for key in (*_NAMED, *(key for key in source if key.endswith("_token") and key not in _NAMED)):
                 text = token_text(source.get(key))
@@ -179,7 +179,8 @@ def read_folder(path: Path) -> TokenizerFolder:
         end_id = _end_id(generation)
     kind = _rebuilt_class(config, model, contents.get(FILE, b""))
     code = _own_code(config)
-    named = any((config.get("tokenizer_class"), model.get("tokenizer_class"), model.get("model_type")))
+    named = bool(config.get("tokenizer_class") or model.get("tokenizer_class"))
+    named = named or model.get("model_type") not in list(_KEPT_TYPES)
     folder = TokenizerFolder(path, contents, config, special, end_mark, end_mark_in, end_id, kind, named, code)
     if FILE in contents:
         folder.notes.extend(_notes(folder))

@@ -148,7 +148,8 @@ def _end_mark(folder: TokenizerFolder, backend: Backend) -> int:
     if mark is None:
         raise ValueError(f"{folder.path} has no eos_token to end documents with; set one in its tokenizer_config.json")
     backend.add_special_tokens([AddedToken(mark, normalized=False, special=True)])
-    end: int = backend.token_to_id(mark)
+    end = backend.token_to_id(mark)
+    assert end is not None
     return end
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
@@ -71,6 +71,7 @@ def tokenize_corpus(
     workers: int | None = None,
     append_eod: bool = True,
     show_progress: bool = True,
+    note: Callable[[str], None] = lambda line: None,
 ) -> TokenizeReport:
     """Tokenise documents into ``<output_prefix>.bin``, ``.idx`` and ``.json``.
 
@@ -85,6 +86,7 @@ def tokenize_corpus(
         workers: processes that tokenise; 1 does it in this process; none takes one per usable core.
         append_eod: end each document with the tokenizer's eod.
         show_progress: draw a progress bar if stderr is a terminal.
+        note: is told, line by line, what had to be assumed of the tokenizer.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
@@ -99,6 +101,8 @@ def tokenize_corpus(
     prefix = str(output_prefix)
     files = find_files(inputs)
     tokenizer = load_tokenizer(tokenizer_path)
+    for line in tokenizer.notes:
+        note(line)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     total_bytes = sum(file.stat().st_size for file in files)
     with _sole_writer(prefix) as partial, _progress(total_bytes, show_progress) as progress:

@@ -26,6 +26,8 @@ class DataSummary:
     train: list[PrefixSummary]
     validation: list[PrefixSummary]
     tokenizer_vocab_size: int
+    tokenizer_notes: tuple[str, ...]
+    """What was assumed of the tokenizer, one line each."""
 
     @property
     def unverified(self) -> list[str]:
@@ -56,7 +58,7 @@ def check_data(config: Config) -> DataSummary:
     digest = tokenizer.digest()
     train = _check_blend("data.train", data.train, digest)
     validation = _check_blend("data.validation", data.validation, digest) if data.validation else []
-    return DataSummary(train, validation, tokenizer.vocab_size)
+    return DataSummary(train, validation, tokenizer.vocab_size, tokenizer.notes)
 
 
 def _check_blend(name: str, blend: Sequence[str], digest: str) -> list[PrefixSummary]:

@@ -125,14 +125,14 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
     if options.format == "native":
         notes.append("vLLM fails on the buffers of --format native")
     notes += caveats(source.model)
-    notes = [f"note: {note}" for note in notes]
     if options.dry_run:
         refuse_existing(options.out)
-        check_inputs(source, choices)
-        return [f"would write {plan}", *notes]
+        ready = check_inputs(source, choices)
+        notes += [] if ready is None else ready.notes
+        return [f"would write {plan}", *(f"note: {note}" for note in notes)]
     with started_ranks() as ranks:
-        export(source, options.out, choices, ranks)
-    return [f"{options.out}: {plan}", *notes]
+        notes += export(source, options.out, choices, ranks)
+    return [f"{options.out}: {plan}", *(f"note: {note}" for note in notes)]
 
 
 def _from_hf(options: argparse.Namespace) -> list[str]:

@@ -123,9 +123,12 @@ def _prepare(config: Config) -> Config:
 
     check_folders(config)
     config = build_embedded_corpus(config, note=_say)
-    unverified = check_data(config).unverified
-    if unverified and os.environ.get("RANK", "0") == "0":
-        _say(unverified_note(unverified))
+    summary = check_data(config)
+    if os.environ.get("RANK", "0") == "0":
+        for note in summary.tokenizer_notes:
+            _say(f"note: {note}")
+        if summary.unverified:
+            _say(unverified_note(summary.unverified))
     return config
 
 

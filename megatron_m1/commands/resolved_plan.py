@@ -107,6 +107,7 @@ def _data_lines(config: Config) -> list[str]:
     summary = check_data(config)
     return [
         f"tokenizer   {config.data.tokenizer}, {summary.tokenizer_vocab_size:,} tokens",
+        *(f"note: {note}" for note in summary.tokenizer_notes),
         *_blend_lines("train", config.data.train, summary.train, tokens=_run_tokens(config)),
         *_blend_lines("validation", config.data.validation, summary.validation),
         *([unverified_note(summary.unverified)] if summary.unverified else []),

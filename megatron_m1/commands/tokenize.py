@@ -69,6 +69,7 @@ def run(arguments: Sequence[str]) -> int:
             text_key=options.text_key,
             workers=options.workers,
             append_eod=not options.no_eod,
+            note=lambda line: print(f"note: {line}", flush=True),
         )
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
