@@ -258,6 +258,8 @@ def _notes(folder: TokenizerFolder) -> Iterator[str]:
             f"{folder.path}: the ids are those of {FILE}; where transformers 5 builds {folder.rebuilt_class} anew from"
             " its vocabulary, it may give others"
         )
+    if folder.config.get("fast_tokenizer_files"):
+        yield f"{folder.path}: of the files for several versions of transformers, {FILE} is taken"
     if folder.end_mark is None and folder.end_id is not None:
         yield f"{folder.path} names no eos_token: documents end with its eos_token_id, {folder.end_id}"
     ends = {

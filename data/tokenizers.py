@@ -23,7 +23,7 @@ _PARTS = re.compile(r"(?s).{1,1000}(?:(?<! )(?= )|\Z)|.{1,1000}")
 """Parts of a line of at most 4,000 bytes, cut before spaces where there are some: there no piece ends in any case."""
 _RESERVED = re.compile("[\n\0\u2581\u2585]")
 """Where lines end: SentencePiece leaves out a line with U+2585, and takes U+2581 for a space."""
-_MAX_THREADS = 128
+_MAX_THREADS = 1024
 """SentencePiece refuses more."""
 
 

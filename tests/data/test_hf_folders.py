@@ -259,7 +259,7 @@ def test_a_token_with_two_ids_keeps_that_of_tokenizer_json(tmp_path: Path) -> No
 def test_dropout_is_left_out(tmp_path: Path) -> None:
     truth = byte_level()
     expected = truth.encode("in 2024 and 1999 the cafe " * 9).ids
-    truth.model.dropout = 0.9  # type: ignore[attr-defined]
+    truth.model.dropout = 0.9
     tokenizer = load_tokenizer(folder_of(truth, tmp_path, tokenizer_config={"eos_token": "<end>"}))
     assert tokenizer.encode("in 2024 and 1999 the cafe " * 9) == expected
     assert any("dropout" in note for note in tokenizer.notes)
