@@ -1,6 +1,6 @@
 """Printing never ends a run: standard output and error that outlive their terminal, pipe, file or file system.
 
-Whoever reads may go away (``| tee`` at a Ctrl-C, ``| head``, a closed terminal), a log's disk may be full, and a job may
+Whoever reads may go away (``| tee`` at a Ctrl-C, ``| head``, a closed terminal), a log's disk may be full, a job may
 be started with closed streams. What can't be printed then is dropped, and the next line is tried again.
 """
 
