@@ -33,9 +33,9 @@ def set_tokens(prefix: str, changes: dict[int, int]) -> None:
     tokens.tofile(f"{prefix}.bin")
 
 
-def write_signed(prefix: Path, tokens: list[int], dtype: type[np.integer]) -> str:  # type: ignore[type-arg]
+def write_signed(prefix: Path, tokens: list[int], dtype: type[np.integer]) -> str:
     """One document in one of the wider types, byte by byte."""
-    code = {np.int32: 4, np.int64: 5}[dtype]  # type: ignore[index]
+    code = {np.int32: 4, np.int64: 5}[dtype]
     np.array(tokens, dtype).tofile(f"{prefix}.bin")
     index = HEADER.pack(b"MMIDIDX\0\0", 1, code, 1, 2) + struct.pack("<iqqq", len(tokens), 0, 0, 1)
     Path(f"{prefix}.idx").write_bytes(index)
@@ -56,7 +56,7 @@ def test_the_place_of_an_id(prefix: str, tmp_path: Path, place: int, document: i
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_negative_ids(tmp_path: Path, dtype: type[np.integer]) -> None:  # type: ignore[type-arg]
+def test_negative_ids(tmp_path: Path, dtype: type[np.integer]) -> None:
     prefix = write_signed(tmp_path / "signed", [3, 7, -2, 5], dtype)
     with pytest.raises(ValueError, match="has the id -2 at token 2 of document 0, but ids are not negative"):
         check(prefix, tmp_path / "cache")
