@@ -125,9 +125,7 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
         verify=options.verify,
     )
     plan = describe_export(source, choices)
-    if options.format == "native":
-        notes.append("vLLM fails on the buffers of --format native")
-    notes += caveats(source.model)
+    notes += caveats(source.model, native=options.format == "native")
     if options.dry_run:
         refuse_existing(options.out)
         ready = check_inputs(source, choices)

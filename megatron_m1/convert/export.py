@@ -19,7 +19,7 @@ from megatron_m1.convert.native_buffers import buffer_entries, native_buffers
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
 from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
-from megatron_m1.convert.weight_map import Unit, cast, is_softmax_layer, to_hub
+from megatron_m1.convert.weight_map import Unit, cast, is_softmax_layer, rotary_dim, to_hub, units
 from megatron_m1.convert.work import Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
 from megatron_m1.data.files import write_atomically
 from megatron_m1.data.hf_folder import GENERATION
@@ -43,7 +43,7 @@ class ExportOptions:
     """Bytes of tensors in a file at most, unless one tensor of ours is larger."""
     format: Literal["hub", "native"] = "hub"
     """hub: names and config keys for transformers, vLLM and the hub's code. native: what transformers itself saves, its
-    buffers included, on which vLLM fails."""
+    buffers included, on which vLLM fails, and with partial rotary as ``native_rotary`` spells it."""
     max_positions: int | None = None
     """max_position_embeddings of config.json; None takes the model's, or the packs' length if that is more."""
     tokenizer: Path | None = None
@@ -67,7 +67,10 @@ class _Plan:
     def __init__(self, source: OurCheckpoint, options: ExportOptions) -> None:
         self.source = source
         self.options = options
-        groups = group_by_size(source.units, lambda unit: total_size(self.entries(unit)), options.shard_size)
+        model = source.model
+        self.native_heads = options.format == "native" and rotary_dim(model) < model.kv_channels
+        wanted = units(model, native_heads=self.native_heads)
+        groups = group_by_size(wanted, lambda unit: total_size(self.entries(unit)), options.shard_size)
         count = len(groups)
         self.shards = [
             _Shard(
@@ -261,4 +264,5 @@ def _description(plan: _Plan) -> dict[str, Any]:
         "dtype": str(options.dtype),
         "shard_size": options.shard_size,
         "format": options.format,
+        "native_heads": plan.native_heads,
     }

@@ -124,7 +124,7 @@ class _Loading:
 
 def _first_difference(loading: _Loading, ranks: Ranks) -> str | None:
     written = open_checkpoint(loading.folder)
-    for unit in written.units[ranks.rank :: ranks.size]:
+    for unit in loading.source.units[ranks.rank :: ranks.size]:
         if not same_bits(written.read(unit), cast(unit, loading.source.read(unit), loading.dtype(unit))):
             return f"{loading.folder}: {unit.ours} is not what was written: check the disk"
     return None
