@@ -56,6 +56,16 @@ def sidecar_path(prefix: str) -> Path:
     return Path(f"{prefix}.json")
 
 
+def is_sidecar(path: Path) -> bool:
+    """Whether ``path`` is the sidecar of a tokenised corpus, not somebody's JSON file; False if it can't be read."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    known = {"tokenizer_digest", "vocab_size", "eod", "documents", "tokens", "text_bytes", "skipped"}
+    return isinstance(content, dict) and known <= content.keys()
+
+
 def check_prefix(prefix: str, *, tokenizer_digest: str | None = None) -> PrefixSummary:
     """Check that the files of ``prefix`` are there, whole and belong together. Takes milliseconds at any size.
 
