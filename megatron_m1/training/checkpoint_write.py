@@ -35,7 +35,7 @@ def _use_plain_queue() -> None:
         filesystem_async._results_queue = queue.Queue()
 
 
-class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+class _Strategy(TorchDistSaveShardedStrategy):
     """Keeps the writer and its metadata, so that the end of a save is ours.
 
     megatron-core's own leaves collectives open when the disk refuses on one rank: the others wait for it for ever.
