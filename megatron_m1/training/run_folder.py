@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -76,12 +75,20 @@ def _is_written_by_a_run(path: Path) -> bool:
 
 
 @contextmanager
-def sole_writer(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
+def sole_writer(
+    folder: Path,
+    note: Callable[[str], None],
+    *,
+    beat_seconds: float = BEAT_SECONDS,
+    silence_seconds: float = SILENCE_SECONDS,
+) -> Iterator[None]:
     """Hold the run folder, made if missing, for the length of the block; in the process that writes to it.
 
     Args:
         folder: ``run.folder``.
         note: called with one line before a wait.
+        beat_seconds: between two signs of life.
+        silence_seconds: after which a holder on another machine counts as dead; several times theirs of ``beat_seconds``.
 
     Raises:
         OSError: the folder or its lock can't be made.
@@ -89,23 +96,42 @@ def sole_writer(folder: Path, note: Callable[[str], None]) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
-    descriptor, is_locked = _take(path)
+    descriptor, mine = _acquire(path, note, silence_seconds)
+    over = threading.Event()
+    beats = threading.Thread(target=_beat, args=(descriptor, beat_seconds, over), name="run lock", daemon=True)
+    beats.start()
     try:
-        _wait_for_silence(descriptor, path, note, is_locked=is_locked)
-        mine = _sign(descriptor, path, is_locked=is_locked)
-        over = threading.Event()
-        beats = threading.Thread(target=_beat, args=(descriptor, over), name="run lock", daemon=True)
-        beats.start()
-        try:
-            yield
-        finally:
-            over.set()
-            beats.join()
-            # Somebody may have removed it, and another run made a new one.
-            with suppress(OSError, ValueError):
-                if is_file_at(descriptor, path) and _holder(descriptor, path) in (mine, None):
-                    path.unlink()
+        yield
     finally:
+        over.set()
+        beats.join()
+        # Somebody may have removed it, and another run made a new one.
+        with suppress(OSError, ValueError):
+            if is_file_at(descriptor, path) and _holder(descriptor, path) in (mine, None):
+                path.unlink()
+        os.close(descriptor)
+
+
+def _acquire(path: Path, note: Callable[[str], None], silence_seconds: float) -> tuple[int, dict[str, str]]:
+    """Open, lock and sign ``run.lock``; the open file and the signature."""
+    while True:
+        descriptor, is_locked = _take(path)
+        try:
+            holder = _holder(descriptor, path)
+            # On this machine the lock itself has told.
+            if holder is not None and not (is_locked and holder["machine"] == _machine()):
+                note(
+                    f"{path} was left by process {holder['process']} on host {holder['host']}: looking for "
+                    f"{silence_seconds:.0f} s whether it still runs"
+                )
+                _wait_for_silence(descriptor, path, silence_seconds)
+            mine = _sign(descriptor, path, is_locked=is_locked)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if is_file_at(descriptor, path):
+            return descriptor, mine
+        # The former holder has ended just now.
         os.close(descriptor)
 
 
@@ -151,7 +177,7 @@ def _strange(path: Path) -> ValueError:
     return ValueError(f"{path} is there, and no lock of megatron-m1: move it, or choose another run.folder")
 
 
-def _holder(descriptor: int, path: Path) -> dict[str, Any] | None:
+def _holder(descriptor: int, path: Path) -> dict[str, str] | None:
     """Who has signed the lock; None for nobody.
 
     Raises:
@@ -168,7 +194,7 @@ def _holder(descriptor: int, path: Path) -> dict[str, Any] | None:
     return known
 
 
-def _holder_or_refuse(descriptor: int, path: Path) -> dict[str, Any] | None:
+def _holder_or_refuse(descriptor: int, path: Path) -> dict[str, str] | None:
     try:
         return _holder(descriptor, path)
     except ValueError:
@@ -176,7 +202,7 @@ def _holder_or_refuse(descriptor: int, path: Path) -> dict[str, Any] | None:
         raise
 
 
-def _refusal(path: Path, holder: dict[str, Any] | None) -> ValueError:
+def _refusal(path: Path, holder: dict[str, str] | None) -> ValueError:
     who = "another process"
     if holder is not None:
         who = f"process {holder['process']} on host {holder['host']} since {holder['since']}"
@@ -191,26 +217,18 @@ def _machine() -> str:
         return socket.gethostname()
 
 
-def _wait_for_silence(descriptor: int, path: Path, note: Callable[[str], None], *, is_locked: bool) -> None:
-    holder = _holder(descriptor, path)
-    # On this machine the lock itself has told.
-    if holder is None or (is_locked and holder["machine"] == _machine()):
-        return
-    note(
-        f"{path} was left by process {holder['process']} on host {holder['host']}: looking for {SILENCE_SECONDS:.0f} s "
-        "whether it still runs"
-    )
+def _wait_for_silence(descriptor: int, path: Path, seconds: float) -> None:
     seen = os.stat(path).st_mtime_ns
-    deadline = time.monotonic() + SILENCE_SECONDS
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(0.2)
         if not is_file_at(descriptor, path):
-            return  # it ends just now, and has removed its file
+            return
         if os.stat(path).st_mtime_ns != seen:
             raise _refusal(path, _holder(descriptor, path))
 
 
-def _sign(descriptor: int, path: Path, *, is_locked: bool) -> dict[str, Any]:
+def _sign(descriptor: int, path: Path, *, is_locked: bool) -> dict[str, str]:
     since = datetime.now().astimezone().isoformat(" ", "seconds")
     mine = {
         "run_lock": uuid.uuid4().hex,
@@ -233,7 +251,7 @@ def _sign(descriptor: int, path: Path, *, is_locked: bool) -> dict[str, Any]:
     return mine
 
 
-def _beat(descriptor: int, over: threading.Event) -> None:
-    while not over.wait(BEAT_SECONDS):
+def _beat(descriptor: int, seconds: float, over: threading.Event) -> None:
+    while not over.wait(seconds):
         with suppress(OSError):
             os.utime(descriptor)
