@@ -88,7 +88,7 @@ def sole_writer(
         folder: ``run.folder``.
         note: called with one line before a wait.
         beat_seconds: between two signs of life.
-        silence_seconds: after which a holder on another machine counts as dead; several times theirs of ``beat_seconds``.
+        silence_seconds: after which a holder on another machine counts as dead: several of its beats.
 
     Raises:
         OSError: the folder or its lock can't be made.

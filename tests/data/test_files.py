@@ -42,9 +42,8 @@ def test_a_lock_is_removed_and_nobodys_file_is(tmp_path: Path) -> None:
             pass
     assert not path.exists()
     path.touch()  # somebody's, as far as one can tell
-    with file_lock(path):
-        with pytest.raises(BlockingIOError), file_lock(path, wait=False):
-            pass
+    with file_lock(path), pytest.raises(BlockingIOError), file_lock(path, wait=False):
+        pass
     assert path.exists()
 
 
