@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.config_io import unknown
 from megatron_m1.launch import report_once
+from megatron_m1.printing import keep_output
 
 DIRECTIONS = {
     "to-hf": "CHECKPOINT_OR_RUN OUT",
@@ -82,6 +83,8 @@ def run(arguments: Sequence[str]) -> int:
     options = command_parser(direction).parse_all(arguments[1:])
     from megatron_m1.convert.work import ConversionError
 
+    if not options.dry_run:
+        keep_output()
     try:
         lines = _to_hf(options) if direction == "to-hf" else _from_hf(options)
     except ConversionError as error:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
+from megatron_m1.printing import keep_output
 
 DESCRIPTION = """\
 Turn documents into PREFIX.bin, .idx and .json. An earlier output stays until the new one is whole; files of these names
@@ -56,6 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     from megatron_m1.data.tokenize import tokenize_corpus
     from megatron_m1.data.train_tokenizer import train_tokenizer
 
+    keep_output()
     try:
         if options.train_tokenizer is not None:
             # Before minutes of work, too.
