@@ -42,14 +42,14 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
             os.close(descriptor)
             raise
         # The former holder removed its file while we waited: what we hold then locks nobody out.
-        if _is_file_at(descriptor, path):
+        if is_file_at(descriptor, path):
             break
         os.close(descriptor)
     try:
         yield
     finally:
         # Nor is it removed when it is an empty file that was there before: anybody may have made that.
-        if is_ours and _is_file_at(descriptor, path):
+        if is_ours and is_file_at(descriptor, path):
             path.unlink()
         os.close(descriptor)
 
@@ -95,7 +95,8 @@ def warn_without_locks(folder: Path) -> None:
     _log.warning("megatron-m1: warning: %s has no file locks: let no second process write there meanwhile", folder)
 
 
-def _is_file_at(descriptor: int, path: Path) -> bool:
+def is_file_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name: it may have been removed, or another put in its place."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
@@ -127,9 +128,9 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
         for candidate in {path, *path.absolute().parents, *path.resolve().parents} - seen:
             seen.add(candidate)
             with suppress(FileNotFoundError, NotADirectoryError):
-                output = places.get(_identity(candidate))
-                if output is not None:
-                    raise ValueError(f"{output} would be written over, but {path} is read: choose another output")
+                place = places.get(_identity(candidate))
+                if place is not None:
+                    raise ValueError(f"{place} would be written over, but {path} is read: choose another output")
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -154,7 +154,7 @@ def build_packed_dataset(
 
     Raises:
         ValueError: bad numbers or blend, a damaged corpus, one made with another tokenizer, or with ids that the
-            tokenizer does not have.
+            tokenizer does not have; or ``cache_folder`` can't be written.
         FileNotFoundError: a .bin or .idx is missing.
     """
     if sequence_length < 2:
@@ -164,7 +164,8 @@ def build_packed_dataset(
     relative_prefixes, weights = parse_blend(blend)
     check_blend(blend, tokenizer_digest=tokenizer.digest())
     prefixes = [os.path.abspath(prefix) for prefix in relative_prefixes]
-    check_token_ids(prefixes, vocab_size=tokenizer.vocab_size, cache_folder=Path(cache_folder))
+    with _one_line(Path(cache_folder)):
+        check_token_ids(prefixes, vocab_size=tokenizer.vocab_size, cache_folder=Path(cache_folder))
     facts = _DatasetTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.digest())
     key = [prefixes, weights, [fingerprint(p) for p in prefixes], sequence_length, num_samples, seed, facts.digest]
     with _index_folder(Path(cache_folder), key) as folder:
@@ -195,7 +196,8 @@ def _index_folder(cache_folder: Path, key: list[Any]) -> Iterator[Path]:
     ``GPTDataset`` takes any file of the right name for a whole one, and its names do not depend on the corpus's
     content.
     """
-    cache_folder.mkdir(parents=True, exist_ok=True)
+    with _one_line(cache_folder):
+        cache_folder.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     folder = cache_folder / name
     distributed = torch.distributed.is_initialized()
@@ -204,8 +206,20 @@ def _index_folder(cache_folder: Path, key: list[Any]) -> Iterator[Path]:
         yield folder
         return
     complete = folder / "complete"
-    with file_lock(cache_folder / f"{name}.lock"):
+    with _one_line(cache_folder), file_lock(cache_folder / f"{name}.lock"):
         if folder.exists() and not complete.exists():
             shutil.rmtree(folder)
         yield folder
         complete.touch()
+
+
+@contextmanager
+def _one_line(cache_folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise ValueError(
+            f"the sample indices in {cache_folder} can't be written: {error.strerror or error}{place}; make room or "
+            "choose another data.cache_folder"
+        ) from error

@@ -63,7 +63,7 @@ def is_sidecar(path: Path) -> bool:
     """Whether ``path`` is the sidecar of a tokenised corpus, not somebody's JSON file; False if it can't be read."""
     try:
         return _sidecar_content(path) is not None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 
 

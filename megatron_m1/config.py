@@ -204,7 +204,10 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0 keeps all."""
     async_save: bool = False
-    """Write checkpoints in the background while training goes on."""
+    """Write checkpoints in the background while training goes on; the last one is waited for."""
+    max_failed_saves: int = 3
+    """Saves in a row that can't be written (each is tried twice, and the older checkpoints stay) after which the run
+    stops."""
     log_interval: int = 1
     """Steps between console lines (metrics.jsonl has every step)."""
     tensorboard: bool = True

@@ -19,6 +19,7 @@ from megatron_m1.data.corpus import PreparedCorpus, find_corpus, prepare_corpus
 from megatron_m1.data.corpus_ids import check_token_ids, unread_bytes
 from megatron_m1.data.prefix import PrefixSummary, check_blend, parse_blend, repeated_corpora, shared_corpora
 from megatron_m1.data.tokenizers import load_tokenizer
+from megatron_m1.training.run_folder import check_run_folder
 
 PLAN_READS_BYTES = 1 << 30
 """Of corpora that a dry run reads to check their ids: about a second."""
@@ -129,11 +130,12 @@ def check_folders(config: Config) -> None:
     """Check that the run's folder and the index cache can be made and written; nothing is left behind.
 
     Raises:
-        ValueError: one can't be written, the run folder holds checkpoints and ``run.resume`` is false, or its newest
-            one is of a model of another shape.
+        ValueError: one can't be written, the run folder has files that no run wrote, it holds checkpoints and
+            ``run.resume`` is false, or its newest one is of a model of another shape.
     """
     run = config.run
     _check_writable("run.folder", Path(run.folder))
+    check_run_folder(config)
     if config.data.cache_folder is not None:
         _check_writable("data.cache_folder", Path(config.data.cache_folder))
     if config.data.embedded_corpus is not None and find_embedded_corpus(config) is None:

@@ -229,11 +229,14 @@ def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Rank
 
     Raises:
         ConversionError: the disk refuses, or the checkpoint is damaged; ``out`` is not there.
-        ValueError: ``out`` exists or can't be made, or as ``check_inputs``.
+        ValueError: ``out`` exists, can't be made or lies in the checkpoint, or as ``check_inputs``.
     """
+    if out.resolve().is_relative_to(source.folder.resolve()):
+        raise ValueError(f"{out} lies in the checkpoint {source.folder} and would go with it: choose another OUT")
     tokenizer = check_inputs(source, options)
     plan = _Plan(source, options)
-    with WorkFolder(out, _description(plan), ranks) as work:
+    others = [path for path in (options.tokenizer, options.remote_code) if path is not None]
+    with WorkFolder(out, _description(plan), ranks, reads=[source.folder, *others]) as work:
 
         def job(shard: _Shard) -> Job:
             return Job(

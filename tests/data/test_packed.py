@@ -13,6 +13,7 @@ import torch
 from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
 from tests.data.corpora import FakeTokenizer, unique_documents, write_corpus
 from tests.harness import WorkerPool
+from tests.training.checkpoint_runs import file_size_limit
 
 LENGTHS = [1, 5, 1, 1, 13, 2, 31, 7, 7, 1, 3, 40, 6, 9, 1, 22, 4, 16]
 
@@ -222,3 +223,14 @@ def test_a_corpus_named_twice_gives_no_pack_twice(tmp_path: Path, again: str) ->
     blend = build(["0.25", prefix, "0.75", spelling], tmp_path, num_samples=8)
     for index in range(8):
         assert same(alone[index], blend[index])
+
+
+@pytest.mark.parametrize("in_the_way", [True, False])
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, in_the_way: bool) -> None:
+    """A file where the folder belongs; a limit on file sizes in place of a full disk."""
+    blend = [write_corpus(tmp_path / "a", unique_documents(LENGTHS))]
+    if in_the_way:
+        (tmp_path / "cache").write_text("")
+    message = rf"^the sample indices in {tmp_path}/cache can't be written: .*; make room or choose another data.cache_f"
+    with file_size_limit(10), pytest.raises(ValueError, match=message):
+        build(blend, tmp_path)
