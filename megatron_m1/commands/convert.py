@@ -125,17 +125,15 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
         verify=options.verify,
     )
     plan = describe_export(source, choices)
-    if options.format == "native":
-        notes.append("vLLM fails on the buffers of --format native")
-    notes += caveats(source.model)
-    notes = [f"note: {note}" for note in notes]
+    notes += caveats(source.model, native=options.format == "native")
     if options.dry_run:
         refuse_existing(options.out)
-        check_inputs(source, choices)
-        return [f"would write {plan}", *notes]
+        ready = check_inputs(source, choices)
+        notes += [] if ready is None else ready.notes
+        return [f"would write {plan}", *(f"note: {note}" for note in notes)]
     with started_ranks() as ranks:
-        export(source, options.out, choices, ranks)
-    return [f"{options.out}: {plan}", *notes]
+        notes += export(source, options.out, choices, ranks)
+    return [f"{options.out}: {plan}", *(f"note: {note}" for note in notes)]
 
 
 def _from_hf(options: argparse.Namespace) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
-from megatron_m1.commands.resolved_plan import describe_plan, unverified_note, where_from
+from megatron_m1.commands.resolved_plan import describe_plan, where_from
 from megatron_m1.config import Config
 from megatron_m1.config_io import parse_config, tree_help
 from megatron_m1.launch import (
@@ -128,9 +128,10 @@ def _prepare(config: Config) -> Config:
 
     check_folders(config)
     config = build_embedded_corpus(config, note=_say)
-    unverified = check_data(config).unverified
-    if unverified and os.environ.get("RANK", "0") == "0":
-        _say(unverified_note(unverified))
+    notes = check_data(config).notes
+    if os.environ.get("RANK", "0") == "0":
+        for line in notes:
+            _say(line)
     return config
 
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_m1.config import ModelConfig
-from megatron_m1.convert.hf_config import model_from_hf, read_hf_config
+from megatron_m1.convert.hf_config import has_native_heads, model_from_hf, read_hf_config
 from megatron_m1.convert.safetensors_files import Entry, read_header
 from megatron_m1.convert.weight_map import Unit, check_names, is_native_buffer, to_ours, units
 
@@ -106,7 +106,7 @@ def open_hub_folder(folder: Path, *, headers: bool = True) -> HubFolder:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     files, announced = _read_index(folder)
     files = {name: file for name, file in files.items() if not is_native_buffer(name)}
-    wanted = units(model)
+    wanted = units(model, native_heads=has_native_heads(config))
     check_names([part.name for unit in wanted for part in unit.parts], files, str(folder))
     opened = HubFolder(folder, config, model, wanted, files)
     if headers:

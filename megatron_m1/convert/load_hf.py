@@ -124,7 +124,7 @@ class _Loading:
 
 def _first_difference(loading: _Loading, ranks: Ranks) -> str | None:
     written = open_checkpoint(loading.folder)
-    for unit in written.units[ranks.rank :: ranks.size]:
+    for unit in loading.source.units[ranks.rank :: ranks.size]:
         if not same_bits(written.read(unit), cast(unit, loading.source.read(unit), loading.dtype(unit))):
             return f"{loading.folder}: {unit.ours} is not what was written: check the disk"
     return None
@@ -153,7 +153,7 @@ def load_hf(source: HubFolder, out: Path, options: LoadOptions, ranks: Ranks) ->
         ConversionError: the disk refuses, or a file of the source can't be read; ``out`` is not there.
         ValueError: ``out`` exists, or the source has changed meanwhile.
     """
-    with WorkFolder(out, _description(source, options), ranks) as work:
+    with WorkFolder(out, _description(source, options), ranks, reads=[source.folder]) as work:
         loading = _Loading(source, work, options)
 
         def digest(name: str) -> str:

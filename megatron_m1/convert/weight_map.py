@@ -13,6 +13,8 @@ experts.linear_fc1    experts.E.w1, experts.E.w3               gate rows, then u
 experts.linear_fc2    experts.E.w2                             experts stacked in front
 everything else       one tensor                               as they are
 ====================  =======================================  ==================================================
+
+Native transformers' own folders can have the rows of q_proj and k_proj in another order, see ``native_rotary``.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ import torch
 from torch import Tensor
 
 from megatron_m1.config import ModelConfig
+from megatron_m1.convert.native_rotary import native_rows, our_rows
 
 NATIVE_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 """What native transformers saves besides weights, in every lightning layer. vLLM fails on them."""
+_ROTATED = (".q_proj.weight", ".k_proj.weight")
+"""What the hub calls the projections that are rotated."""
 _LAYER = "decoder.layers.{layer}"
 _HUB_LAYER = "model.layers.{layer}"
 
@@ -58,6 +63,20 @@ class Part:
 
     name: str
     shape: tuple[int, ...]
+    native_heads: tuple[int, int] | None = None
+    """(dimensions of a head, how many of them are rotated) where rows are in native transformers' order."""
+
+    def from_ours(self, rows: Tensor) -> Tensor:
+        """Its rows as it has them, from rows in our order."""
+        if self.native_heads is None:
+            return rows
+        return native_rows(rows, head_dim=self.native_heads[0], rotated=self.native_heads[1])
+
+    def in_our_order(self, tensor: Tensor) -> Tensor:
+        """Its rows in our order, from the tensor itself."""
+        if self.native_heads is None:
+            return tensor
+        return our_rows(tensor, head_dim=self.native_heads[0], rotated=self.native_heads[1])
 
 
 @dataclass(frozen=True)
@@ -177,7 +196,13 @@ def is_softmax_layer(model: ModelConfig, layer: int) -> bool:
     return (layer + 1) % model.attention_period == 0
 
 
-def _units_of(rule: Rule, model: ModelConfig, layer: int | None) -> Iterator[Unit]:
+def rotary_dim(model: ModelConfig) -> int:
+    """Dimensions of each softmax head that are rotated."""
+    return int(model.kv_channels * model.rotary_percent)
+
+
+def _units_of(rule: Rule, model: ModelConfig, layer: int | None, native_heads: bool) -> Iterator[Unit]:
+    heads = (model.kv_channels, rotary_dim(model)) if native_heads else None
     row = () if rule.columns is None else (rule.columns,)
     rows = rule.groups * sum(count for _, count in rule.parts)
     for expert in range(model.num_moe_experts) if rule.stacked else [None]:
@@ -187,26 +212,36 @@ def _units_of(rule: Rule, model: ModelConfig, layer: int | None) -> Iterator[Uni
             expert=expert,
             groups=rule.groups,
             parts=tuple(
-                Part(name.format(layer=layer, expert=expert), (rule.groups * count, *row)) for name, count in rule.parts
+                Part(
+                    name.format(layer=layer, expert=expert),
+                    (rule.groups * count, *row),
+                    heads if name.endswith(_ROTATED) else None,
+                )
+                for name, count in rule.parts
             ),
             keeps_fp32=rule.keeps_fp32,
         )
 
 
-def units(model: ModelConfig) -> list[Unit]:
-    """Everything that a model of this shape consists of: embedding, layer by layer, final norm, head."""
+def units(model: ModelConfig, *, native_heads: bool = False) -> list[Unit]:
+    """Everything that a model of this shape consists of: embedding, layer by layer, final norm, head.
+
+    Args:
+        model: its shape.
+        native_heads: rows of rotated heads are in native transformers' order.
+    """
     found: list[Unit] = []
     every = rules(model)
     for rule in every[:1]:
-        found += _units_of(rule, model, None)
+        found += _units_of(rule, model, None, native_heads)
     for layer in range(model.num_layers):
         kind = "softmax" if is_softmax_layer(model, layer) else "lightning"
         for rule in every:
             if rule.layers in ("every", kind):
-                found += _units_of(rule, model, layer)
+                found += _units_of(rule, model, layer, native_heads)
     for rule in every[1:]:
         if rule.layers == "none":
-            found += _units_of(rule, model, None)
+            found += _units_of(rule, model, None, native_heads)
     return found
 
 
@@ -223,7 +258,8 @@ def to_ours(unit: Unit, parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0].view(unit.sizes)
     # [groups * rows of the part, ...] -> [groups, rows of the part, ...], joined: [groups, all rows, ...]
-    joined = torch.cat([part.view(unit.groups, -1, *part.shape[1:]) for part in parts], dim=1)
+    ordered = [part.in_our_order(tensor) for part, tensor in zip(unit.parts, parts, strict=True)]
+    joined = torch.cat([rows.view(unit.groups, -1, *rows.shape[1:]) for rows in ordered], dim=1)
     return joined.view(unit.sizes)
 
 
@@ -243,7 +279,7 @@ def to_hub(unit: Unit, ours: Tensor) -> list[Tensor]:
     grouped = ours.view(unit.groups, -1, *unit.parts[0].shape[1:])
     rows = [part.shape[0] // unit.groups for part in unit.parts]
     pieces = grouped.split(rows, dim=1)
-    return [piece.reshape(part.shape) for piece, part in zip(pieces, unit.parts, strict=True)]
+    return [part.from_ours(piece.reshape(part.shape)) for piece, part in zip(pieces, unit.parts, strict=True)]
 
 
 def is_native_buffer(name: str) -> bool:

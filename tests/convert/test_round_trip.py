@@ -146,9 +146,9 @@ def test_what_an_export_says(native_folder: Path, tmp_path: Path, capsys: pytest
     assert re.match(r"would write \d+ tensors, .* 6 lightning and 2 softmax layers, float32$", planned[0])
     tokenizer = "note: no tokenizer was written: the checkpoint names none; give --tokenizer"
     epsilon = "note: vLLM uses 1e-05 in the norm inside lightning layers, this model 1e-06: "
-    assert planned[1] == said[1] == tokenizer and len(planned) == 3
-    assert planned[2] == said[3] and said[3].startswith(epsilon)
-    assert said[2] == "note: vLLM fails on the buffers of --format native" and len(said) == 4
+    assert planned[1] == said[1] == tokenizer
+    assert planned[2].startswith(epsilon) and "up to 0.23.0" in planned[3] and len(planned) == 4
+    assert said[2].startswith("note: vLLM can't read this format") and len(said) == 3
 
 
 def test_remote_code_is_copied_and_named(native_folder: Path, tmp_path: Path) -> None:

@@ -41,13 +41,17 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("rotary", ["full", "half"])
+@pytest.mark.parametrize("rotary", ["full", "half", "native"])
 def test_logits_and_greedy_text(
     rotary: str, request: pytest.FixtureRequest, workers: WorkerPool, tmp_path: Path
 ) -> None:
-    """Half rotary: transformers 5.23 rotates whole heads whatever config.json says, a fault of theirs patched here."""
+    """Half rotary: transformers 5.23 rotates whole heads whatever the hub's config.json says, a fault of theirs patched
+    here; the native format is exact without.
+    """
     run: Run = request.getfixturevalue("full_rotary_run" if rotary == "full" else "fp32_run")
-    convert("to-hf", run.folder, tmp_path / "hub", "--shard-size", "100KB", "--max-positions", "4096")
+    form = "native" if rotary == "native" else "hub"
+    sizes = ("--shard-size", "100KB", "--max-positions", "4096")
+    convert("to-hf", run.folder, tmp_path / "hub", "--format", form, *sizes)
     model = load(tmp_path / "hub")
     assert model.config.layer_types == ["linear_attention"] * 7 + ["full_attention"]
     assert model.config.mlp_alpha_factor == 2.0
@@ -69,7 +73,10 @@ def test_logits_and_greedy_text(
 
 
 def test_half_rotary_is_still_wrong_in_transformers(workers: WorkerPool, fp32_run: Run, tmp_path: Path) -> None:
-    """When this fails, transformers has learned it: drop the note that the command prints, and the patch above."""
+    """When this fails, transformers has learned it: drop the note that the command prints, and the patch above.
+
+    Then the native format may say it as the hub's does, and only has to be read as ``native_rotary`` writes it.
+    """
     convert("to-hf", fp32_run.folder, tmp_path / "hub")
     prompts = prompts_of([40])
     (ours,) = workers.run(runs.logits_of, fp32_run.folder, prompts, world_size=1)

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_m1.cli import run
-from megatron_m1.convert.hf_config import caveats, hub_config, model_from_hf, native_config, rotary_dim
+from megatron_m1.convert.hf_config import VLLM, caveats, hub_config, model_from_hf, native_config
 from megatron_m1.convert.hub_folder import expected_bytes
-from megatron_m1.convert.weight_map import check_names, to_hub, to_ours, units
+from megatron_m1.convert.weight_map import check_names, rotary_dim, to_hub, to_ours, units
 from megatron_m1.counts import model_counts
 from megatron_m1.presets import m1_456b, tiny
 from tests.convert.runs import config_of
@@ -245,12 +245,14 @@ def test_configs_go_there_and_back() -> None:
 
 
 def test_what_readers_get_wrong() -> None:
-    """Of M1: transformers' rotary embedding and vLLM's epsilon; of a model that suits both, nothing."""
+    """Of M1: transformers' rotary embedding and vLLM's epsilon; of a model that suits both, vLLM's last version."""
     model = model_from_hf(HUB_ONLY)
-    rotary, epsilon = caveats(model)
+    rotary, epsilon, _ = caveats(model)
     assert rotary.startswith("native transformers rotates whole softmax heads (128 dimensions instead of the first 64)")
     assert epsilon.startswith("vLLM uses 1e-05 in the norm inside lightning layers, this model 1e-06: ")
-    assert caveats(replace(model, rotary_percent=1.0)) == [epsilon]
-    assert caveats(replace(model, rotary_percent=1.0, layernorm_epsilon=1e-6)) == []
-    (theirs,) = caveats(replace(model, rotary_percent=1.0, lightning_norm_epsilon=1e-5))
+    assert caveats(replace(model, rotary_percent=1.0)) == [epsilon, VLLM]
+    assert caveats(replace(model, rotary_percent=1.0, layernorm_epsilon=1e-6)) == [VLLM]
+    theirs, _ = caveats(replace(model, rotary_percent=1.0, lightning_norm_epsilon=1e-5))
     assert theirs.startswith("native transformers uses 1e-06 in the norm inside lightning layers, this model 1e-05: ")
+    (unread,) = caveats(model, native=True)
+    assert unread.startswith("vLLM can't read this format")
