@@ -20,6 +20,7 @@ from megatron_m1.launch import (
     start_workers,
     worker_world_size,
 )
+from megatron_m1.paths import path_option
 from megatron_m1.printing import keep_output
 from megatron_m1.validate import resolve
 
@@ -36,7 +37,14 @@ def command_parser() -> CommandParser:
     parser = CommandParser(
         "pretrain", DESCRIPTION, "[--config FILE.yaml] [--preset NAME] [--GROUP.FIELD VALUE ...] [--dry-run]"
     )
-    parser.add_argument("--config", metavar="FILE.yaml", action="append", default=[], help="YAML of the groups below")
+    parser.add_argument(
+        "--config",
+        type=path_option,
+        metavar="FILE.yaml",
+        action="append",
+        default=[],
+        help="YAML of the groups below; ~ and $VARIABLES in its paths are expanded, as in those of flags",
+    )
     parser.add_argument("--preset", metavar="NAME", help="model values to start from: tiny, m1-mid, m1-456b")
     parser.add_argument(
         "--init-from", metavar="WHAT", help="weights and model to start a new run from: hf:FOLDER, a checkpoint, a run"
