@@ -1,7 +1,7 @@
 """From one command to N processes: the shape of the launch, torchrun, signals, and one error line for all ranks.
 
-``python -m megatron_m1.launch ARGS`` is torchrun (``torch.distributed.run``) that leaves SIGTERM, SIGUSR1 and SIGINT to
-its workers, so that a run has the time it needs to save; torchrun itself would kill them after 30 seconds.
+``python -m megatron_m1.launch ARGS`` is torchrun (``torch.distributed.run``) that leaves ``FORWARDED`` to its workers,
+so that a run has the time it needs to save; torchrun itself would kill them after 30 seconds.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Signals that mean: save and exit cleanly. A hang-up that is ignored at the start (``nohup``) stays ignored."""
 SAME_PRESS_SECONDS = 0.25
 """Two SIGINT closer together are one request that was sent twice, as GNU timeout does; nobody presses so fast."""
+SECOND_INTERRUPT = "megatron-m1: second Ctrl-C: leaving without saving"
 PR_SET_PDEATHSIG = 1
 
 
@@ -130,8 +131,41 @@ def _check_address(address: str) -> None:
             raise ValueError(f"MASTER_ADDR = {address!r} can't be found: give the name or address of node 0") from error
 
 
+class _Signals:
+    """What the launcher does with signals: it passes them on to the workers, and alone tells a second Ctrl-C."""
+
+    def __init__(self, agent: subprocess.Popen[bytes]) -> None:
+        self._agent = agent
+        self._interrupted_at: float | None = None
+        self._passed_on = False
+        self.status: int | None = None
+        """The exit status when no worker can give one: the agent was killed."""
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT:
+            # The workers can't tell a second Ctrl-C from one that they got besides ours.
+            if self._interrupted_at is not None and now - self._interrupted_at > SAME_PRESS_SECONDS:
+                print(SECOND_INTERRUPT, file=sys.stderr, flush=True)
+                self._kill(number)
+                return
+            self._interrupted_at = self._interrupted_at or now
+        workers = psutil.Process(self._agent.pid).children() if self._agent.poll() is None else []
+        for worker in workers:
+            with suppress(psutil.NoSuchProcess):
+                worker.send_signal(number)
+        if workers:
+            self._passed_on = True
+        elif not self._passed_on:
+            self._kill(number)
+
+    def _kill(self, number: int) -> None:
+        self.status = 128 + number
+        self._agent.kill()  # the workers die with it
+
+
 def start_workers(launch: Launch, program: Sequence[str]) -> int:
-    """Run ``program`` in this node's processes, pass SIGTERM, SIGUSR1 and SIGINT on to them, return torchrun's status.
+    """Run ``program`` in this node's processes, pass ``FORWARDED`` on to them and return torchrun's status.
 
     Args:
         launch: how many processes run where.
@@ -140,31 +174,21 @@ def start_workers(launch: Launch, program: Sequence[str]) -> int:
     Raises:
         ValueError: nothing has the address at which the nodes meet.
     """
-    _check_address(launch.master_addr)
+    _check_address(launch.master_addr or "127.0.0.1")
     command = [sys.executable, "-m", "megatron_m1.launch", *torchrun_arguments(launch), *program]
     threads = max(1, usable_cores() // launch.processes_per_node)
+    heeded = [number for number in FORWARDED if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    # The agent and the workers inherit this. A signal waits until a worker can leave without a traceback, and the agent
+    # never gets one.
+    signal.pthread_sigmask(signal.SIG_BLOCK, heeded)
     agent = subprocess.Popen(command, env={"OMP_NUM_THREADS": str(threads)} | os.environ)
-    first_interrupt: float | None = None
-
-    def forward(number: int, _frame: FrameType | None) -> None:
-        nonlocal first_interrupt
-        if number == signal.SIGINT:
-            # The workers can't tell a second Ctrl-C from one that they got besides ours.
-            if first_interrupt is not None and time.monotonic() - first_interrupt > SAME_PRESS_SECONDS:
-                print("megatron-m1: second Ctrl-C: leaving without saving", file=sys.stderr, flush=True)
-                agent.kill()
-            first_interrupt = first_interrupt or time.monotonic()
-        workers = psutil.Process(agent.pid).children() if agent.poll() is None else []
-        for worker in workers:
-            with suppress(psutil.NoSuchProcess):
-                worker.send_signal(number)
-        if not workers:
-            agent.kill()
-
-    for number in FORWARDED:
-        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
-            signal.signal(number, forward)
+    signals = _Signals(agent)
+    for number in heeded:
+        signal.signal(number, signals)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded)
     status = agent.wait()
+    if signals.status is not None and status < 0:
+        return signals.status
     return 128 - status if status < 0 else status
 
 
@@ -175,12 +199,19 @@ def die_with_parent() -> None:
 
 
 def prepare_worker() -> None:
-    """Undo in a worker what it inherits from the agent: ignored signals, and a life of its own."""
+    """Give a worker a life of its own, and let signals end it that waited for it or are ignored, nohup's excepted."""
     die_with_parent()
     for number in set(FORWARDED) - {signal.SIGHUP}:
         if signal.getsignal(number) in (signal.SIG_IGN, signal.default_int_handler):
             # Until there is something to save, a signal ends the process; a traceback would help nobody.
             signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+
+
+def ignore_requests_to_stop() -> None:
+    """Ignore ``FORWARDED`` from now on: the run has stopped and saved, and who asked every process may ask again."""
+    for number in FORWARDED:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def raised_by_us(error: BaseException) -> bool:
@@ -257,16 +288,12 @@ def _meeting_failure(error: Exception, place: str) -> ValueError:
 
 
 def run_agent(arguments: Sequence[str]) -> int:
-    """Be torchrun, but ignore the signals that the parent passes on to the workers, and don't repeat what they said.
+    """Be torchrun under ``start_workers``, which has the signals; don't repeat what the workers said.
 
     Returns:
         0, or the exit status of the worker that failed first.
     """
     die_with_parent()
-    for number in FORWARDED:
-        # Not SIG_IGN, which the workers would inherit: they could not tell it from nohup's.
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: None)
     from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main

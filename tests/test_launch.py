@@ -336,7 +336,7 @@ def test_a_second_ctrl_c_leaves_at_once(
     with pytest.raises(subprocess.TimeoutExpired):
         launcher.wait(2 * SAME_PRESS_SECONDS)
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(60) == 128 + signal.SIGKILL
+    assert launcher.wait(60) == 128 + signal.SIGINT
     assert "second Ctrl-C: leaving without saving" in (tmp_path / "stderr").read_text()
     _, alive = psutil.wait_procs(workers, timeout=60)
     assert alive == []

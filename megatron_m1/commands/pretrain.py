@@ -14,6 +14,7 @@ from megatron_m1.config_io import parse_config, tree_help
 from megatron_m1.launch import (
     Launch,
     count_gpus,
+    ignore_requests_to_stop,
     launch_from_environment,
     prepare_worker,
     report_once,
@@ -86,6 +87,9 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     if "--help" in arguments or "-h" in arguments:
         _print_help(parser)
         return 0
+    workers = worker_world_size(os.environ)
+    if workers is not None:
+        prepare_worker()
     options, flags = parser.parse_known_args(arguments)
     if options.resume is not None:
         flags.append(f"--run.resume={str(options.resume).lower()}")
@@ -105,7 +109,6 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
     gpus = count_gpus()
-    workers = worker_world_size(os.environ)
     launch = None
     if workers is None and (options.world_size is None or not options.dry_run):
         launch = launch_from_environment(
@@ -125,8 +128,6 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     if launch is not None and launch.world_size > 1:
         _say(f"starting {launch.processes_per_node} processes on this node; importing megatron-core takes seconds")
         return start_workers(launch, ["-m", "megatron_m1.cli", "pretrain", *without_launch_options(arguments)])
-    if launch is None:
-        prepare_worker()
     return _train(config)
 
 
@@ -163,6 +164,8 @@ def _train(config: Config) -> int:
         # Ranks that wait for the same one give up at about the same time; it will never come.
         report_once(error, name_silent_ranks=hung, patience=5.0 if hung else 10.0)
         return 1
+    if summary["interrupted"]:
+        ignore_requests_to_stop()
     if os.environ.get("RANK", "0") == "0":
         show_summary(summary)
     return 0

@@ -10,13 +10,14 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 
 from megatron_m1.launch import FORWARDED as SIGNALS
-from megatron_m1.launch import SAME_PRESS_SECONDS, worker_world_size
+from megatron_m1.launch import SAME_PRESS_SECONDS, SECOND_INTERRUPT, worker_world_size
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -85,6 +86,9 @@ class Interrupt:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and not self._is_worker:
             if self._interrupted_at and time.monotonic() - self._interrupted_at > SAME_PRESS_SECONDS:
+                # Straight to the descriptor: the main thread may be printing just now.
+                with suppress(OSError):
+                    os.write(2, f"{SECOND_INTERRUPT}\n".encode())
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             self._interrupted_at = self._interrupted_at or time.monotonic()

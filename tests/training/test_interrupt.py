@@ -11,7 +11,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from megatron_m1.launch import SAME_PRESS_SECONDS
+from megatron_m1.launch import SAME_PRESS_SECONDS, SECOND_INTERRUPT
 from megatron_m1.training.interrupt import SIGNALS, Interrupt, any_rank
 from tests.harness import WorkerPool
 
@@ -61,7 +61,7 @@ with Interrupt() as interrupt:
 """
     environ = {name: value for name, value in os.environ.items() if name != "RANK"}
     done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "SIGINT\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "SIGINT\n", f"{SECOND_INTERRUPT}\n")
 
 
 def test_every_sigint_is_one_request_to_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
