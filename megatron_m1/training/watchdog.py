@@ -3,20 +3,27 @@
 Two nets. A backend that notices its own time-out raises in the main thread: the error is turned into a
 ``CollectiveError``. What no backend notices (a rank that never reaches the collective, a kernel that never ends) is
 seen by a thread: it prints rank, step and the main thread's stack, and ends the process, so that torchrun ends the job.
+
+Time in which the processes were stopped (Ctrl-Z, ``scontrol suspend``) is no hang. gloo's clock can't be told so, and
+its ``abort`` leaves a collective waiting; so the thread keeps the time of collectives, and cuts the connections when it
+is up. Messages between two ranks (pipeline stages, context parallelism) keep gloo's clock, which is set once.
 """
 
 from __future__ import annotations
 
 import datetime
 import os
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
+import psutil
+import torch
 import torch.distributed as dist
 
 HUNG_EXIT_CODE = 70
@@ -27,6 +34,8 @@ FIRST_STEP_SECONDS = 600.0
 """Added to the first step's allowance: kernels are compiled and communicators built in it."""
 PULSE_SECONDS = 1.0
 """How often a watchdog looks at the clock; it takes a longer sleep for a time in which its process was stopped."""
+GLOO_TIMEOUT = datetime.timedelta(days=365)
+"""Of gloo's collectives while a watchdog keeps their time."""
 COLLECTIVE_MARKS = ("gloo", "nccl", "timeout caused pair closure")
 """What a RuntimeError of a collective says, in lower case; gloo raises no type of its own, mostly its source path."""
 
@@ -75,6 +84,8 @@ class Watchdog:
             raise ValueError(f"parallel.distributed_timeout_seconds is {timeout_seconds}; it must be above 0")
         self._rank = rank
         self._allowance = timeout_seconds + grace_seconds
+        self._grace_seconds = grace_seconds
+        self._gloo: dict[dist.ProcessGroup, datetime.timedelta] = {}
         self._first_step_seconds = first_step_seconds
         self._first = True
         self._changed = threading.Condition()
@@ -85,6 +96,9 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        self._gloo = _gloo_timeouts()
+        for group in self._gloo:
+            group.set_timeout(GLOO_TIMEOUT)
         self._thread.start()
         return self
 
@@ -95,6 +109,8 @@ class Watchdog:
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        for group, timeout in self._gloo.items():
+            group.set_timeout(timeout)
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -130,15 +146,24 @@ class Watchdog:
         self._deadline = self._last_progress + self._allowance + self._first_step_seconds * self._first
 
     def _watch(self) -> None:
+        cut = False
         with self._changed:
             while not self._closed:
                 if self._step is None:
                     self._changed.wait()
                     continue
                 before = time.monotonic()
-                pulse = min(PULSE_SECONDS, self._deadline - before)
-                if pulse <= 0:
+                remaining = self._deadline - before
+                if remaining <= 0:
                     self._end_process(self._step)
+                if self._gloo and not cut:
+                    remaining -= self._grace_seconds
+                    if remaining <= 0:
+                        # What the main thread waits for fails now, and it says so; one that hangs elsewhere does not.
+                        cut = True
+                        cut_connections()
+                        continue
+                pulse = min(PULSE_SECONDS, remaining)
                 self._changed.wait(pulse)
                 stopped = time.monotonic() - before - pulse
                 if stopped > PULSE_SECONDS:
@@ -156,6 +181,24 @@ class Watchdog:
         finally:
             # No clean-up: whatever would be cleaned up waits for the collective that hangs.
             os._exit(HUNG_EXIT_CODE)
+
+
+def _gloo_timeouts() -> dict[dist.ProcessGroup, datetime.timedelta]:
+    """Return the time-outs of gloo's groups; none where NCCL trains, whose hangs gloo does not see."""
+    if not dist.is_initialized() or dist.get_backend() != dist.Backend.GLOO:
+        return {}
+    groups = [group for group in dist.distributed_c10d._world.pg_map if isinstance(group, dist.ProcessGroup)]
+    return {group: group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+
+
+def cut_connections() -> None:
+    """Shut this process's TCP connections but that to torchrun's store, so that what waits for them fails."""
+    store = int(os.environ.get("MASTER_PORT", "0"))
+    for connection in psutil.Process().net_connections("tcp"):
+        if connection.status != psutil.CONN_ESTABLISHED or store in (connection.laddr.port, connection.raddr.port):
+            continue
+        with suppress(OSError), socket.socket(fileno=os.dup(connection.fd)) as duplicate:
+            duplicate.shutdown(socket.SHUT_RDWR)
 
 
 def is_collective_error(error: BaseException) -> bool:

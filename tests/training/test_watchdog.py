@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from megatron_m1.training.watchdog import (
     process_group_timeout,
 )
 from tests.harness import WorkerPool
-from tests.training import hanging_rank
+from tests.training import hanging_rank, stopped_rank
 
 TIMEOUT = 2.0
 
@@ -49,6 +50,29 @@ def test_a_rank_that_never_comes(tmp_path: Path) -> None:
     assert re.search(r"^rank 1 hung in step 3 for \d+ s; its main thread is here:$", errors[1], re.MULTILINE)
     assert "in sleep_forever" in errors[1]
     assert sleeping.returncode == HUNG_EXIT_CODE
+
+
+@pytest.mark.slow
+def test_ranks_that_were_stopped_go_on(tmp_path: Path) -> None:
+    """Stopped for longer than the collective's time-out and the watchdog's allowance, one of them within the former."""
+    command = [sys.executable, str(Path(stopped_rank.__file__))]
+    ranks = range(stopped_rank.WORLD_SIZE)
+    processes = [subprocess.Popen([*command, str(rank), str(tmp_path), str(TIMEOUT)]) for rank in ranks]
+    try:
+        while not all((tmp_path / f"{rank}.ready").exists() for rank in ranks):
+            assert [process.poll() for process in processes] == [None, None]
+            busy(0.01)
+        for process in processes:
+            process.send_signal(signal.SIGSTOP)
+        busy(2 * TIMEOUT + 1.0)
+        (tmp_path / "go").touch()
+        for process in processes:
+            process.send_signal(signal.SIGCONT)
+        assert [process.wait(60) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all((tmp_path / f"{rank}.done").exists() for rank in ranks)
 
 
 def fail_twice(rank: int, world_size: int) -> list[str]:
