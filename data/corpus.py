@@ -68,7 +68,8 @@ def prepare_corpus(
         note: gets a line when each of the three parts begins.
 
     Raises:
-        ValueError: too small a vocabulary, or a Python without the sources of its library.
+        ValueError: too small a vocabulary, a Python without the sources of its library, or files of the corpus's names
+            that it did not make.
         OSError: the folder cannot be written.
     """
     check_vocab_size(vocab_size)
@@ -81,7 +82,7 @@ def prepare_corpus(
     with file_lock(folder / "corpus.lock"):
         if not (folder / "corpus.json").exists():
             note(f"building the embedded corpus in {folder}")
-            build_corpus(folder)
+            _build_first(folder)
         tokenizer.parent.mkdir(exist_ok=True)
         if not tokenizer.exists():
             note(f"training a SentencePiece tokenizer of {min(vocab_size, MAX_VOCAB_SIZE):,} tokens")
@@ -121,6 +122,17 @@ def _missing_prefixes(prepared: PreparedCorpus) -> list[str]:
         except (FileNotFoundError, ValueError):
             missing.append(prefix)
     return missing
+
+
+def _build_first(folder: Path) -> None:
+    """``build_corpus`` where nobody's file of the same name is replaced; what a killed build left there may be."""
+    building = folder / "corpus.building"
+    taken = [path for source in SHARES for path in sorted(folder.glob(f"{source}.*.jsonl"))]
+    if taken and not building.exists():
+        raise ValueError(f"{taken[0]} is there, and not by the embedded corpus: choose another data.embedded_corpus")
+    building.touch()
+    build_corpus(folder)
+    building.unlink()
 
 
 def build_corpus(folder: Path) -> dict[str, int]:

@@ -1,19 +1,30 @@
-"""Files that several processes share: locks, and writes that are whole or absent."""
+"""Files that several processes share: locks, writes that are whole or absent, and what must not be written over."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import functools
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+LOCK_MARK = b"A lock of megatron-m1. Remove it if no process of megatron-m1 is at work here.\n"
+"""Content of a lock file, which tells it from somebody's file of the same name."""
+WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+"""What a file system says that offers no locks, such as Lustre mounted without ``-o flock``."""
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
 def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock between processes for the length of the ``with`` block.
 
-    The lock file exists only while someone holds it or waits for it; a process that dies releases its lock.
+    The lock file exists only while someone holds it or waits for it; a process that dies releases its lock. On a file
+    system without locks the block runs all the same, after one warning that names the folder.
 
     Args:
         path: lock file, made if missing; its folder must exist.
@@ -21,30 +32,110 @@ def file_lock(path: Path, *, wait: bool = True) -> Iterator[None]:
 
     Raises:
         BlockingIOError: ``wait`` is False and another process holds the lock.
+        ValueError: what has the lock's name is no lock of ours.
     """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor, is_ours = _open_lock(path)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+            _lock(descriptor, path, wait=wait)
+        except BaseException:
             os.close(descriptor)
             raise
         # The former holder removed its file while we waited: what we hold then locks nobody out.
-        if _is_file_at(descriptor, path):
+        if is_file_at(descriptor, path):
             break
         os.close(descriptor)
     try:
         yield
     finally:
-        path.unlink()
+        # Nor is it removed when it is an empty file that was there before: anybody may have made that.
+        if is_ours and is_file_at(descriptor, path):
+            path.unlink()
         os.close(descriptor)
 
 
-def _is_file_at(descriptor: int, path: Path) -> bool:
+def _open_lock(path: Path) -> tuple[int, bool]:
+    """Open a lock file; whether it is ours to remove. Never through a link, which may lead to somebody's file."""
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    except FileExistsError:
+        pass
+    else:
+        # On a full disk an empty one does as well.
+        with suppress(OSError):
+            os.pwrite(descriptor, LOCK_MARK, 0)
+        return descriptor, True
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+        content = os.pread(descriptor, len(LOCK_MARK) + 1, 0)
+    except FileNotFoundError:
+        return _open_lock(path)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR):
+            raise ValueError(f"{path} is there, and no lock of megatron-m1: move it, or choose another name") from error
+        raise
+    if content not in (b"", LOCK_MARK):
+        os.close(descriptor)
+        raise ValueError(f"{path} is there, and no lock of megatron-m1: move it, or choose another name")
+    return descriptor, content == LOCK_MARK
+
+
+def _lock(descriptor: int, path: Path, *, wait: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in WITHOUT_LOCKS:
+            raise
+        warn_without_locks(path.absolute().parent)
+
+
+@functools.cache
+def warn_without_locks(folder: Path) -> None:
+    """Say in one line on stderr, once a process, that nothing keeps a second process out of ``folder``."""
+    _log.warning("megatron-m1: warning: %s has no file locks: let no second process write there meanwhile", folder)
+
+
+def is_file_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is still the one of that name: it may have been removed, or another put in its place."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
     except FileNotFoundError:
         return False
+
+
+def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Check that nothing is written over or removed while it is read, by whatever name or link.
+
+    Files that exist are compared by identity, so that hard links, symbolic links and file systems that ignore case are
+    seen through. An output that does not exist yet can't be an input.
+
+    Args:
+        outputs: files that will be written, and folders that will be emptied.
+        inputs: files that are read.
+
+    Raises:
+        ValueError: an output is an input, or a folder that an input lies in.
+    """
+    places = {}
+    for output in outputs:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            places[_identity(output)] = output
+    if not places:
+        return
+    seen: set[Path] = set()
+    for path in inputs:
+        # As it is named and as it is: a link in a folder is lost with the folder.
+        for candidate in {path, *path.absolute().parents, *path.resolve().parents} - seen:
+            seen.add(candidate)
+            with suppress(FileNotFoundError, NotADirectoryError):
+                place = places.get(_identity(candidate))
+                if place is not None:
+                    raise ValueError(f"{place} would be written over, but {path} is read: choose another output")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def write_atomically(path: Path, content: bytes) -> None:

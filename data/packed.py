@@ -19,8 +19,9 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from megatron_m1.data.corpus_ids import check_token_ids
 from megatron_m1.data.files import file_lock
-from megatron_m1.data.prefix import check_prefix, fingerprint, parse_blend
+from megatron_m1.data.prefix import check_blend, fingerprint, parse_blend
 
 
 class TokenizerFacts(Protocol):
@@ -152,7 +153,8 @@ def build_packed_dataset(
         reset_at_documents: False makes each pack one document: ``cu_seqlens`` is [0, n] and no label is masked.
 
     Raises:
-        ValueError: bad numbers or blend, a damaged corpus, or one made with another tokenizer.
+        ValueError: bad numbers or blend, a damaged corpus, one made with another tokenizer, or with ids that the
+            tokenizer does not have; or ``cache_folder`` can't be written.
         FileNotFoundError: a .bin or .idx is missing.
     """
     if sequence_length < 2:
@@ -160,9 +162,10 @@ def build_packed_dataset(
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; ask for at least 1 pack")
     relative_prefixes, weights = parse_blend(blend)
+    check_blend(blend, tokenizer_digest=tokenizer.digest())
     prefixes = [os.path.abspath(prefix) for prefix in relative_prefixes]
-    for prefix in prefixes:
-        check_prefix(prefix, tokenizer_digest=tokenizer.digest())
+    with _one_line(Path(cache_folder)):
+        check_token_ids(prefixes, vocab_size=tokenizer.vocab_size, cache_folder=Path(cache_folder))
     facts = _DatasetTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.digest())
     key = [prefixes, weights, [fingerprint(p) for p in prefixes], sequence_length, num_samples, seed, facts.digest]
     with _index_folder(Path(cache_folder), key) as folder:
@@ -193,7 +196,8 @@ def _index_folder(cache_folder: Path, key: list[Any]) -> Iterator[Path]:
     ``GPTDataset`` takes any file of the right name for a whole one, and its names do not depend on the corpus's
     content.
     """
-    cache_folder.mkdir(parents=True, exist_ok=True)
+    with _one_line(cache_folder):
+        cache_folder.mkdir(parents=True, exist_ok=True)
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     folder = cache_folder / name
     distributed = torch.distributed.is_initialized()
@@ -202,8 +206,20 @@ def _index_folder(cache_folder: Path, key: list[Any]) -> Iterator[Path]:
         yield folder
         return
     complete = folder / "complete"
-    with file_lock(cache_folder / f"{name}.lock"):
+    with _one_line(cache_folder), file_lock(cache_folder / f"{name}.lock"):
         if folder.exists() and not complete.exists():
             shutil.rmtree(folder)
         yield folder
         complete.touch()
+
+
+@contextmanager
+def _one_line(cache_folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        raise ValueError(
+            f"the sample indices in {cache_folder} can't be written: {error.strerror or error}{place}; make room or "
+            "choose another data.cache_folder"
+        ) from error

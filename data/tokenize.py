@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
@@ -21,8 +20,10 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_m1.data.cores import usable_cores
 from megatron_m1.data.encode import EncodedBatch, encode_batch, encode_batch_in_worker, prepare_worker
 from megatron_m1.data.files import file_lock, write_atomically
+from megatron_m1.data.outputs import check_outputs, working_folder
 from megatron_m1.data.prefix import bin_path, idx_path, sidecar_path
 from megatron_m1.data.readers import RawBatch, find_files, read_batches
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
@@ -70,6 +71,7 @@ def tokenize_corpus(
     workers: int | None = None,
     append_eod: bool = True,
     show_progress: bool = True,
+    note: Callable[[str], None] = lambda line: None,
 ) -> TokenizeReport:
     """Tokenise documents into ``<output_prefix>.bin``, ``.idx`` and ``.json``.
 
@@ -84,20 +86,24 @@ def tokenize_corpus(
         workers: processes that tokenise; 1 does it in this process; none takes one per usable core.
         append_eod: end each document with the tokenizer's eod.
         show_progress: draw a progress bar if stderr is a terminal.
+        note: is told, line by line, what had to be assumed of the tokenizer.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
-        ValueError: a truncated or unknown input file, a bad tokenizer or number of workers, no document left, or
-            another process is writing the same prefix.
+        ValueError: a truncated or unknown input file, a bad tokenizer or number of workers, no document left, another
+            process is writing the same prefix, or what would be replaced is read or was not made by this function.
         RuntimeError: a worker process failed or was killed.
     """
     started = perf_counter()
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers is {workers}; use at least 1")
     prefix = str(output_prefix)
     files = find_files(inputs)
     tokenizer = load_tokenizer(tokenizer_path)
+    check_outputs(prefix, files, Path(tokenizer_path))
+    for line in tokenizer.notes:
+        note(line)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     total_bytes = sum(file.stat().st_size for file in files)
     with _sole_writer(prefix) as partial, _progress(total_bytes, show_progress) as progress:
@@ -161,24 +167,21 @@ class _Writer:
             "skipped": dict(self.skipped),
         }
         idx_path(prefix).unlink(missing_ok=True)
-        self._bin.replace(bin_path(prefix))
+        # By the sidecar the files are known as ours, so that the command may replace them after a kill.
         write_atomically(sidecar_path(prefix), json.dumps(sidecar, indent=1).encode())
+        self._bin.replace(bin_path(prefix))
         self._idx.replace(idx_path(prefix))
 
 
 @contextmanager
 def _sole_writer(prefix: str) -> Iterator[Path]:
-    """A fresh folder beside the output for the length of the block; what a killed run left there is removed."""
-    partial = Path(f"{prefix}.partial")
+    """``working_folder``, and no other process has it."""
     with ExitStack() as stack:
         try:
             stack.enter_context(file_lock(Path(f"{prefix}.lock"), wait=False))
         except BlockingIOError as error:
             raise ValueError(f"another process is writing {prefix}; wait for it or choose another output") from error
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        stack.callback(shutil.rmtree, partial)
-        yield partial
+        yield stack.enter_context(working_folder(prefix))
 
 
 def _progress(total_bytes: int, show: bool) -> Progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def train_tokenizer(inputs: Sequence[str | Path], path: Path, *, vocab_size: int
     """
     if path.suffix != ".model":
         raise ValueError(f"a trained tokenizer is one file: {path} must end in .model")
-    if path.exists():
+    if os.path.lexists(path):
         raise ValueError(f"{path} is there already: leave --train-tokenizer out to use it, or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     train_sentencepiece(_sample(find_files(inputs), text_key), path, vocab_size=vocab_size)
@@ -36,11 +37,11 @@ def train_tokenizer(inputs: Sequence[str | Path], path: Path, *, vocab_size: int
 
 def _sample(files: Sequence[Path], text_key: str) -> Iterator[str]:
     step = 1 + sum(file.stat().st_size for file in files) // TRAINING_BYTES
-    index = 0
+    index = -1
     for batch in read_batches(files, text_key=text_key):
         for payload in batch.payloads:
             index += 1
-            if index % step:
+            if index % step:  # never the first: there may be few documents, all of them large
                 continue
             try:
                 yield document_text(batch.kind, payload, text_key=text_key)

@@ -112,6 +112,8 @@ class DataConfig:
     prose]."""
     validation: list[str] = field(default_factory=list)
     """Held-out blend, same form; empty means no validation."""
+    allow_shared_validation: bool = False
+    """Let data.validation name a corpus that data.train names as well; otherwise that is refused."""
     tokenizer: str = ""
     """A SentencePiece .model file or a Hugging Face tokenizer folder."""
     seq_length: int = 8192
@@ -202,7 +204,10 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints kept; 0 keeps all."""
     async_save: bool = False
-    """Write checkpoints in the background while training goes on."""
+    """Write checkpoints in the background while training goes on; the last one is waited for."""
+    max_failed_saves: int = 3
+    """Saves in a row that can't be written (each is tried twice, and the older checkpoints stay) after which the run
+    stops."""
     log_interval: int = 1
     """Steps between console lines (metrics.jsonl has every step)."""
     tensorboard: bool = True

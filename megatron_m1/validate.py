@@ -284,7 +284,7 @@ def _check_train(config: Config) -> None:
     _check_positive("data", data, ["train_samples"])
     if data.seq_length < 2:
         raise ValueError(f"data.seq_length = {data.seq_length}: a pack needs at least 2 tokens")
-    _check_positive("run", run, ["log_interval"])
+    _check_positive("run", run, ["log_interval", "max_failed_saves"])
     _check_not_negative("run", run, ["save_interval", "save_interval_minutes", "keep_checkpoints"])
     _check_positive("parallel", config.parallel, ["distributed_timeout_seconds"])
     start, end = train.profile_step_start, train.profile_step_end

@@ -106,6 +106,7 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("pp=2 layout=Et*3|t*2|t*3L", 2, ["3 stages", "pipeline_model_parallel_size = 2"]),
         ("pp=2 vpp=2 layout=Et*3|t*5L", 2, ["2 stages", "virtual 2 = 4"]),
         ("layout=Et*3|t*5L", 1, ["pipeline_model_parallel_size = 1"]),
+        ("run.max_failed_saves=0", 1, ["run.max_failed_saves = 0"]),
         ("train.global_batch_size=9", 2, ["global_batch_size = 9", "data-parallel size 2"]),
         ("pp=2 vpp=2 train.global_batch_size=3", 2, ["3 micro-batches", "multiple of 2"]),
         ("data.validation=[x] train.eval_samples=3", 2, ["train.eval_samples = 3", "data-parallel size 2"]),

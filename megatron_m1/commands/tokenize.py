@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
+from megatron_m1.printing import keep_output
 
 DESCRIPTION = """\
-Turn documents into PREFIX.bin, .idx and .json. An earlier output stays until the new one is whole.
+Turn documents into PREFIX.bin, .idx and .json. An earlier output stays until the new one is whole; files of these names
+that this command did not make, or reads, are refused.
 
 One document a line of .jsonl, .json and .ndjson, one a file of .txt, .text, .md and .rst (all of them plain, .gz or
 .zst), one a row of .parquet. Folders are searched with their subfolders; hidden files and files of other kinds in them
@@ -50,11 +52,16 @@ def run(arguments: Sequence[str]) -> int:
         ValueError: wrong input, in one line.
     """
     options = command_parser().parse_all(arguments)
+    from megatron_m1.data.outputs import check_outputs
+    from megatron_m1.data.readers import find_files
     from megatron_m1.data.tokenize import tokenize_corpus
     from megatron_m1.data.train_tokenizer import train_tokenizer
 
+    keep_output()
     try:
         if options.train_tokenizer is not None:
+            # Before minutes of work, too.
+            check_outputs(options.output, find_files(options.inputs), Path(options.tokenizer))
             print(f"training a SentencePiece tokenizer of {options.train_tokenizer:,} tokens", flush=True)
             train_tokenizer(
                 options.inputs,
@@ -69,6 +76,7 @@ def run(arguments: Sequence[str]) -> int:
             text_key=options.text_key,
             workers=options.workers,
             append_eod=not options.no_eod,
+            note=lambda line: print(f"note: {line}", flush=True),
         )
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

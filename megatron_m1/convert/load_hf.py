@@ -153,7 +153,7 @@ def load_hf(source: HubFolder, out: Path, options: LoadOptions, ranks: Ranks) ->
         ConversionError: the disk refuses, or a file of the source can't be read; ``out`` is not there.
         ValueError: ``out`` exists, or the source has changed meanwhile.
     """
-    with WorkFolder(out, _description(source, options), ranks) as work:
+    with WorkFolder(out, _description(source, options), ranks, reads=[source.folder]) as work:
         loading = _Loading(source, work, options)
 
         def digest(name: str) -> str:

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_m1.data.files import file_lock, write_atomically
+from megatron_m1.data.files import file_lock, refuse_overwriting, write_atomically
 from megatron_m1.training.checkpoint_folder import sync
 
 PARTIAL = ".partial"
@@ -161,15 +161,17 @@ class WorkFolder:
         out: where the result will be.
         description: what decides the result's bytes, JSON-able; a working folder with another one is begun anew.
         ranks: who works on it.
+        reads: files and folders that the conversion reads.
 
     Raises:
         ValueError: on entering: ``out`` exists already, can't be made, or is being made by others; or what has the
-            working folder's name is none.
+            working folder's name is none, or is read.
         ConversionError: on entering: the disk refuses.
     """
 
-    def __init__(self, out: Path, description: Mapping[str, Any], ranks: Ranks) -> None:
+    def __init__(self, out: Path, description: Mapping[str, Any], ranks: Ranks, *, reads: Sequence[Path] = ()) -> None:
         self.out = out
+        self._reads = reads
         # By text: "." has no name.
         self.path = Path(os.path.abspath(out) + PARTIAL)
         self._journal = self.path / JOURNAL
@@ -188,6 +190,8 @@ class WorkFolder:
 
     def _prepare(self, held: ExitStack) -> None:
         refuse_existing(self.out)
+        # It may be what an earlier conversion left, and still be the source of this one.
+        refuse_overwriting([self.path], self._reads)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(file_lock(Path(f"{self.path}{LOCK}"), wait=False))
@@ -200,7 +204,8 @@ class WorkFolder:
         # The other process was faster.
         refuse_existing(self.out)
         known = self.path / DESCRIPTION
-        if os.path.lexists(self.path) and not known.is_file() and not self._is_empty():
+        is_ours = not self.path.is_symlink() and (known.is_file() or self._is_empty())
+        if os.path.lexists(self.path) and not is_ours:
             raise ValueError(f"{self.path} is there, and not by a conversion: move it, or choose another OUT")
         if not known.is_file() or known.read_text(encoding="utf-8") != self._text:
             self._clear()

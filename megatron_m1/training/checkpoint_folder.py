@@ -51,12 +51,12 @@ def tracked_step(root: Path) -> int | None:
 
 
 def remove_temporary(root: Path) -> None:
-    """Remove what interrupted saves and removals have left."""
+    """Remove what interrupted saves and removals have left, and nothing else that is called so."""
     for path in root.glob(f"*{TEMPORARY}"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
+        if path.name == TRACKER + TEMPORARY and not path.is_dir():
             path.unlink()
+        elif re.fullmatch(rf"step_\d{{8,}}(\.old)?{re.escape(TEMPORARY)}", path.name) and path.is_dir():
+            shutil.rmtree(path)
 
 
 def start(root: Path, step: int) -> Path:
@@ -69,7 +69,7 @@ def start(root: Path, step: int) -> Path:
 
 
 def commit(temporary: Path, texts: dict[str, str], digests: dict[str, str]) -> Path:
-    """Turn a temporary folder into the newest checkpoint.
+    """Turn a temporary folder into a checkpoint; ``move_tracker`` makes it the one that is named newest.
 
     Args:
         temporary: from ``start``, with dist_checkpointing's files.
@@ -81,11 +81,13 @@ def commit(temporary: Path, texts: dict[str, str], digests: dict[str, str]) -> P
     """
     final = temporary.with_name(temporary.name.removesuffix(TEMPORARY))
     seal(temporary, texts, digests)
+    old = final.with_name(f"{final.name}.old{TEMPORARY}")
     if final.exists():
-        _remove(final)
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
     temporary.rename(final)
     sync(final.parent)
-    move_tracker(final)
+    shutil.rmtree(old, ignore_errors=True)
     return final
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,15 +13,19 @@ from typing import Any
 from megatron_m1 import mesh as rank_grid
 from megatron_m1.config import Config
 from megatron_m1.config_io import config_text, load_config, write_config
+from megatron_m1.data.files import write_atomically
 from megatron_m1.training.build import build_trainer
-from megatron_m1.training.checkpoint import Checkpoints
+from megatron_m1.training.checkpoint import CheckpointError, Checkpoints
 from megatron_m1.training.checkpoint_folder import CONFIG, folder_name
+from megatron_m1.training.checkpoint_write import refusal
 from megatron_m1.training.feed import Feed, global_flops, open_feed
 from megatron_m1.training.initial import load_initial
 from megatron_m1.training.interrupt import Interrupt, any_rank
 from megatron_m1.training.lr import learning_rate
 from megatron_m1.training.metrics import MetricsLog
 from megatron_m1.training.profile import ProfilerWindow
+from megatron_m1.training.ranks import on_rank_zero
+from megatron_m1.training.run_folder import SUMMARY, check_run_folder, sole_writer
 from megatron_m1.training.step import StepResult, Trainer, evaluate, train_step
 from megatron_m1.training.steps_guard import NonFiniteError, StepsGuard
 from megatron_m1.training.summary import summarise
@@ -77,6 +82,7 @@ class Run:
             async_save=config.run.async_save,
             config_text=config_text(config),
             note=self.note,
+            max_failures=config.run.max_failed_saves,
         )
         self.progress = self._start_or_resume()
         # What the run uses, not what was asked for: another number of packs would be another order of the data.
@@ -174,13 +180,18 @@ class Run:
             self.log.log_validation(self.progress.step, result.loss)
         return result.loss
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step (collective)."""
+    def save(self, *, is_last: bool = False) -> None:
+        """Write a checkpoint of the current step (collective).
+
+        Raises:
+            CheckpointError: it can't be written, and training can't go on without it.
+        """
         began = time.monotonic()
-        self.checkpoints.save(self.trainer, asdict(self.progress))
+        is_written = self.checkpoints.save(self.trainer, asdict(self.progress), is_last=is_last)
         self.last_save = time.monotonic()
-        how = "is being written in the background" if self.config.run.async_save else "saved"
-        self.note(f"checkpoint {folder_name(self.progress.step)} {how} ({self.last_save - began:.1f} s)")
+        if is_written:
+            how = "is being written in the background" if self.config.run.async_save and not is_last else "saved"
+            self.note(f"checkpoint {folder_name(self.progress.step)} {how} ({self.last_save - began:.1f} s)")
 
     def save_is_due(self) -> bool:
         """Whether an interval in steps or minutes has passed; the same answer on every rank."""
@@ -209,15 +220,16 @@ def _train(run: Run, watchdog: Watchdog, interrupt: Interrupt) -> str | None:
             with watchdog.step(number):
                 with window.step(number):
                     run.step(number)
-                run.checkpoints.poll()
+                save_again = run.checkpoints.poll()
                 if train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps:
                     run.validate()
                 stop = interrupt.should_stop()
                 if stop:
                     run.note(f"{stop}: saving step {number}, then leaving")
-                if stop or run.save_is_due() or number == train.max_steps:
+                is_last = bool(stop) or number == train.max_steps
+                if run.save_is_due() or is_last or save_again:
                     watchdog.progress()
-                    run.save()
+                    run.save(is_last=is_last)
             if stop:
                 break
     return stop
@@ -235,10 +247,41 @@ def _open_log(run: Run) -> MetricsLog:
     )
 
 
-def _write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    part = folder / "summary.json.part"
-    part.write_text(json.dumps(summary, indent=2) + "\n")
-    part.replace(folder / "summary.json")
+def _write_summary(run: Run, summary: dict[str, Any]) -> None:
+    path = run.folder / SUMMARY
+    try:
+        write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
+    except OSError as error:
+        # The checkpoint is saved, and the summary is shown.
+        run.note(f"{path} can't be written: {error.strerror}")
+
+
+def _open_folder(config: Config, held: ExitStack) -> None:
+    """Take the run folder for this run, on rank 0, before anything in it changes. Collective."""
+    folder = Path(config.run.folder)
+
+    def take() -> None:
+        check_run_folder(config)
+        held.enter_context(sole_writer(folder, lambda line: print(line, flush=True)))
+
+    _on_rank_zero(take, folder)
+
+
+def _open_record(run: Run, held: ExitStack) -> None:
+    """Write config.yaml and open the log on rank 0. Collective."""
+
+    def write() -> None:
+        write_config(run.config, run.folder / "config.yaml")
+        run.log = held.enter_context(_open_log(run))
+
+    _on_rank_zero(write, run.folder)
+
+
+def _on_rank_zero(action: Callable[[], None], folder: Path) -> None:
+    try:
+        on_rank_zero(action)
+    except OSError as error:
+        raise ValueError(f"run.folder = {folder} can't be written: {refusal(error, folder)}") from error
 
 
 def _run_to_the_end(config: Config, mesh: rank_grid.Mesh) -> dict[str, Any]:
@@ -247,25 +290,25 @@ def _run_to_the_end(config: Config, mesh: rank_grid.Mesh) -> dict[str, Any]:
         # From the start, so that a signal never finds a process that would just die of it.
         interrupt = stack.enter_context(Interrupt())
         with Watchdog(mesh.rank, timeout) as watchdog, watchdog.step(0):
+            _open_folder(config, stack)
             run = Run(config, mesh)
-        if mesh.rank == 0:
-            run.folder.mkdir(parents=True, exist_ok=True)
-            write_config(run.config, run.folder / "config.yaml")
-            run.log = stack.enter_context(_open_log(run))
+            _open_record(run, stack)
         watchdog = stack.enter_context(Watchdog(mesh.rank, timeout))
         run.trainer.heartbeat = watchdog.progress
         try:
             interrupted = _train(run, watchdog, interrupt)
         except NonFiniteError:
             # All ranks are here: a checkpoint of a good step that is still being written is worth waiting for.
-            run.checkpoints.wait()
+            try:
+                run.checkpoints.wait()
+            except CheckpointError as error:
+                run.note(str(error))
             raise
         with watchdog.step(run.progress.step):
-            run.checkpoints.wait()
             validation_loss = None if interrupted else run.validate()
             summary = summarise(config, run.feed, asdict(run.progress), validation_loss, interrupted)
         if mesh.rank == 0:
-            _write_summary(run.folder, summary)
+            _write_summary(run, summary)
     return summary
 
 
@@ -280,11 +323,13 @@ def pretrain(config: Config) -> dict[str, Any]:
         signal that ended the run early or None.
 
     Raises:
-        CheckpointError: no checkpoint could be written, or none of those there could be read.
+        CheckpointError: too many checkpoints in a row or the last one could not be written, or none of those there
+            could be read.
         CollectiveError: a collective failed or timed out.
         ConversionError: the weights to start from could not be written as a checkpoint.
         NonFiniteError: too many steps in a row were not finite.
-        ValueError: the run folder's checkpoint does not fit the configuration.
+        ValueError: another process trains in the run folder, it can't be written or has files that no run wrote, or its
+            checkpoint does not fit the configuration.
     """
     mesh = rank_grid.initialise(config.parallel, seed=config.train.seed)
     try:

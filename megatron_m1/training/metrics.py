@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_m1.data.files import write_atomically
+from megatron_m1.training.record_file import RecordFile
+
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from megatron_m1.training.event_file import EventFile
 
 Record = Mapping[str, float | int | None]
 
@@ -48,7 +51,10 @@ def require_wandb(project: str) -> None:
 
 
 class MetricsLog:
-    """Writes every step's record. Construct it on one rank only, and use it as a context manager."""
+    """Writes every step's record. Construct it on one rank only, and use it as a context manager.
+
+    A disk that refuses does not end the run: records are kept in memory and tried again with the next one.
+    """
 
     def __init__(
         self,
@@ -73,6 +79,7 @@ class MetricsLog:
             console: where lines go; standard output by default. On a terminal, a live status line stands below them.
 
         Raises:
+            OSError: the files can't be made.
             ValueError: ``log_interval`` below 1, or a ``wandb_project`` without the wandb package.
         """
         if log_interval < 1:
@@ -85,16 +92,17 @@ class MetricsLog:
         self._start_step = start_step
         self._started = time.monotonic()
         self._open = ExitStack()
+        self._console = Console() if console is None else console
         path = folder / "metrics.jsonl"
         rewind(path, start_step)
-        self._file = self._open.enter_context(path.open("a", encoding="utf-8"))
-        self._tensorboard = _tensorboard_writer(folder, start_step) if tensorboard else None
+        self._file = RecordFile(path, self.note)
+        self._open.callback(self._file.close)
+        self._tensorboard = _event_file(folder, start_step, self.note) if tensorboard else None
         if self._tensorboard is not None:
             self._open.callback(self._tensorboard.close)
         self._wandb = _wandb_run(folder, wandb_project) if wandb_project is not None else None
         if self._wandb is not None:
             self._open.callback(self._wandb.finish)
-        self._console = Console() if console is None else console
         self._live = _status_line(self._console, start_step, total_steps) if self._console.is_terminal else None
         if self._live is not None:
             self._open.enter_context(self._live)
@@ -136,12 +144,10 @@ class MetricsLog:
         step = record["step"]
         assert isinstance(step, int)
         finite = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._file.write((json.dumps(finite) + "\n").encode())
         scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
         if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.add(step, scalars)
         if self._wandb is not None:
             # Not wandb's own step: that cannot go back when a run resumes from before its last record.
             self._wandb.log({"step": step, **scalars})
@@ -160,24 +166,28 @@ class MetricsLog:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop from a metrics.jsonl the records after ``step`` and any torn line. Atomic; a missing file is fine."""
+    """Drop from a metrics.jsonl the records after ``step`` and any torn line. Atomic; a missing file is fine.
+
+    Raises:
+        OSError: the disk refuses. What comes last is cut off, which takes no room.
+    """
     if not path.exists():
         return
-    kept = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if line.endswith("\n") and record["step"] <= step:
-                kept.append(line)
-    part = path.with_suffix(".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    content = path.read_bytes()
+    kept = b"".join(line for line in content.splitlines(keepends=True) if _is_whole(line, step))
+    if content.startswith(kept):
+        os.truncate(path, len(kept))
+    else:
+        write_atomically(path, kept)
+
+
+def _is_whole(line: bytes, last_step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    step = record.get("step") if isinstance(record, dict) else None
+    return line.endswith(b"\n") and isinstance(step, int) and step <= last_step
 
 
 def _shown(record: Record) -> str:
@@ -217,11 +227,11 @@ def _status_line(console: Console, start_step: int, total_steps: int) -> Progres
     return progress
 
 
-def _tensorboard_writer(folder: Path, start_step: int) -> SummaryWriter:
-    # Imported here: it takes seconds, and runs without TensorBoard have no use for it.
-    from torch.utils.tensorboard import SummaryWriter
+def _event_file(folder: Path, start_step: int, note: Callable[[str], None]) -> EventFile:
+    # Imported here: runs without TensorBoard have no use for it.
+    from megatron_m1.training.event_file import EventFile
 
-    return SummaryWriter(log_dir=str(folder / "tensorboard"), purge_step=start_step + 1)
+    return EventFile(folder / "tensorboard", start_step, note)
 
 
 def _wandb_run(folder: Path, project: str) -> Any:
@@ -231,8 +241,6 @@ def _wandb_run(folder: Path, project: str) -> Any:
     id_path = folder / "wandb_id"
     known = id_path.read_text().strip() if id_path.exists() else None
     run = wandb.init(project=project, dir=str(folder), id=known, resume="allow")
-    part = id_path.with_suffix(".part")
-    part.write_text(run.id)
-    os.replace(part, id_path)
+    write_atomically(id_path, run.id.encode())
     run.define_metric("*", step_metric="step")
     return run

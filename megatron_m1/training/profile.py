@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from megatron_m1.training.checkpoint_write import refusal
 
 
 class ProfilerWindow:
@@ -18,7 +20,9 @@ class ProfilerWindow:
     resumes inside the window profiles what is left of it. Open it with Perfetto or chrome://tracing.
     """
 
-    def __init__(self, folder: Path, *, rank: int, start: int | None, end: int | None) -> None:
+    def __init__(
+        self, folder: Path, *, rank: int, start: int | None, end: int | None, note: Callable[[str], None] = print
+    ) -> None:
         """Prepare the window of one rank.
 
         Args:
@@ -26,6 +30,7 @@ class ProfilerWindow:
             rank: global rank, for the file's name.
             start: first step (``train.profile_step_start``), None profiles nothing.
             end: step after the last (``train.profile_step_end``).
+            note: called with one line when the trace can't be written.
 
         Raises:
             ValueError: only one of both is given, or the window is empty.
@@ -37,6 +42,7 @@ class ProfilerWindow:
             )
         self._folder = folder / "profile"
         self._rank = rank
+        self._note = note
         self._steps = range(0) if start is None or end is None else range(start, end)
         self._profiler: profile | None = None
         self._first = self._last = 0
@@ -55,7 +61,10 @@ class ProfilerWindow:
             self.close()
 
     def close(self) -> None:
-        """Write what was profiled so far, for a run that ends inside the window. Does nothing otherwise."""
+        """Write what was profiled so far, for a run that ends inside the window. Does nothing otherwise.
+
+        A disk that refuses is said, and no more.
+        """
         if self._profiler is None:
             return
         if torch.cuda.is_available():
@@ -63,11 +72,15 @@ class ProfilerWindow:
             torch.cuda.synchronize()
         profiler, self._profiler = self._profiler, None
         profiler.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
         target = self._folder / f"steps_{self._first}_to_{self._last}_rank_{self._rank}.json"
         part = target.with_suffix(".part.json")
-        profiler.export_chrome_trace(str(part))
-        os.replace(part, target)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(part))
+            os.replace(part, target)
+        except (OSError, RuntimeError) as error:
+            # On one rank alone: the others would wait for it.
+            self._note(f"{target} can't be written: {refusal(error, self._folder)}")
 
     def _start(self, number: int) -> None:
         activities = [ProfilerActivity.CPU]

@@ -107,6 +107,43 @@ def test_a_folder_of_the_working_folders_name_is_not_touched(hub: Path, tmp_path
     assert (tmp_path / "out.partial/thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("link", [False, True])
+def test_a_source_in_the_working_folder_is_not_removed(hub: Path, tmp_path: Path, link: bool) -> None:
+    """It is what a killed conversion has left, all but its name: good enough to read."""
+    partial = tmp_path / "out.partial"
+    shutil.copytree(hub / "hub", partial)
+    (partial / "conversion.json").write_text("{}")
+    source = partial
+    if link:
+        source = tmp_path / "link"
+        source.symlink_to(partial)
+    before = {path.name: path.read_bytes() for path in partial.iterdir()}
+    with pytest.raises(ValueError, match=rf"^{partial} would be written over, but {source} is read: choose another"):
+        run(["convert", "from-hf", str(source), str(tmp_path / "out")])
+    assert {path.name: path.read_bytes() for path in partial.iterdir()} == before
+
+
+def test_somebodys_link_or_lock_in_the_way(hub: Path, tmp_path: Path) -> None:
+    words = ["convert", "to-hf", str(hub / "ours"), str(tmp_path / "out")]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "out.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"out\.partial is there, and not by a conversion"):
+        run(words)
+    (tmp_path / "out.partial").unlink()
+    (tmp_path / "out.partial.lock").write_text("mine")
+    with pytest.raises(ValueError, match=r"out\.partial\.lock is there, and no lock of megatron-m1"):
+        run(words)
+    assert (tmp_path / "out.partial.lock").read_text() == "mine"
+
+
+def test_no_result_within_a_checkpoint(hub: Path, tmp_path: Path) -> None:
+    """It would be removed with the checkpoint."""
+    (tmp_path / "link").symlink_to(hub / "ours")
+    out = tmp_path / "link/checkpoints/step_00000000/hf"
+    with pytest.raises(ValueError, match=r"/hf lies in the checkpoint .* and would go with it: choose another OUT$"):
+        run(["convert", "to-hf", str(hub / "ours"), str(out)])
+
+
 def test_what_an_earlier_end_wrote_is_removed(hub: Path, tmp_path: Path) -> None:
     """Another tokenizer, or none, does not mix with that of an attempt that failed at its last file."""
     words = ["convert", "to-hf", str(hub / "ours"), str(tmp_path / "out")]

@@ -143,3 +143,13 @@ def test_several_processes_at_once_build_once(folder: Path) -> None:
 def test_wrong_vocabulary(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vocab_size is 64"):
         prepare_corpus(tmp_path, vocab_size=64)
+
+
+def test_somebodys_files_are_not_built_over(tmp_path: Path) -> None:
+    (tmp_path / "code.train.jsonl").write_text("mine")
+    with pytest.raises(
+        ValueError, match=r"code\.train\.jsonl is there, and not by the embedded corpus: choose another"
+    ):
+        prepare_corpus(tmp_path, vocab_size=VOCAB_SIZE)
+    assert [path.name for path in tmp_path.iterdir()] == ["code.train.jsonl"]
+    assert (tmp_path / "code.train.jsonl").read_text() == "mine"

@@ -45,11 +45,23 @@ def run_config(parallel: dict[str, Any], train: dict[str, Any] | None = None, **
 
 
 def open_checkpoints(
-    folder: Path, config: Config, *, keep: int = 2, background: bool = False, notes: list[str] | None = None
+    folder: Path,
+    config: Config,
+    *,
+    keep: int = 2,
+    background: bool = False,
+    notes: list[str] | None = None,
+    max_failures: int = 1,
 ) -> Checkpoints:
     """Checkpoints whose notes go to a list."""
-    note = (notes if notes is not None else []).append
-    return Checkpoints(folder, keep=keep, async_save=background, config_text=config_text(config), note=note)
+    return Checkpoints(
+        folder,
+        keep=keep,
+        async_save=background,
+        config_text=config_text(config),
+        note=(notes if notes is not None else []).append,
+        max_failures=max_failures,
+    )
 
 
 def state_at(step: int) -> dict[str, Any]:
@@ -174,6 +186,73 @@ def failing_save(rank: int, world_size: int, config: Config, folder: Path, limit
     one_step(trainer, 2)
     checkpoints.save(trainer, state_at(3))
     return message
+
+
+def save_around_obstacles(
+    rank: int, world_size: int, config: Config, folder: Path, obstacle: str
+) -> tuple[list[bool], list[str], list[list[str]]]:
+    """Save at step 1, begin to at step 2 and, when ``obstacle`` has failed that, at 3.
+
+    Args:
+        obstacle: where rank 0 puts a folder once the save of step 2 has begun, relative to ``folder``.
+
+    Returns:
+        Whether each save should be tried again, this rank's notes, and what lay in the folder after each save.
+    """
+    trainer = start(config, world_size)
+    notes: list[str] = []
+    checkpoints = open_checkpoints(folder, config, keep=1, background=True, notes=notes, max_failures=2)
+    again, held = [], []
+    for step in (1, 2, 3):
+        one_step(trainer, step - 1)
+        checkpoints.save(trainer, state_at(step))
+        if step == 2 and rank == 0:
+            (folder / obstacle).mkdir()
+        again.append(checkpoints.wait())
+        held.append(sorted(os.listdir(folder)) if rank == 0 else [])
+    return again, notes, held
+
+
+def save_with_one_full_disk(
+    rank: int, world_size: int, config: Config, folder: Path, background: bool
+) -> tuple[list[str], str, list[str]]:
+    """Save, then three times while the last rank can't write; the notes, the error and what is there at the end."""
+    trainer = start(config, world_size)
+    notes: list[str] = []
+    checkpoints = open_checkpoints(folder, config, keep=1, background=background, notes=notes, max_failures=3)
+    one_step(trainer, 0)
+    assert checkpoints.save(trainer, state_at(1))
+    checkpoints.wait()
+    error = ""
+    with file_size_limit(20_000) if rank == world_size - 1 else contextlib.nullcontext():
+        try:
+            for step in range(2, 20):
+                one_step(trainer, step - 1)
+                checkpoints.save(trainer, state_at(step))
+                checkpoints.wait()
+        except CheckpointError as caught:
+            error = str(caught)
+    return notes, error, sorted(os.listdir(folder))
+
+
+def last_save(rank: int, world_size: int, config: Config, folder: Path) -> tuple[list[str], list[str]]:
+    """The last save of a run, on a disk that has room again only after some attempts; the notes, and what is there."""
+    trainer = start(config, world_size)
+    notes: list[str] = []
+    limit = contextlib.ExitStack()
+
+    def note(line: str) -> None:
+        notes.append(line)
+        if len(notes) == 2:
+            limit.close()
+
+    checkpoints = Checkpoints(folder, keep=2, async_save=True, config_text=config_text(config), note=note)
+    one_step(trainer, 0)
+    with limit:
+        if rank == 0:
+            limit.enter_context(file_size_limit(20_000))
+        assert checkpoints.save(trainer, state_at(1), is_last=True)
+    return notes, sorted(os.listdir(folder))
 
 
 def load_weights_only(rank: int, world_size: int, config: Config, checkpoint: Path) -> Trace:

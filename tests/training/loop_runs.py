@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -111,6 +112,32 @@ def train_until_killed(rank: int, world_size: int, settings: Path, step: int) ->
     unfinished = Path(config.run.folder) / "checkpoints" / f"step_{step:08d}.tmp"
     with once(unfinished.exists, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         pretrain(config)
+
+
+def train_with_a_full_disk(rank: int, world_size: int, settings: Path, step: int) -> dict[str, Any]:
+    """Train while rank 0's disk takes no file of a checkpoint's size until more than ``step`` steps are recorded."""
+    config = _config(settings, world_size)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def make_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with once(lambda: steps_recorded(Path(config.run.folder)) > step, make_room):
+            return pretrain(config)
+    finally:
+        make_room()
+
+
+def train_in_a_taken_folder(rank: int, world_size: int, settings: Path) -> str:
+    """The error of every rank when another process has the run folder."""
+    try:
+        pretrain(_config(settings, world_size))
+    except ValueError as error:
+        return str(error)
+    return "trained"
 
 
 def train_until_signal(rank: int, world_size: int, settings: Path, number: signal.Signals, to: int) -> dict[str, Any]:

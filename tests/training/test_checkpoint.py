@@ -273,6 +273,64 @@ def test_a_full_disk(workers: WorkerPool, tmp_path: Path, world_size: int) -> No
     assert sorted(os.listdir(tmp_path)) == ["latest", names(1), names(3)]
 
 
+@pytest.mark.parametrize(
+    ("obstacle", "reason"),
+    [
+        ("step_00000002.tmp/.metadata.tmp", "Is a directory"),
+        ("step_00000002.tmp/metadata.json", "Is a directory"),
+        ("step_00000002.tmp/state.json", "Is a directory"),
+        ("step_00000002.tmp/integrity.json", "Is a directory"),
+    ],
+)
+def test_a_save_that_fails_at_its_end_is_tried_again(
+    workers: WorkerPool, tmp_path: Path, obstacle: str, reason: str
+) -> None:
+    """A folder where a file belongs stands for a disk that refuses rank 0 alone; the only good checkpoint stays."""
+    first, second = workers.run(runs.save_around_obstacles, run_config({}), tmp_path, obstacle, world_size=2)
+    assert first[0] == second[0] == [False, True, False]
+    assert first[2] == [["latest", names(1)], ["latest", names(1)], ["latest", names(3)]]
+    (note,) = first[1]
+    assert note == f"checkpoint {names(2)} can't be written: {reason} ({tmp_path / obstacle}): trying again"
+    assert second[1] == []
+
+
+def test_what_a_checkpoint_is_good_without_does_not_fail_it(workers: WorkerPool, tmp_path: Path) -> None:
+    (held,) = workers.run(runs.save_around_obstacles, run_config({}), tmp_path, "latest.tmp", world_size=1)
+    assert held[0] == [False] * 3
+    assert [note.partition(":")[0] for note in held[1]] == [f"checkpoint {names(s)} is saved, but" for s in (2, 3)]
+    assert {names(1), names(2), names(3)} <= set(held[2][2]), "nothing was removed after the failure"
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_one_rank_whose_disk_is_full(workers: WorkerPool, tmp_path: Path, background: bool) -> None:
+    ranks = workers.run(runs.save_with_one_full_disk, run_config({}), tmp_path, background, world_size=2)
+    (notes, error, held), (silent, same_error, _) = ranks
+    assert held == ["latest", names(1)], "keep is 1, and nothing newer is there"
+    assert error == same_error and silent == []
+    attempts = [2, 3, 4, 5, 6, 7] if background else [2, 2, 3, 3, 4, 4]
+    assert [note.split()[1] for note in notes] == [names(step) for step in attempts[:-1]]
+    for number, note in enumerate(notes):
+        assert "can't be written: File too large (" in note
+        assert note.endswith(f": training goes on; the last good one: {names(1)}" if number % 2 else ": trying again")
+    assert error.startswith(f"checkpoints: {names(attempts[-1])} can't be written: File too large (")
+    assert error.endswith(f" (3 saves in a row); the last good one: {names(1)}")
+
+
+def test_the_last_save_is_tried_more_often(workers: WorkerPool, tmp_path: Path) -> None:
+    (notes, held), (silent, _) = workers.run(runs.last_save, run_config({}), tmp_path, world_size=2)
+    assert len(notes) == 2 and all(note.endswith(": trying again") for note in notes) and silent == []
+    assert held == ["latest", names(1)]
+
+
+def test_only_what_a_save_has_left_is_removed(workers: WorkerPool, tmp_path: Path) -> None:
+    for name in ("step_00000004.tmp", "step_00000002.old.tmp", "notes.tmp", "step_4.tmp"):
+        (tmp_path / name).mkdir()
+    for name in ("latest.tmp", "step_00000005.tmp", "thesis.tmp"):
+        (tmp_path / name).write_text("mine")
+    workers.run(runs.resume, run_config({}), tmp_path, 1, world_size=1)
+    assert sorted(os.listdir(tmp_path)) == ["notes.tmp", "step_00000005.tmp", "step_4.tmp", "thesis.tmp"]
+
+
 def test_an_unwritable_folder(workers: WorkerPool, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(CheckpointError, match=r"^checkpoints: .*checkpoints"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -16,7 +17,9 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_m1.config_io import parse_config
+from megatron_m1.training.checkpoint import CheckpointError
 from megatron_m1.training.loop import changed_fields
+from megatron_m1.training.run_folder import sole_writer
 from tests.harness import WorkerPool
 from tests.training import loop_runs as runs
 from tests.training.loop_runs import Setting
@@ -161,6 +164,39 @@ def test_a_kill_in_mid_save_costs_nothing(
     folder, _ = train()
     assert runs.trace(folder) == runs.trace(straight)
     assert not list(checkpoints.glob("*.tmp"))
+
+
+def test_a_full_disk_costs_checkpoints_and_nothing_else(
+    workers: WorkerPool, settings: Callable[..., Path], straight: Path, tmp_path: Path
+) -> None:
+    workers.run(runs.train_with_a_full_disk, settings(), 6, world_size=2, process_group=False)
+    assert runs.trace(tmp_path / "run") == runs.trace(straight)
+    left = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert left == {"latest", "step_00000009", "step_00000012"}
+
+
+def test_too_many_failed_saves_end_the_run(workers: WorkerPool, settings: Callable[..., Path], tmp_path: Path) -> None:
+    path = settings(("run.max_failed_saves", 2))
+    with pytest.raises(
+        CheckpointError, match=r"^checkpoints: step_00000006 can't be written: File too large .*2 saves"
+    ):
+        workers.run(runs.train_with_a_full_disk, path, 99, world_size=2, process_group=False)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_a_folder_in_which_another_process_trains(
+    workers: WorkerPool, settings: Callable[..., Path], tmp_path: Path
+) -> None:
+    """It is found out before anything there changes, and by every rank."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "step_00000003.tmp").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    with sole_writer(folder, print):
+        messages = workers.run(runs.train_in_a_taken_folder, settings(), world_size=2, process_group=False)
+    assert messages[0] == messages[1]
+    assert re.match(rf"{folder} is being trained by process {os.getpid()} on host ", messages[0])
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "run.yaml"])
 
 
 def test_more_steps_keep_the_order_of_the_data(train: Train, straight: Path) -> None:

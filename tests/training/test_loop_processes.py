@@ -81,9 +81,13 @@ def start(tmp_path: Path, tiny_corpus: dict[str, Any]) -> Iterator[Callable[...,
 def test_killed_in_mid_run_and_resumed(
     workers: WorkerPool, start: Callable[..., Job], tmp_path: Path, tiny_corpus: dict[str, Any]
 ) -> None:
+    """And not started a second time meanwhile."""
     job = start()
     job.trains(4)
+    status, _, err = start().ends()
     processes = job.workers()
+    assert (status, err.count("\n")) == (2, 1)
+    assert re.search(rf"run is being trained by process {processes[0].pid} on host \S+ since \d{{4}}-", err)
     job.launcher.kill()
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert alive == []
