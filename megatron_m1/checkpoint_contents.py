@@ -12,7 +12,7 @@ from typing import Any
 from megatron_m1.config import Config
 from megatron_m1.config_io import load_config
 from megatron_m1.counts import model_counts
-from megatron_m1.training.checkpoint_folder import first_fault, read_manifest
+from megatron_m1.training.checkpoint_folder import MANIFEST, first_fault, read_manifest
 
 COMMIT_MARK = "metadata.json"
 """Written last by dist_checkpointing: without it the checkpoint is not complete."""
@@ -110,11 +110,9 @@ def read_checkpoint(folder: Path) -> CheckpointContents:
         raise ValueError(f"checkpoint {folder} is incomplete: {COMMIT_MARK} is missing, the save did not finish")
     _check_small_files(folder)
     tensors = _stored_tensors(folder)
-    config = load_config(folder / "config.yaml")
-    _check_size(folder, config, tensors)
     return CheckpointContents(
         folder=folder,
-        config=config,
+        config=load_config(folder / "config.yaml"),
         step=int(match[1]),
         tensors=tensors,
         bytes_on_disk=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
@@ -126,6 +124,8 @@ def _check_small_files(folder: Path) -> None:
 
     The tensors' are compared by those who read them: of a large model that takes many minutes.
     """
+    if not (folder / MANIFEST).exists():
+        return  # whoever loads it insists
     try:
         expected = read_manifest(folder)
     except ValueError as error:
@@ -149,13 +149,18 @@ def _stored_tensors(folder: Path) -> list[StoredTensor]:
     return tensors
 
 
-def _check_size(folder: Path, config: Config, tensors: list[StoredTensor]) -> None:
-    """Refuse a configuration of another size than the tensors before a model of that size is made."""
+def check_model_size(contents: CheckpointContents) -> None:
+    """Refuse a configuration of another size than the tensors: before a model of that size is made.
+
+    Raises:
+        ValueError: they differ; one line.
+    """
+    model, tensors = contents.config.model, contents.tensors
     held = sum(math.prod(t.shape) for t in tensors if not t.name.startswith(OPTIMIZER_PREFIX))
     # Layers are counted one by one.
-    described = model_counts(config.model).total if 0 < config.model.num_layers <= len(tensors) else None
+    described = model_counts(model).total if 0 < model.num_layers <= len(tensors) else None
     if described != held:
         raise ValueError(
-            f"checkpoint {folder} is damaged: its tensors have {held:,} parameters, the model of its config.yaml "
+            f"checkpoint {contents.folder} is damaged: its tensors have {held:,} parameters, the model of its config.yaml "
             + ("more layers than there are tensors" if described is None else f"{described:,}")
         )
