@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+PATH = {"path": True}
+"""Metadata of a field that holds paths: ``~`` and ``$VARIABLES`` in it are expanded when it is read."""
+
 
 @dataclass
 class ModelConfig:
@@ -104,23 +107,23 @@ class ParallelConfig:
 class DataConfig:
     """Where tokens come from and how they are packed."""
 
-    embedded_corpus: str | None = None
+    embedded_corpus: str | None = field(default=None, metadata=PATH)
     """Folder of the embedded corpus (Python's own sources and documentation), built there when it is missing; train,
     validation and tokenizer are taken from it when they are empty. none uses only what they name."""
-    train: list[str] = field(default_factory=list)
+    train: list[str] = field(default_factory=list, metadata=PATH)
     """Blend of tokenised corpora: .bin/.idx prefixes, each optionally preceded by its weight, e.g. [0.7, code, 0.3,
     prose]."""
-    validation: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list, metadata=PATH)
     """Held-out blend, same form; empty means no validation."""
     allow_shared_validation: bool = False
     """Let data.validation name a corpus that data.train names as well; otherwise that is refused."""
-    tokenizer: str = ""
+    tokenizer: str = field(default="", metadata=PATH)
     """A SentencePiece .model file or a Hugging Face tokenizer folder."""
     seq_length: int = 8192
     """Tokens of one pack; one micro-batch is one pack."""
     reset_at_documents: bool = True
     """Attention, state and positions restart at every document; false lets them flow through the pack."""
-    cache_folder: str | None = None
+    cache_folder: str | None = field(default=None, metadata=PATH)
     """Where sample indices are cached; none means <run.folder>/data_cache."""
     train_samples: int | None = None
     """Packs in one pass over the shuffled data, fixed for the life of a run; none means max_steps x
@@ -190,9 +193,9 @@ class TrainConfig:
 class RunConfig:
     """Folder, checkpoints, logs."""
 
-    folder: str = "runs/m1"
+    folder: str = field(default="runs/m1", metadata=PATH)
     """Everything of the run goes here: config, checkpoints, metrics.jsonl, TensorBoard, profiles."""
-    init_from: str | None = None
+    init_from: str | None = field(default=None, metadata=PATH)
     """Weights that a new run starts from, and whose model it takes (set by --init-from): hf:FOLDER is a Hugging Face
     folder, anything else a checkpoint or a run; none draws them."""
     resume: bool = True

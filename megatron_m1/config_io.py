@@ -19,7 +19,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
-from megatron_m1.config import Config, ModelConfig
+from megatron_m1.config import PATH, Config, ModelConfig
+from megatron_m1.paths import expand
 from megatron_m1.presets import preset
 
 NONE_WORDS = ("none", "None", "null", "~")
@@ -49,6 +50,18 @@ def field_types(tree: type = Config, prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + name] = annotation
     return found
+
+
+@functools.cache
+def path_fields() -> frozenset[str]:
+    """Return the dotted paths of the fields that hold file names."""
+    groups = {name: kind for name, kind in get_type_hints(Config).items() if dataclasses.is_dataclass(kind)}
+    return frozenset(
+        f"{group}.{field.name}"
+        for group, kind in groups.items()
+        for field in dataclasses.fields(kind)
+        if field.metadata == PATH
+    )
 
 
 def _groups() -> set[str]:
@@ -89,6 +102,7 @@ def parse_config(
     *,
     command_options: Sequence[str] = (),
     model: ModelConfig | None = None,
+    expand_paths: bool = True,
 ) -> Config:
     """Build the configuration from a preset, YAML files (later ones win) and dotted flags, in rising precedence.
 
@@ -98,25 +112,28 @@ def parse_config(
         preset_name: name given on the command line; None takes the files' ``preset``, else the default one.
         command_options: the command's own options without ``--``, which an unknown flag may have meant.
         model: what ``model`` starts from instead of the preset's.
+        expand_paths: replace ``~`` and environment variables in paths, as a shell would.
 
     Raises:
-        ValueError: a file can't be read, a key is unknown, or a value has the wrong type.
+        ValueError: a file can't be read, a key is unknown, a value has the wrong type, or a variable in a path is not
+            set.
     """
     values: dict[str, Any] = {}
     for file in files:
         values |= read_yaml(file)
     values |= read_flags(flags, command_options)
     name = str(preset_name or values.get("preset") or Config().preset)
-    return _typed(values | {"preset": name}, Config(preset=name, model=model or preset(name)))
+    tree = _typed(values | {"preset": name}, Config(preset=name, model=model or preset(name)))
+    return _expanded(tree, values) if expand_paths else tree
 
 
 def load_config(path: str | Path) -> Config:
-    """Read a configuration that ``write_config`` wrote (any YAML of the tree will do).
+    """Read a configuration that ``write_config`` wrote (any YAML of the tree will do); its paths are as they stand.
 
     Raises:
         ValueError: as ``parse_config``.
     """
-    return parse_config([path], [])
+    return parse_config([path], [], expand_paths=False)
 
 
 def config_text(config: Config) -> str:
@@ -255,6 +272,22 @@ def _typed(values: Mapping[str, Any], base: Config) -> Config:
             raise ValueError(str(error).replace("\n", " ")) from error
         path = match.group(1)
         raise ValueError(f"{path} = {values[path]!r} is not {describe(known[path])}") from error
+
+
+def _expanded(config: Config, given: Mapping[str, Any]) -> Config:
+    """Expand the paths among the fields that were given."""
+    for path in sorted(path_fields() & given.keys()):
+        group, _, name = path.partition(".")
+        value = getattr(getattr(config, group), name)
+        try:
+            if isinstance(value, str):
+                value = expand(value)
+            elif value is not None:
+                value = [expand(item) for item in value]
+        except ValueError as error:
+            raise ValueError(f"{path} = {error}") from error
+        setattr(getattr(config, group), name, value)
+    return config
 
 
 def tree_parser() -> jsonargparse.ArgumentParser:

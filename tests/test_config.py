@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.config import Config
-from megatron_m1.config_io import field_types, load_config, parse_config, tree_help, write_config
+from megatron_m1.config_io import field_types, load_config, parse_config, path_fields, tree_help, write_config
 from megatron_m1.presets import PRESETS, preset
 
 
@@ -122,6 +122,62 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     write_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("~", "/home/me"),
+        ("~/runs/a", "/home/me/runs/a"),
+        ("$SCRATCH/a", "/scratch/a"),
+        ("${SCRATCH}x/${NUMBER}", "/scratchx/7"),
+        ("~/$NUMBER", "/home/me/7"),
+        ("cost$$", "cost$"),
+        ("./~", "./~"),
+        ("a~b", "a~b"),
+        ("runs/a", "runs/a"),
+    ],
+)
+def test_a_path_is_what_a_shell_would_make_of_it(
+    given: str, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"HOME": "/home/me", "SCRATCH": "/scratch", "NUMBER": "7"}.items():
+        monkeypatch.setenv(name, value)
+    file = tmp_path / "run.yaml"
+    blend = f'[0.7, "{given}", 0.3, other]'
+    file.write_text(f'run: {{folder: "{given}"}}\ndata: {{train: {blend}, validation: {blend}}}\n')
+    config = parse_config([file], [f"--data.tokenizer={given}", f"--run.init_from=hf:{given}"])
+    assert config.run.folder == config.data.tokenizer == meant
+    assert config.data.train == config.data.validation == ["0.7", meant, "0.3", "other"]
+    assert config.run.init_from == f"hf:{meant}"
+    write_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ("$NOT_SET/a", "the environment variable NOT_SET is not set"),
+        ("~/${NOT_SET}", "the environment variable NOT_SET is not set"),
+        ("~no-such-user/a", "there is no user no-such-user"),
+        ("a$", "write $$ for a dollar sign"),
+        ("$5", "write $$ for a dollar sign"),
+        ("${", "write $$ for a dollar sign"),
+    ],
+)
+def test_a_path_that_means_nothing_is_refused(given: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOT_SET", raising=False)
+    for path in ("run.folder", "data.cache_folder", "run.init_from"):
+        message = message_of([], [f"--{path}={given}"])
+        assert message.startswith(f"{path} = {given!r}: ") and part in message
+    assert message_of([], [f"--data.train=0.5,{given}"]).startswith(f"data.train = {given!r}: ")
+
+
+def test_every_field_that_names_files_is_known_as_one() -> None:
+    assert path_fields() == {
+        *["data.embedded_corpus", "data.train", "data.validation", "data.tokenizer", "data.cache_folder"],
+        *["run.folder", "run.init_from"],
+    }
 
 
 def test_help_explains_every_field() -> None:

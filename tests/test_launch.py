@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,15 @@ import psutil
 import pytest
 
 from megatron_m1.config_io import field_types
-from megatron_m1.launch import Launch, first_host, launch_from_environment, torchrun_arguments, worker_world_size
+from megatron_m1.launch import (
+    SAME_PRESS_SECONDS,
+    Launch,
+    launch_from_environment,
+    start_workers,
+    torchrun_arguments,
+    worker_world_size,
+)
+from megatron_m1.slurm import first_host, tasks_per_node
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "pretrain_m1.sh"
@@ -26,7 +35,7 @@ def test_nothing_set_is_one_node() -> None:
     launch = launch_from_environment({}, processes=None, default_processes=2)
     assert launch == Launch(1, 0, 2, "127.0.0.1", None)
     assert torchrun_arguments(launch) == [
-        *["--nproc-per-node=2", "--signals-to-handle=SIGHUP,SIGQUIT"],
+        *["--nproc-per-node=2", "--signals-to-handle=SIGQUIT"],
         *["--standalone", "--local-addr=127.0.0.1"],
     ]
 
@@ -45,7 +54,7 @@ def test_the_environment_of_a_cluster() -> None:
     assert launch == Launch(4, 3, 8, "head", 1234)
     assert launch.world_size == 32
     assert torchrun_arguments(launch) == [
-        *["--nproc-per-node=8", "--signals-to-handle=SIGHUP,SIGQUIT", "--nnodes=4", "--node-rank=3"],
+        *["--nproc-per-node=8", "--signals-to-handle=SIGQUIT", "--nnodes=4", "--node-rank=3"],
         *["--master-addr=head", "--master-port=1234"],
     ]
 
@@ -68,6 +77,53 @@ def test_the_environment_of_slurm() -> None:
     assert launch == Launch(2, 1, 4, "gpu07", 20_000 + 123456 % 20_000)
 
 
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_NNODES": "4", "SLURM_NTASKS": "32"}
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        # srun --nodes=2 --nodelist=n3,n4: it meets at its own first node, at a port of its own.
+        (
+            {"SLURM_STEP_ID": "1", "SLURM_NNODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "n[3-4]"}
+            | {"SLURM_STEP_TASKS_PER_NODE": "1(x2)"},
+            Launch(2, 1, 6, "n3", 20_108),
+        ),
+        # salloc's interactive step on one of the job's nodes
+        (
+            {"SLURM_STEP_ID": "4294967290", "SLURM_NTASKS_PER_NODE": "8", "SLURM_STEP_NUM_TASKS": "1"}
+            | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_NODEID": "0"},
+            Launch(1, 0, 6, "127.0.0.1", None),
+        ),
+        # the batch script of a job on one node
+        ({"SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NODEID": "0"}, Launch(1, 0, 6, "127.0.0.1", None)),
+        # a user who numbers the nodes
+        (
+            {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "head"},
+            Launch(3, 2, 6, "head", 29_500),
+        ),
+        (
+            {"NNODES": "32", "NODE_RANK": "9", "MASTER_ADDR": "head", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "1"},
+            Launch(32, 9, 6, "head", 29_500),
+        ),
+    ],
+)
+def test_slurms_steps(step: dict[str, str], expected: Launch) -> None:
+    assert launch_from_environment(JOB | step, processes=None, default_processes=6) == expected
+
+
+def test_no_more_processes_than_gpus_that_a_task_sees() -> None:
+    for counted, visible, started in (("8", 2, 2), ("2", 8, 2), ("0", 0, 1), ("8", 0, 8)):
+        environ = {"SLURM_GPUS_ON_NODE": counted}
+        launch = launch_from_environment(environ, processes=None, default_processes=1, visible_gpus=visible)
+        assert launch.processes_per_node == started
+
+
+def test_tasks_per_node() -> None:
+    assert tasks_per_node("4") == [4]
+    assert tasks_per_node("2(x3),1,3(x2)") == [2, 2, 2, 1, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("node_list", "host"),
     [
@@ -75,6 +131,7 @@ def test_the_environment_of_slurm() -> None:
         ("node1,node2", "node1"),
         ("gpu[007-012,20],cpu1", "gpu007"),
         ("rack[2-3]n[4,6]", "rack2n4"),
+        ("n[1-2]-ib,n9-ib", "n1-ib"),
         ("", ""),
     ],
 )
@@ -91,6 +148,17 @@ def test_first_host_of_a_node_list(node_list: str, host: str) -> None:
         ({"NNODES": "2", "NODE_RANK": "2"}, "NODE_RANK = 2 with NNODES = 2"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
         ({"SLURM_STEP_ID": "0", "SLURM_NTASKS_PER_NODE": "8"}, "8 tasks a node"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NNODES": "1", "SLURM_STEP_NUM_TASKS": "4"}, "4 tasks a node"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_NTASKS": "3"}, "2 tasks a node"),
+        ({"SLURM_STEP_ID": "0", "SLURM_NNODES": "3", "SLURM_STEP_TASKS_PER_NODE": "1(x2),2"}, "2 tasks a node"),
+        ({"SLURM_STEP_ID": "0", "SLURM_LOCALID": "3"}, "4 tasks a node"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "x"}, "SLURM_STEP_TASKS_PER_NODE = 'x'"),
+        ({"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NODEID": "0"}, "runs on the first alone: start it by srun"),
+        ({"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "4", "SLURM_STEP_NUM_TASKS": "2"}, "2 tasks on 4 nodes"),
+        ({"SLURM_STEP_ID": "0", "NNODES": "1", "NODE_RANK": "0", "SLURM_STEP_NUM_TASKS": "2"}, "2 tasks a node"),
+        ({"SLURM_STEP_ID": "0", "SLURM_HET_SIZE": "2"}, "heterogeneous"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT = 65536: ports end at 65535"),
+        ({"NNODES": "1" * 5000}, "NNODES = "),
     ],
 )
 def test_a_wrong_environment_is_refused(environ: dict[str, str], message: str) -> None:
@@ -209,6 +277,21 @@ def two_waiting_workers(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes
 
 
 @pytest.mark.slow
+def test_a_busy_port_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        program = LAUNCH_TWO.replace("'127.0.0.1', None", f"'127.0.0.1', {port}")
+        done = run_script(sys.executable, "-c", program, ROOT / "tests" / "waiting_worker.py", tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(rf"megatron-m1: error: 127\.0\.0\.1, port {port}: another program has this .*\n", done.stderr)
+
+
+def test_a_node_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"MASTER_ADDR = 'a name with spaces' can't be found"):
+        start_workers(Launch(2, 1, 1, "a name with spaces", 29_500), [])
+
+
+@pytest.mark.slow
 def test_sigterm_reaches_the_workers_and_they_leave_in_peace(
     two_waiting_workers: tuple[subprocess.Popen[bytes], list[psutil.Process]], tmp_path: Path
 ) -> None:
@@ -238,6 +321,25 @@ def test_ctrl_c_before_anything_can_be_saved_is_one_line(
     assert launcher.wait(60) == 130
     said = (tmp_path / "stderr").read_text()
     assert re.fullmatch(r"megatron-m1: error: rank [01] was ended by SIGINT\n", said), said
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_leaves_at_once(
+    two_waiting_workers: tuple[subprocess.Popen[bytes], list[psutil.Process]], tmp_path: Path
+) -> None:
+    """A first one reaches the workers, which take their time; two at once are one request."""
+    launcher, workers = two_waiting_workers
+    for process in workers:
+        process.suspend()
+    launcher.send_signal(signal.SIGINT)
+    launcher.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        launcher.wait(2 * SAME_PRESS_SECONDS)
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(60) == 128 + signal.SIGINT
+    assert "second Ctrl-C: leaving without saving" in (tmp_path / "stderr").read_text()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
 
 
 @pytest.mark.slow

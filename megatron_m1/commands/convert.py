@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.config_io import unknown
 from megatron_m1.launch import report_once
+from megatron_m1.paths import path_option
 from megatron_m1.printing import keep_output
 
 DIRECTIONS = {
@@ -28,8 +29,8 @@ refuses, or data that turn out to be damaged on the way."""
 def command_parser(direction: str) -> CommandParser:
     """Return the parser of one direction's options."""
     parser = CommandParser(f"convert {direction}", DESCRIPTION, f"{DIRECTIONS[direction]} [options]")
-    parser.add_argument("source", type=Path, metavar=DIRECTIONS[direction].split()[0])
-    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument("source", type=path_option, metavar=DIRECTIONS[direction].split()[0])
+    parser.add_argument("out", type=path_option, metavar="OUT")
     parser.add_argument(
         "--dtype",
         choices=("keep", "fp32", "bf16", "fp16"),
@@ -50,11 +51,14 @@ def command_parser(direction: str) -> CommandParser:
             help="hub: for the hub's code and vLLM up to 0.23.0; native: exact in transformers, as it saves itself",
         )
         parser.add_argument(
-            "--tokenizer", type=Path, metavar="PATH", help="SentencePiece .model or folder (default: data.tokenizer)"
+            "--tokenizer",
+            type=path_option,
+            metavar="PATH",
+            help="SentencePiece .model or folder (default: data.tokenizer)",
         )
         parser.add_argument("--no-tokenizer", action="store_true", help="write none")
         parser.add_argument(
-            "--remote-code", type=Path, metavar="FOLDER", help="has the hub's modeling files, for auto_map"
+            "--remote-code", type=path_option, metavar="FOLDER", help="has the hub's modeling files, for auto_map"
         )
         parser.add_argument(
             "--max-positions",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
+from megatron_m1.paths import path_option
 
 
 def _number(text: str) -> float:
@@ -24,7 +24,7 @@ def command_parser() -> CommandParser:
         "Continue prompts with one process, exactly as the model was trained: no token is dropped or padded.",
         "CHECKPOINT_OR_RUN_OR_HF_FOLDER --prompt TEXT [--prompt TEXT ...]",
     )
-    parser.add_argument("source", type=Path, metavar="CHECKPOINT_OR_RUN_OR_HF_FOLDER")
+    parser.add_argument("source", type=path_option, metavar="CHECKPOINT_OR_RUN_OR_HF_FOLDER")
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; repeatable")
     parser.add_argument("--max-tokens", type=positive_integer, default=64, metavar="N", help="new tokens (default: 64)")
     parser.add_argument("--temperature", type=_number, default=0.0, metavar="T", help="0 is greedy (default)")
@@ -34,7 +34,10 @@ def command_parser() -> CommandParser:
         "--chunk-tokens", type=positive_integer, default=2048, metavar="N", help="prompt tokens of a pass"
     )
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="PATH", help="default: the folder's own, or the checkpoint's data.tokenizer"
+        "--tokenizer",
+        type=path_option,
+        metavar="PATH",
+        help="default: the folder's own, or the checkpoint's data.tokenizer",
     )
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), help="parameters and products (default: as the weights are stored)"

@@ -11,6 +11,7 @@ from megatron_m1.commands.options import CommandParser
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config_io import config_text, parse_config
 from megatron_m1.counts import Counts, layer_counts, model_counts
+from megatron_m1.paths import path_option
 from megatron_m1.validate import check_model
 
 KINDS = {
@@ -35,14 +36,17 @@ def command_parser() -> CommandParser:
     )
     parser.add_argument(
         "folder",
+        type=path_option,
         nargs="?",
         metavar="CHECKPOINT_OR_RUN",
         help="a checkpoint (RUN/checkpoints/step_<number>), or a run folder for its newest complete one",
     )
-    parser.add_argument("--checkpoint", metavar="FOLDER", help="a checkpoint")
+    parser.add_argument("--checkpoint", type=path_option, metavar="FOLDER", help="a checkpoint")
     parser.add_argument("--tensors", action="store_true", help="list every tensor of a checkpoint")
     parser.add_argument("--preset", metavar="NAME", help="tiny, m1-mid or m1-456b")
-    parser.add_argument("--config", metavar="FILE.yaml", action="append", default=[], help="configuration to count")
+    parser.add_argument(
+        "--config", type=path_option, metavar="FILE.yaml", action="append", default=[], help="configuration to count"
+    )
     return parser
 
 
@@ -64,9 +68,9 @@ def run(arguments: Sequence[str]) -> int:
         check_model(config.model)
         lines = describe_model(config)
     elif options.checkpoint is not None:
-        lines = describe_checkpoint(read_checkpoint(Path(options.checkpoint)), every_tensor=options.tensors)
+        lines = describe_checkpoint(read_checkpoint(options.checkpoint), every_tensor=options.tensors)
     else:
-        lines = describe_folder(Path(options.folder), every_tensor=options.tensors)
+        lines = describe_folder(options.folder, every_tensor=options.tensors)
     print("\n".join(lines))
     return 0
 

@@ -14,12 +14,14 @@ from megatron_m1.config_io import parse_config, tree_help
 from megatron_m1.launch import (
     Launch,
     count_gpus,
+    ignore_requests_to_stop,
     launch_from_environment,
     prepare_worker,
     report_once,
     start_workers,
     worker_world_size,
 )
+from megatron_m1.paths import path_option
 from megatron_m1.printing import keep_output
 from megatron_m1.validate import resolve
 
@@ -36,7 +38,14 @@ def command_parser() -> CommandParser:
     parser = CommandParser(
         "pretrain", DESCRIPTION, "[--config FILE.yaml] [--preset NAME] [--GROUP.FIELD VALUE ...] [--dry-run]"
     )
-    parser.add_argument("--config", metavar="FILE.yaml", action="append", default=[], help="YAML of the groups below")
+    parser.add_argument(
+        "--config",
+        type=path_option,
+        metavar="FILE.yaml",
+        action="append",
+        default=[],
+        help="YAML of the groups below; ~ and $VARIABLES in its paths are expanded, as in those of flags",
+    )
     parser.add_argument("--preset", metavar="NAME", help="model values to start from: tiny, m1-mid, m1-456b")
     parser.add_argument(
         "--init-from", metavar="WHAT", help="weights and model to start a new run from: hf:FOLDER, a checkpoint, a run"
@@ -78,6 +87,9 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     if "--help" in arguments or "-h" in arguments:
         _print_help(parser)
         return 0
+    workers = worker_world_size(os.environ)
+    if workers is not None:
+        prepare_worker()
     options, flags = parser.parse_known_args(arguments)
     if options.resume is not None:
         flags.append(f"--run.resume={str(options.resume).lower()}")
@@ -97,13 +109,15 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
     gpus = count_gpus()
-    workers = worker_world_size(os.environ)
     launch = None
-    if workers is None:
+    if workers is None and (options.world_size is None or not options.dry_run):
         launch = launch_from_environment(
-            os.environ, processes=options.nproc_per_node, default_processes=gpus or default_processes
+            os.environ,
+            processes=options.nproc_per_node,
+            default_processes=gpus or default_processes,
+            visible_gpus=gpus,
         )
-    elif options.nproc_per_node is not None:
+    elif workers is not None and options.nproc_per_node is not None:
         raise ValueError("--nproc-per-node under torchrun: torchrun has started the processes, leave it out")
     if options.dry_run:
         return _dry_run(config, options, launch, gpus)
@@ -114,8 +128,6 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     if launch is not None and launch.world_size > 1:
         _say(f"starting {launch.processes_per_node} processes on this node; importing megatron-core takes seconds")
         return start_workers(launch, ["-m", "megatron_m1.cli", "pretrain", *without_launch_options(arguments)])
-    if launch is None:
-        prepare_worker()
     return _train(config)
 
 
@@ -152,6 +164,8 @@ def _train(config: Config) -> int:
         # Ranks that wait for the same one give up at about the same time; it will never come.
         report_once(error, name_silent_ranks=hung, patience=5.0 if hung else 10.0)
         return 1
+    if summary["interrupted"]:
+        ignore_requests_to_stop()
     if os.environ.get("RANK", "0") == "0":
         show_summary(summary)
     return 0

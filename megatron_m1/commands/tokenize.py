@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
+from megatron_m1.paths import input_option, path_option, text_option
 from megatron_m1.printing import keep_output
 
 DESCRIPTION = """\
@@ -24,10 +24,16 @@ def command_parser() -> CommandParser:
         DESCRIPTION,
         "INPUT [INPUT ...] --tokenizer PATH --output PREFIX",
     )
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="file, folder or glob")
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="path of the output without .bin")
+    parser.add_argument("inputs", type=input_option, nargs="+", metavar="INPUT", help="file, folder or glob")
     parser.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model or Hugging Face tokenizer folder"
+        "--output", type=text_option, required=True, metavar="PREFIX", help="path of the output without .bin"
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=path_option,
+        required=True,
+        metavar="PATH",
+        help="SentencePiece .model or Hugging Face tokenizer folder",
     )
     parser.add_argument(
         "--train-tokenizer",
@@ -61,11 +67,11 @@ def run(arguments: Sequence[str]) -> int:
     try:
         if options.train_tokenizer is not None:
             # Before minutes of work, too.
-            check_outputs(options.output, find_files(options.inputs), Path(options.tokenizer))
+            check_outputs(options.output, find_files(options.inputs), options.tokenizer)
             print(f"training a SentencePiece tokenizer of {options.train_tokenizer:,} tokens", flush=True)
             train_tokenizer(
                 options.inputs,
-                Path(options.tokenizer),
+                options.tokenizer,
                 vocab_size=options.train_tokenizer,
                 text_key=options.text_key,
             )

@@ -12,9 +12,7 @@ from megatron_m1.convert.hf_config import CONFIG
 from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint, open_checkpoint
 from megatron_m1.convert.tokenizer import TOKENIZER
-
-HUGGING_FACE = "hf:"
-"""Prefix of ``run.init_from`` that names a Hugging Face folder."""
+from megatron_m1.paths import HUGGING_FACE
 
 
 def find_checkpoint(path: Path) -> Path:

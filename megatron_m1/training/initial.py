@@ -12,8 +12,9 @@ from megatron_m1.config import Config
 from megatron_m1.config_io import load_config
 from megatron_m1.convert.hub_folder import open_hub_folder
 from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
-from megatron_m1.convert.sources import HUGGING_FACE, find_checkpoint
+from megatron_m1.convert.sources import find_checkpoint
 from megatron_m1.convert.work import Ranks, stamps
+from megatron_m1.paths import HUGGING_FACE
 from megatron_m1.training.checkpoint import load_model
 from megatron_m1.training.checkpoint_folder import CONFIG, STATE
 from megatron_m1.training.step import Trainer

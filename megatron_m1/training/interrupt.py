@@ -1,4 +1,4 @@
-"""A request to save and stop, from SIGTERM, SLURM's SIGUSR1 or Ctrl-C, on which all ranks act at the same step.
+"""A request to save and stop, on which all ranks act at the same step: SIGTERM, SLURM's SIGUSR1, a hang-up, Ctrl-C.
 
 Not ``megatron.training.dist_signal_handler``: it watches one signal, always asks the whole world, knows no mixed
 backend, and its package imports the rest of ``megatron.training``, which takes longer than a short run.
@@ -6,14 +6,18 @@ backend, and its package imports the rest of ``megatron.training``, which takes 
 
 from __future__ import annotations
 
+import os
 import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 
 import torch
 import torch.distributed as dist
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from megatron_m1.launch import FORWARDED as SIGNALS
+from megatron_m1.launch import SAME_PRESS_SECONDS, SECOND_INTERRUPT, worker_world_size
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -38,9 +42,11 @@ def _largest(value: int, group: dist.ProcessGroup | None) -> int:
 
 
 class Interrupt:
-    """Notes SIGTERM, SIGUSR1 and SIGINT while it is entered, and gives the earlier handlers back on exit.
+    """Notes SIGTERM, SIGUSR1, SIGHUP and SIGINT while it is entered, and gives the earlier handlers back on exit.
 
-    A second SIGINT ends the process at once: somebody at a terminal is in a hurry.
+    A second SIGINT ends a process that nobody launched at once: somebody at a terminal is in a hurry. A worker leaves
+    that to its launcher: it may get one from the launcher and one as every process of the job (``scancel -s INT``).
+    A SIGHUP that was ignored before (``nohup``) stays so.
 
     Enter it in the main thread, the only one where Python installs handlers (ValueError elsewhere).
 
@@ -51,10 +57,13 @@ class Interrupt:
     def __init__(self) -> None:
         self.received: str | None = None
         self._earlier: dict[signal.Signals, Handler] = {}
+        self._is_worker = worker_world_size(os.environ) is not None
+        self._interrupted_at = 0.0
 
     def __enter__(self) -> Interrupt:
         for number in SIGNALS:
-            self._earlier[number] = signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._earlier[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(
@@ -75,8 +84,13 @@ class Interrupt:
         return signal.Signals(number).name if number else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        # One assignment only: code that logs or locks here could meet itself in the interrupted main thread.
+        if number == signal.SIGINT and not self._is_worker:
+            if self._interrupted_at and time.monotonic() - self._interrupted_at > SAME_PRESS_SECONDS:
+                # Straight to the descriptor: the main thread may be printing just now.
+                with suppress(OSError):
+                    os.write(2, f"{SECOND_INTERRUPT}\n".encode())
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._interrupted_at = self._interrupted_at or time.monotonic()
+        # Assignments only: code that logs or locks here could meet itself in the interrupted main thread.
         self.received = self.received or signal.Signals(number).name

@@ -284,11 +284,9 @@ def _on_rank_zero(action: Callable[[], None], folder: Path) -> None:
         raise ValueError(f"run.folder = {folder} can't be written: {refusal(error, folder)}") from error
 
 
-def _run_to_the_end(config: Config, mesh: rank_grid.Mesh) -> dict[str, Any]:
+def _run_to_the_end(config: Config, mesh: rank_grid.Mesh, interrupt: Interrupt) -> dict[str, Any]:
     timeout = config.parallel.distributed_timeout_seconds
     with ExitStack() as stack:
-        # From the start, so that a signal never finds a process that would just die of it.
-        interrupt = stack.enter_context(Interrupt())
         with Watchdog(mesh.rank, timeout) as watchdog, watchdog.step(0):
             _open_folder(config, stack)
             run = Run(config, mesh)
@@ -332,7 +330,9 @@ def pretrain(config: Config) -> dict[str, Any]:
             checkpoint does not fit the configuration.
     """
     mesh = rank_grid.initialise(config.parallel, seed=config.train.seed)
-    try:
-        return _run_to_the_end(config, mesh)
-    finally:
-        rank_grid.shut_down()
+    # Around all of it, so that a signal never finds a process that would just die of it.
+    with Interrupt() as interrupt:
+        try:
+            return _run_to_the_end(config, mesh, interrupt)
+        finally:
+            rank_grid.shut_down()

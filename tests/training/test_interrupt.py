@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch.distributed as dist
 
+from megatron_m1.launch import SAME_PRESS_SECONDS, SECOND_INTERRUPT
 from megatron_m1.training.interrupt import SIGNALS, Interrupt, any_rank
 from tests.harness import WorkerPool
 
@@ -46,16 +48,42 @@ def test_all_ranks_stop_at_the_same_step(workers: WorkerPool, number: signal.Sig
 
 def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
     program = """
-import signal
+import signal, time
+from megatron_m1.launch import SAME_PRESS_SECONDS
 from megatron_m1.training.interrupt import Interrupt
 with Interrupt() as interrupt:
     signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     print(interrupt.received, flush=True)
+    time.sleep(2 * SAME_PRESS_SECONDS)
     signal.raise_signal(signal.SIGINT)
     print("still here", flush=True)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "SIGINT\n", "")
+    environ = {name: value for name, value in os.environ.items() if name != "RANK"}
+    done = subprocess.run([sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "SIGINT\n", f"{SECOND_INTERRUPT}\n")
+
+
+def test_every_sigint_is_one_request_to_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets one as a process of the job and one from its launcher, which alone can tell a second Ctrl-C."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with Interrupt() as interrupt:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(2 * SAME_PRESS_SECONDS)
+        assert interrupt.received == "SIGINT"
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored() -> None:
+    earlier = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as interrupt:
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupt.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
 
 
 def test_only_the_given_group_agrees(workers: WorkerPool) -> None:
