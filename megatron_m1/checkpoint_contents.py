@@ -161,6 +161,7 @@ def check_model_size(contents: CheckpointContents) -> None:
     described = model_counts(model).total if 0 < model.num_layers <= len(tensors) else None
     if described != held:
         raise ValueError(
-            f"checkpoint {contents.folder} is damaged: its tensors have {held:,} parameters, the model of its config.yaml "
+            f"checkpoint {contents.folder} is damaged: its tensors have {held:,} parameters, "
+            + "the model of its config.yaml "
             + ("more layers than there are tensors" if described is None else f"{described:,}")
         )
