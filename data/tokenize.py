@@ -20,6 +20,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_m1.data.cores import usable_cores
 from megatron_m1.data.encode import EncodedBatch, encode_batch, encode_batch_in_worker, prepare_worker
 from megatron_m1.data.files import file_lock, write_atomically
 from megatron_m1.data.outputs import check_outputs, working_folder
@@ -92,7 +93,7 @@ def tokenize_corpus(
         RuntimeError: a worker process failed or was killed.
     """
     started = perf_counter()
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     if workers < 1:
         raise ValueError(f"workers is {workers}; use at least 1")
     prefix = str(output_prefix)

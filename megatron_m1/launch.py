@@ -22,6 +22,8 @@ from types import FrameType, TracebackType
 
 import psutil
 
+from megatron_m1.data.cores import usable_cores
+
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that mean: save and exit cleanly."""
 PR_SET_PDEATHSIG = 1
@@ -139,7 +141,7 @@ def start_workers(launch: Launch, program: Sequence[str]) -> int:
         program: what torchrun runs: a script, or ``-m`` and a module, and its arguments.
     """
     command = [sys.executable, "-m", "megatron_m1.launch", *torchrun_arguments(launch), *program]
-    threads = max(1, (os.cpu_count() or 1) // launch.processes_per_node)
+    threads = max(1, usable_cores() // launch.processes_per_node)
     agent = subprocess.Popen(command, env={"OMP_NUM_THREADS": str(threads)} | os.environ)
 
     def forward(number: int, _frame: FrameType | None) -> None:

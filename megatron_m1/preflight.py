@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_m1.checkpoint_contents import check_shape, complete_checkpoints
 from megatron_m1.config import Config
 from megatron_m1.config_io import load_config
+from megatron_m1.data.cores import usable_cores
 from megatron_m1.data.corpus import PreparedCorpus, find_corpus, prepare_corpus
 from megatron_m1.data.prefix import PrefixSummary, check_blend
 from megatron_m1.data.tokenizers import load_tokenizer
@@ -140,7 +141,7 @@ def build_embedded_corpus(config: Config, *, note: Callable[[str], None]) -> Con
     if folder is None:
         return config
     try:
-        corpus = prepare_corpus(folder, vocab_size=config.model.vocab_size, workers=os.cpu_count() or 1, note=note)
+        corpus = prepare_corpus(folder, vocab_size=config.model.vocab_size, workers=usable_cores(), note=note)
     except OSError as error:
         raise ValueError(f"data.embedded_corpus = {folder} can't be written: {error.strerror or error}") from error
     return _read_from(config, corpus)
