@@ -28,11 +28,12 @@ setup(
         "torch>=2.11",  # tensors, autograd, process groups, torchrun
         "triton>=3.6; platform_system == 'Linux'",  # GPU kernels
         "megatron-core>=0.19.2,<0.20",  # TP, PP, EP, distributed optimizer, dist_checkpointing, datasets
-        "transformers>=5.10",  # Hugging Face tokenizers and the native MiniMax model
+        "transformers>=5.10",  # tokenizer folders without tokenizer.json, and the native MiniMax model
         "numpy>=2.0",  # token files
         "safetensors>=0.5",  # weights of Hugging Face folders
-        "tokenizers>=0.21",  # SentencePiece models as Hugging Face tokenizers
+        "tokenizers>=0.21",  # Hugging Face tokenizers
         "sentencepiece>=0.2",  # BPE tokenizers, trained and loaded
+        "protobuf>=5",  # the format of SentencePiece's models
         "pyarrow>=18",  # Parquet corpora
         "zstandard>=0.23",  # .zst corpora
         "jsonargparse[signatures]>=4.40",  # one dataclass tree from YAML and dotted flags

@@ -19,8 +19,9 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from megatron_m1.data.corpus_ids import check_token_ids
 from megatron_m1.data.files import file_lock
-from megatron_m1.data.prefix import check_prefix, fingerprint, parse_blend
+from megatron_m1.data.prefix import check_blend, fingerprint, parse_blend
 
 
 class TokenizerFacts(Protocol):
@@ -152,7 +153,8 @@ def build_packed_dataset(
         reset_at_documents: False makes each pack one document: ``cu_seqlens`` is [0, n] and no label is masked.
 
     Raises:
-        ValueError: bad numbers or blend, a damaged corpus, or one made with another tokenizer.
+        ValueError: bad numbers or blend, a damaged corpus, one made with another tokenizer, or with ids that the
+            tokenizer does not have.
         FileNotFoundError: a .bin or .idx is missing.
     """
     if sequence_length < 2:
@@ -160,9 +162,9 @@ def build_packed_dataset(
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; ask for at least 1 pack")
     relative_prefixes, weights = parse_blend(blend)
+    check_blend(blend, tokenizer_digest=tokenizer.digest())
     prefixes = [os.path.abspath(prefix) for prefix in relative_prefixes]
-    for prefix in prefixes:
-        check_prefix(prefix, tokenizer_digest=tokenizer.digest())
+    check_token_ids(prefixes, vocab_size=tokenizer.vocab_size, cache_folder=Path(cache_folder))
     facts = _DatasetTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.digest())
     key = [prefixes, weights, [fingerprint(p) for p in prefixes], sequence_length, num_samples, seed, facts.digest]
     with _index_folder(Path(cache_folder), key) as folder:

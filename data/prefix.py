@@ -22,9 +22,12 @@ import numpy.typing as npt
 
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, dtype code, sequences, documents + 1. Then int32 lengths, int64 offsets, int64 document ends."""
+INDEX_HEADER_BYTES = _INDEX_HEADER.size
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _TOKEN_DTYPES: dict[int, type[np.integer[Any]]] = {4: np.int32, 5: np.int64, 8: np.uint16}
 _FINGERPRINT_BYTES = 1 << 16
+_SIDECAR_BYTES = 1 << 20
+"""A sidecar is far smaller; a larger file of that name holds somebody's documents."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,17 @@ def sidecar_path(prefix: str) -> Path:
 def is_sidecar(path: Path) -> bool:
     """Whether ``path`` is the sidecar of a tokenised corpus, not somebody's JSON file; False if it can't be read."""
     try:
+<<<<<<< HEAD
         content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
         return False
     known = {"tokenizer_digest", "vocab_size", "eod", "documents", "tokens", "text_bytes", "skipped"}
     return isinstance(content, dict) and known <= content.keys()
+=======
+        return _sidecar_content(path) is not None
+    except (OSError, ValueError):
+        return False
+>>>>>>> w-tok
 
 
 def check_prefix(prefix: str, *, tokenizer_digest: str | None = None) -> PrefixSummary:
@@ -80,6 +89,9 @@ def check_prefix(prefix: str, *, tokenizer_digest: str | None = None) -> PrefixS
     """
     for path in (bin_path(prefix), idx_path(prefix)):
         if not path.is_file():
+            named = prefix.removesuffix(".bin").removesuffix(".idx")
+            if named != prefix and Path(prefix).is_file():
+                raise FileNotFoundError(f"{prefix} is one file of a corpus: name the prefix that both share, {named}")
             raise FileNotFoundError(f"{path} does not exist; make it with megatron-m1 tokenize, or correct the prefix")
     dtype, sequences, documents = _read_index_header(idx_path(prefix))
     expected = 0
@@ -133,16 +145,42 @@ def _read_sidecar(prefix: str, documents: int, tokens: int) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        sidecar = json.loads(path.read_text("utf-8"))
+        sidecar = _sidecar_content(path)
+        if sidecar is None:
+            return {}
         counted = (sidecar["documents"], sidecar["tokens"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no sidecar of a tokenised corpus ({error!r}); tokenise it again") from error
+        vocab_size = sidecar.get("vocab_size")
+        if not isinstance(sidecar["tokenizer_digest"], str) or not (vocab_size is None or isinstance(vocab_size, int)):
+            raise ValueError("tokenizer_digest is no text or vocab_size no number")
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is a damaged sidecar ({error!r}); tokenise the corpus again") from error
     if counted != (documents, tokens):
         raise ValueError(
             f"{path} tells of {counted[0]} documents and {counted[1]} tokens, the index of {documents} and {tokens};"
             " tokenise the corpus again"
         )
-    return dict(sidecar)
+    return sidecar
+
+
+def _sidecar_content(path: Path) -> dict[str, Any] | None:
+    """Content of a sidecar; None for another tool's file of that name, such as the documents themselves.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    with path.open("rb") as stream:
+        content = stream.read(_SIDECAR_BYTES + 1)
+    if len(content) > _SIDECAR_BYTES:
+        return None
+    try:
+        sidecar = json.loads(content)
+    except ValueError:
+        if b'"tokenizer_digest"' in content:
+            raise
+        # JSON lines: a first document that is whole, then others.
+        json.loads(content.partition(b"\n")[0])
+        return None
+    return sidecar if isinstance(sidecar, dict) and "tokenizer_digest" in sidecar else None
 
 
 def fingerprint(prefix: str) -> str:
@@ -175,6 +213,9 @@ def open_tokens(prefix: str) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[
 def parse_blend(blend: Sequence[str]) -> tuple[list[str], list[float]]:
     """Split a blend into prefixes and weights that sum to 1.
 
+    A corpus that stands there more than once, by whatever path or link, comes once, in its first place and with the sum
+    of its weights: two datasets of one corpus have the same order, so that every pack would come twice.
+
     Args:
         blend: prefixes, each preceded by its weight (``["0.7", "code", "0.3", "prose"]``), or all without; then
             every corpus has the weight of its number of tokens, which reads their indices.
@@ -183,20 +224,44 @@ def parse_blend(blend: Sequence[str]) -> tuple[list[str], list[float]]:
         ValueError: empty, weights on some prefixes only, a weight that is not above 0 and finite.
         FileNotFoundError: without weights, a file is missing.
     """
+    prefixes, weights = _split_blend(blend)
+    summed: dict[str, float] = {}
+    for first, weight in zip(_first_spellings(prefixes), weights, strict=True):
+        summed[first] = summed.get(first, 0.0) + weight
+    return list(summed), [weight / sum(summed.values()) for weight in summed.values()]
+
+
+def repeated_corpora(blend: Sequence[str]) -> list[tuple[str, str]]:
+    """Corpora that stand in a blend again: (this spelling, that of the first). Errors as of ``parse_blend``."""
+    prefixes, _ = _split_blend(blend)
+    seen: set[str] = set()
+    repeated = []
+    for prefix, first in zip(prefixes, _first_spellings(prefixes), strict=True):
+        if first in seen:
+            repeated.append((prefix, first))
+        seen.add(first)
+    return repeated
+
+
+def shared_corpora(blend: Sequence[str], other: Sequence[str]) -> list[tuple[str, str]]:
+    """Corpora of ``blend`` with the one of ``other`` that is the same file or a copy. All must be there."""
+    pairs = [(prefix, candidate) for prefix in parse_blend(blend)[0] for candidate in parse_blend(other)[0]]
+    return [pair for pair in pairs if _identity(pair[0]) == _identity(pair[1]) or _is_copy(*pair)]
+
+
+def _split_blend(blend: Sequence[str]) -> tuple[list[str], list[float]]:
     items = [str(item) for item in blend]
     numbers = [_number(item) for item in items]
     if not items:
         raise ValueError("the blend is empty; give at least one tokenised prefix")
     if all(number is None for number in numbers):
-        prefixes, weights = items, [float(check_prefix(prefix).tokens) for prefix in items]
-    else:
-        prefixes = items[1::2]
-        weights = [number for number in numbers[::2] if number is not None]
-        if 2 * len(weights) != len(items) or any(number is not None for number in numbers[1::2]):
-            raise ValueError(f"blend {items} mixes prefixes with and without weight; write weight prefix weight prefix")
-        if not all(0.0 < weight < float("inf") for weight in weights):
-            raise ValueError(f"blend {items} has a weight that is not above 0 and finite; drop that prefix instead")
-    return prefixes, [weight / sum(weights) for weight in weights]
+        return items, [float(check_prefix(prefix).tokens) for prefix in items]
+    weights = [number for number in numbers[::2] if number is not None]
+    if 2 * len(weights) != len(items) or any(number is not None for number in numbers[1::2]):
+        raise ValueError(f"blend {items} mixes prefixes with and without weight; write weight prefix weight prefix")
+    if not all(0.0 < weight < float("inf") for weight in weights):
+        raise ValueError(f"blend {items} has a weight that is not above 0 and finite; drop that prefix instead")
+    return items[1::2], weights
 
 
 def _number(item: str) -> float | None:
@@ -206,7 +271,40 @@ def _number(item: str) -> float | None:
         return None
 
 
+def _first_spellings(prefixes: Sequence[str]) -> list[str]:
+    """Every prefix as the first one that names the same file spells it."""
+    spellings: dict[tuple[int, int] | str, str] = {}
+    return [spellings.setdefault(_identity(prefix), prefix) for prefix in prefixes]
+
+
+def _identity(prefix: str) -> tuple[int, int] | str:
+    """What is the same for all paths and links to one .bin."""
+    try:
+        status = bin_path(prefix).stat()
+    except OSError:
+        # Whoever opens it says so.
+        return os.path.realpath(prefix)
+    return status.st_dev, status.st_ino
+
+
+def _is_copy(prefix: str, other: str) -> bool:
+    same_size = bin_path(prefix).stat().st_size == bin_path(other).stat().st_size
+    return same_size and fingerprint(prefix) == fingerprint(other)
+
+
 def check_blend(blend: Sequence[str], *, tokenizer_digest: str | None = None) -> list[PrefixSummary]:
-    """:func:`check_prefix` on every corpus of a blend, with the errors of :func:`parse_blend`."""
+    """:func:`check_prefix` on every corpus of a blend, with the errors of :func:`parse_blend`.
+
+    Raises:
+        ValueError: besides, two corpora are copies of each other, which would have the same order as well.
+    """
     prefixes, _ = parse_blend(blend)
-    return [check_prefix(prefix, tokenizer_digest=tokenizer_digest) for prefix in prefixes]
+    summaries = [check_prefix(prefix, tokenizer_digest=tokenizer_digest) for prefix in prefixes]
+    for place, prefix in enumerate(prefixes):
+        for other in prefixes[:place]:
+            if _is_copy(prefix, other):
+                raise ValueError(
+                    f"{other} and {prefix} are copies of one corpus, whose packs would come twice in the same order; "
+                    "name one of them, with the sum of their weights"
+                )
+    return summaries

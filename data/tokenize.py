@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +69,7 @@ def tokenize_corpus(
     workers: int | None = None,
     append_eod: bool = True,
     show_progress: bool = True,
+    note: Callable[[str], None] = lambda line: None,
 ) -> TokenizeReport:
     """Tokenise documents into ``<output_prefix>.bin``, ``.idx`` and ``.json``.
 
@@ -83,6 +84,7 @@ def tokenize_corpus(
         workers: processes that tokenise; 1 does it in this process; none takes one per usable core.
         append_eod: end each document with the tokenizer's eod.
         show_progress: draw a progress bar if stderr is a terminal.
+        note: is told, line by line, what had to be assumed of the tokenizer.
 
     Raises:
         FileNotFoundError: an input or the tokenizer does not exist.
@@ -99,6 +101,8 @@ def tokenize_corpus(
     files = found.files
     tokenizer = load_tokenizer(tokenizer_path)
     check_outputs(prefix, files, Path(tokenizer_path))
+    for line in tokenizer.notes:
+        note(line)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     cut = tokenizer.line_cut
     if cut is None:

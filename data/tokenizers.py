@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
-import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 
+from megatron_m1.data.cores import usable_cores
 from megatron_m1.data.files import write_atomically
+from megatron_m1.data.hf_tokenizer import HuggingFaceTokenizer
+from megatron_m1.data.token_ids import SentencePieceIds
 
-FOLDER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
-"""Files of a Hugging Face folder that decide how text is cut; its others (weights, cards) do not matter."""
+_LINE_BYTES = 4192
+"""SentencePiece's default of ``max_sentence_length``: it leaves out longer lines."""
+_PARTS = re.compile(r"(?s).{1,1000}(?:(?<! )(?= )|\Z)|.{1,1000}")
+"""Parts of a line of at most 4,000 bytes, cut before spaces where there are some: there no piece ends in any case."""
+_RESERVED = re.compile("[\n\0\u2581\u2585]")
+"""Where lines end: SentencePiece leaves out a line with U+2585, and takes U+2581 for a space."""
+_MAX_THREADS = 1024
+"""SentencePiece refuses more."""
 
 
 class Tokenizer(Protocol):
@@ -37,8 +38,15 @@ class Tokenizer(Protocol):
     def eod(self) -> int:
         """Id that ends a document."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What had to be assumed when it was loaded, one line each; commands print them once."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without any begin or end mark. Marks that are spelled out in the text are plain text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, equal to those of :meth:`encode` one by one, and faster than these."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids``. What is no id of this tokenizer is left out: an embedding may have more rows."""
@@ -67,89 +75,51 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; its ``</s>`` ends documents."""
+    """A SentencePiece model; its ``</s>`` ends documents.
+
+    Models of :func:`train_sentencepiece` give every string back. Others may not: they may change what they normalise,
+    and give U+2581 back as a space, as models did that were trained here before pieces had plain spaces.
+    """
 
     def __init__(self, path: Path) -> None:
         content = path.read_bytes()
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except (RuntimeError, OSError) as error:
+            self._ids = SentencePieceIds(content)
+        except RuntimeError as error:
             raise ValueError(f"{path} is no SentencePiece model or is damaged; train or fetch it again") from error
         self._digest = hashlib.sha256(content).hexdigest()
-        if self._processor.eos_id() < 0:
+        if self.eod < 0:
             raise ValueError(f"{path} has no </s> to end documents with; train it with an eos_id")
 
     @property
     def vocab_size(self) -> int:
         """Number of pieces."""
-        return int(self._processor.vocab_size())
+        return self._ids.size
 
     @property
     def eod(self) -> int:
         """Id of ``</s>``."""
-        return int(self._processor.eos_id())
+        return int(self._ids.processor.eos_id())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing: a model file is complete."""
+        return ()
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``."""
-        ids: list[int] = self._processor.encode(text)
-        return ids
+        return self._ids.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, on one core."""
+        return self._ids.encode_batch(texts)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ``ids``; ``</s>`` is left out."""
-        return str(self._processor.decode([number for number in ids if number < self.vocab_size]))
+        return self._ids.decode(ids)
 
     def digest(self) -> str:
         """SHA-256 of the model file."""
-        return self._digest
-
-
-class HuggingFaceTokenizer:
-    """Any tokenizer folder that transformers' ``AutoTokenizer`` loads; its ``eos_token`` ends documents."""
-
-    def __init__(self, path: Path) -> None:
-        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
-        if not files:
-            raise ValueError(f"{path} holds no tokenizer files; give a folder with tokenizer.json or its like")
-        # Importing transformers takes seconds, which only those who use one of its tokenizers should wait.
-        from transformers import AutoTokenizer
-
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-        except Exception as error:  # its loaders raise nearly anything
-            reason = (str(error).splitlines() or [repr(error)])[0]
-            raise ValueError(f"{path} holds no tokenizer that transformers can load: {reason}") from error
-        if self._tokenizer.eos_token_id is None:
-            raise ValueError(f"{path} has no eos_token to end documents with; set one in its tokenizer_config.json")
-        # No warning about documents longer than some model's context: they are cut into packs later.
-        self._tokenizer.model_max_length = 1 << 62
-        state = hashlib.sha256()
-        for file in files:
-            content = file.read_bytes()
-            state.update(f"{file.name} {len(content)}\n".encode() + content)
-        self._digest = state.hexdigest()
-        self._vocab_size = max(len(self._tokenizer), 1 + max(self._tokenizer.get_vocab().values()))
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id, added tokens included."""
-        return self._vocab_size
-
-    @property
-    def eod(self) -> int:
-        """Id of ``eos_token``."""
-        return int(self._tokenizer.eos_token_id)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of ``text``."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ``ids``, special tokens spelled out."""
-        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    def digest(self) -> str:
-        """SHA-256 over the tokenizer's files."""
         return self._digest
 
 
@@ -160,24 +130,24 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def train_sentencepiece(documents: Iterable[str], path: Path, *, vocab_size: int) -> None:
-    """Train a BPE model with byte fallback and write it to ``path``; it gives every text back exactly.
+    """Train a BPE model with byte fallback and write it to ``path``; it gives every string back exactly.
 
-    Ids: 0 unknown (never used), 1 ``</s>``, 2 the line break, 3 to 258 bytes, then pieces.
+    Ids: 0 unknown (never used), 1 ``</s>``, 2 the line break, 3 to 258 bytes, then pieces. A tab joins no other
+    character in a piece, and U+2581, U+2585 and NUL are always bytes: SentencePiece learns no more of these.
 
     Args:
-        documents: training texts; lines are taken by themselves.
+        documents: training texts; lines are taken by themselves, long ones in parts that are cut before spaces.
         path: the ``.model`` file, written atomically.
         vocab_size: pieces in all.
 
     Raises:
-        ValueError: ``vocab_size`` is too small for the bytes or too large for the texts.
+        ValueError: ``vocab_size`` is too small for the bytes or characters, or too large for the texts.
     """
     check_vocab_size(vocab_size)
-    lines = (line for document in documents for line in document.split("\n") if line)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
+            sentence_iterator=(line for document in documents for line in _training_lines(document)),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -192,12 +162,39 @@ def train_sentencepiece(documents: Iterable[str], path: Path, *, vocab_size: int
             add_dummy_prefix=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            num_threads=os.cpu_count() or 1,
+            num_threads=min(usable_cores(), _MAX_THREADS),
             minloglevel=2,
         )
     except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        fix = "a larger vocab_size" if "required_chars" in reason else "a smaller vocab_size or more text"
         raise ValueError(
-            f"SentencePiece cannot train {vocab_size} pieces on these texts; take a smaller vocab_size or more text"
-            f" ({str(error).splitlines()[0]})"
+            f"SentencePiece cannot train {vocab_size} pieces on these texts; take {fix} ({reason})"
         ) from error
-    write_atomically(path, model.getvalue())
+    write_atomically(path, _with_plain_spaces(model.getvalue()))
+
+
+def _training_lines(document: str) -> Iterator[str]:
+    """What SentencePiece is given of a document: no line that it would leave out without a word, and all the text."""
+    for line in _RESERVED.split(document):
+        if len(line) * 4 <= _LINE_BYTES or len(line.encode()) <= _LINE_BYTES:
+            if line:
+                yield line
+        else:
+            yield from _PARTS.findall(line)
+
+
+def _with_plain_spaces(content: bytes) -> bytes:
+    """A trained model that has spaces as such in its pieces.
+
+    SentencePiece trains with spaces written as U+2581, and then takes one that is in a text for a space. Once it leaves
+    spaces as they are, U+2581 is a character like others: all other texts keep their ids.
+    """
+    proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    model = proto.ModelProto.FromString(content)
+    model.normalizer_spec.escape_whitespaces = False
+    for piece in model.pieces:
+        if piece.type == proto.ModelProto.SentencePiece.NORMAL:
+            piece.piece = piece.piece.replace("\u2581", " ")
+    plain: bytes = model.SerializeToString(deterministic=True)
+    return plain

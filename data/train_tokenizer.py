@@ -37,11 +37,11 @@ def train_tokenizer(inputs: Sequence[str | Path], path: Path, *, vocab_size: int
 
 def _sample(files: Sequence[Path], text_key: str) -> Iterator[str]:
     step = 1 + sum(file.stat().st_size for file in files) // TRAINING_BYTES
-    index = 0
+    index = -1
     for batch in read_batches(files, text_key=text_key):
         for payload in batch.payloads:
             index += 1
-            if index % step:
+            if index % step:  # never the first: there may be few documents, all of them large
                 continue
             try:
                 yield document_text(batch.kind, payload, text_key=text_key)

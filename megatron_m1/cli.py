@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_m1.config_io import unknown
 from megatron_m1.launch import report_error
+from megatron_m1.printing import guard_streams, keep_output
 
 COMMANDS = {
     "pretrain": "train a model from tokenised text, or continue a run",
@@ -68,18 +69,21 @@ def quiet_libraries() -> None:
 
 def exit_status(command: Callable[[], int]) -> int:
     """Run ``command`` and return its status; wrong input ends in one line on stderr and status 2."""
+    guard_streams()
     quiet_libraries()
     try:
-        return command()
+        status = command()
+        sys.stdout.flush()
+        return status
     except ValueError as error:
         report_error(error)
         return 2
     except KeyboardInterrupt:
         return 130  # as a shell reports SIGINT
     except BrokenPipeError:
-        # The reader (head, less) went away: not a fault. Keep Python from complaining again at exit.
-        sys.stderr.close()
-        return 0
+        return 0  # the reader (head, less) went away: not a fault
+    finally:
+        keep_output()
 
 
 def main() -> int:

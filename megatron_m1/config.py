@@ -112,6 +112,8 @@ class DataConfig:
     prose]."""
     validation: list[str] = field(default_factory=list)
     """Held-out blend, same form; empty means no validation."""
+    allow_shared_validation: bool = False
+    """Let data.validation name a corpus that data.train names as well; otherwise that is refused."""
     tokenizer: str = ""
     """A SentencePiece .model file or a Hugging Face tokenizer folder."""
     seq_length: int = 8192

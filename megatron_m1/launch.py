@@ -23,6 +23,7 @@ from types import FrameType, TracebackType
 import psutil
 
 from megatron_m1.data.cores import usable_cores
+from megatron_m1.printing import guard_streams, keep_output
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that mean: save and exit cleanly."""
@@ -263,4 +264,6 @@ def run_agent(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    guard_streams()
+    keep_output()
     sys.exit(run_agent(sys.argv[1:]))

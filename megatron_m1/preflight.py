@@ -6,7 +6,8 @@ import dataclasses
 import errno
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,12 @@ from megatron_m1.config import Config
 from megatron_m1.config_io import load_config
 from megatron_m1.data.cores import usable_cores
 from megatron_m1.data.corpus import PreparedCorpus, find_corpus, prepare_corpus
-from megatron_m1.data.prefix import PrefixSummary, check_blend
+from megatron_m1.data.corpus_ids import check_token_ids, unread_bytes
+from megatron_m1.data.prefix import PrefixSummary, check_blend, parse_blend, repeated_corpora, shared_corpora
 from megatron_m1.data.tokenizers import load_tokenizer
+
+PLAN_READS_BYTES = 1 << 30
+"""Of corpora that a dry run reads to check their ids: about a second."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +31,16 @@ class DataSummary:
     train: list[PrefixSummary]
     validation: list[PrefixSummary]
     tokenizer_vocab_size: int
-
-    @property
-    def unverified(self) -> list[str]:
-        """Prefixes without a sidecar, as other Megatron tools write them: their tokenizer is not known."""
-        return [summary.prefix for summary in (*self.train, *self.validation) if summary.tokenizer_digest is None]
+    notes: list[str]
+    """Lines that the user should read."""
 
 
-def check_data(config: Config) -> DataSummary:
+def check_data(config: Config, *, only_plan: bool = False) -> DataSummary:
     """Check the tokenizer and every corpus of both blends against each other and against the model's embedding.
+
+    Args:
+        config: resolved.
+        only_plan: leave nothing in the cache folder, and don't read more than ``PLAN_READS_BYTES`` of tokens.
 
     Raises:
         ValueError: with one line that names the file or value and the fix.
@@ -53,19 +59,70 @@ def check_data(config: Config) -> DataSummary:
             f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} tokens, but model.vocab_size = "
             f"{config.model.vocab_size}: set model.vocab_size to at least {tokenizer.vocab_size}"
         )
-    digest = tokenizer.digest()
-    train = _check_blend("data.train", data.train, digest)
-    validation = _check_blend("data.validation", data.validation, digest) if data.validation else []
-    return DataSummary(train, validation, tokenizer.vocab_size)
+    summaries: dict[str, list[PrefixSummary]] = {"data.train": [], "data.validation": []}
+    notes = []
+    for name, blend in (("data.train", data.train), ("data.validation", data.validation)):
+        if blend:
+            with _named(name):
+                summaries[name] = check_blend(blend, tokenizer_digest=tokenizer.digest())
+                notes += _repeated_notes(name, blend)
+                notes += _check_ids(config, blend, tokenizer.vocab_size, only_plan=only_plan)
+    if data.validation and not data.allow_shared_validation:
+        _refuse_shared(data.train, data.validation)
+    train, validation = summaries.values()
+    unverified = [summary.prefix for summary in (*train, *validation) if summary.tokenizer_digest is None]
+    notes = [*(f"note: {note}" for note in tokenizer.notes), *notes, *_unverified_notes(unverified)]
+    return DataSummary(train, validation, tokenizer.vocab_size, notes)
 
 
-def _check_blend(name: str, blend: Sequence[str], digest: str) -> list[PrefixSummary]:
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the field's name before what is wrong with its value."""
     try:
-        return check_blend(blend, tokenizer_digest=digest)
+        yield
     except OSError as error:
         raise ValueError(f"{name}: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def _check_ids(config: Config, blend: Sequence[str], vocab_size: int, *, only_plan: bool) -> list[str]:
+    """Check that the embedding has a row for every id; return what a plan leaves to the run."""
+    assert config.data.cache_folder is not None
+    cache, prefixes = Path(config.data.cache_folder), parse_blend(blend)[0]
+    unread = unread_bytes(prefixes, cache)
+    if only_plan and unread > PLAN_READS_BYTES:
+        return [f"note: the ids of {', '.join(prefixes)} ({unread / 1e9:,.1f} GB) are checked when the run starts"]
+    check_token_ids(prefixes, vocab_size=vocab_size, cache_folder=cache, remember=not only_plan)
+    return []
+
+
+def _repeated_notes(name: str, blend: Sequence[str]) -> list[str]:
+    return [
+        f"note: {name} names {first} again" + (f" as {prefix}" if prefix != first else "") + ": taken as one corpus "
+        "with the sum of the weights"
+        for prefix, first in repeated_corpora(blend)
+    ]
+
+
+def _unverified_notes(prefixes: Sequence[str]) -> list[str]:
+    """Warn of corpora that don't say which tokenizer made them, as other Megatron tools write them."""
+    if not prefixes:
+        return []
+    others = f" (and {len(prefixes) - 1} more)" if prefixes[1:] else ""
+    return [
+        f"warning: no sidecar {prefixes[0]}.json{others}: that data.tokenizer made this corpus can't be checked; "
+        "tokenise it again, or make sure"
+    ]
+
+
+def _refuse_shared(train: Sequence[str], validation: Sequence[str]) -> None:
+    for held_out, trained in shared_corpora(validation, train):
+        same = trained if held_out == trained else f"{trained} (the same or a copy)"
+        raise ValueError(
+            f"data.validation names {held_out}, and data.train {same}: name held-out corpora, or say "
+            "data.allow_shared_validation true"
+        )
 
 
 def check_folders(config: Config) -> None:

@@ -204,6 +204,30 @@ def test_a_corpus_without_a_sidecar_is_named(command: Run, corpus: Path, tokeniz
     assert "warning" not in out
 
 
+def test_ids_beyond_the_vocabulary_are_refused(command: Run, corpus: Path, tokenizer: Path) -> None:
+    content = bytearray(Path(f"{corpus}.bin").read_bytes())
+    content[6:8] = (500).to_bytes(2, "little")
+    Path(f"{corpus}.bin").write_bytes(content)
+    assert_refused(command(*dry_run(corpus, tokenizer)), f"data.train: {corpus} has the id 500 at token 3 of document")
+    assert not (corpus.parent / "run").exists()
+
+
+def test_a_corpus_named_twice_is_said(command: Run, corpus: Path, tokenizer: Path) -> None:
+    winding = f"{corpus.parent}/./{corpus.name}"
+    status, out, _ = command(*dry_run(corpus, tokenizer, "--data.train", f"[0.5, {corpus}, 0.5, {winding}]"))
+    assert status == 0
+    assert f"note: data.train names {corpus} again as {winding}: taken as one corpus" in out
+    assert f"train       100.0% {corpus}" in out
+
+
+def test_validation_on_training_data_is_refused_unless_asked(command: Run, corpus: Path, tokenizer: Path) -> None:
+    shared = ["--data.validation", f"[{corpus.parent}/../{corpus.parent.name}/{corpus.name}]"]
+    result = command(*dry_run(corpus, tokenizer, *shared))
+    assert_refused(result, "data.validation names", str(corpus), "data.allow_shared_validation")
+    status, _, _ = command(*dry_run(corpus, tokenizer, *shared, "--data.allow_shared_validation", "true"))
+    assert status == 0
+
+
 def test_a_corpus_of_another_tokenizer_is_refused(command: Run, corpus: Path, tokenizer: Path) -> None:
     sidecar = {"documents": 2, "tokens": 7, "tokenizer_digest": "f" * 64, "vocab_size": 500}
     Path(f"{corpus}.json").write_text(json.dumps(sidecar))

@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.config_io import unknown
 from megatron_m1.launch import report_once
+from megatron_m1.printing import keep_output
 
 DIRECTIONS = {
     "to-hf": "CHECKPOINT_OR_RUN OUT",
@@ -82,6 +83,8 @@ def run(arguments: Sequence[str]) -> int:
     options = command_parser(direction).parse_all(arguments[1:])
     from megatron_m1.convert.work import ConversionError
 
+    if not options.dry_run:
+        keep_output()
     try:
         lines = _to_hf(options) if direction == "to-hf" else _from_hf(options)
     except ConversionError as error:
@@ -125,14 +128,14 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
     if options.format == "native":
         notes.append("vLLM fails on the buffers of --format native")
     notes += caveats(source.model)
-    notes = [f"note: {note}" for note in notes]
     if options.dry_run:
         refuse_existing(options.out)
-        check_inputs(source, choices)
-        return [f"would write {plan}", *notes]
+        ready = check_inputs(source, choices)
+        notes += [] if ready is None else ready.notes
+        return [f"would write {plan}", *(f"note: {note}" for note in notes)]
     with started_ranks() as ranks:
-        export(source, options.out, choices, ranks)
-    return [f"{options.out}: {plan}", *notes]
+        notes += export(source, options.out, choices, ranks)
+    return [f"{options.out}: {plan}", *(f"note: {note}" for note in notes)]
 
 
 def _from_hf(options: argparse.Namespace) -> list[str]:

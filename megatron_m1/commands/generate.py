@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,6 +66,8 @@ def run(arguments: Sequence[str]) -> int:
         tokenizer = load_tokenizer(place)
     except OSError as error:
         raise ValueError(f"tokenizer {place} can't be read: {error.strerror or error}; give --tokenizer") from error
+    for note in tokenizer.notes:
+        print(f"note: {note}", file=sys.stderr)
     prompts = [tokenizer.encode(text) for text in options.prompt]
 
     from megatron_m1.generate.build import build_model

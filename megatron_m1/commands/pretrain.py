@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
-from megatron_m1.commands.resolved_plan import describe_plan, unverified_note, where_from
+from megatron_m1.commands.resolved_plan import describe_plan, where_from
 from megatron_m1.config import Config
 from megatron_m1.config_io import parse_config, tree_help
 from megatron_m1.launch import (
@@ -20,6 +20,7 @@ from megatron_m1.launch import (
     start_workers,
     worker_world_size,
 )
+from megatron_m1.printing import keep_output
 from megatron_m1.validate import resolve
 
 DESCRIPTION = """\
@@ -106,6 +107,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
         raise ValueError("--nproc-per-node under torchrun: torchrun has started the processes, leave it out")
     if options.dry_run:
         return _dry_run(config, options, launch, gpus)
+    keep_output()
     _check_gpus(gpus, launch)
     world_size = launch.world_size if launch else workers or 1
     config = _prepare(resolve(config, world_size, has_gpu=gpus > 0))
@@ -123,9 +125,10 @@ def _prepare(config: Config) -> Config:
 
     check_folders(config)
     config = build_embedded_corpus(config, note=_say)
-    unverified = check_data(config).unverified
-    if unverified and os.environ.get("RANK", "0") == "0":
-        _say(unverified_note(unverified))
+    notes = check_data(config).notes
+    if os.environ.get("RANK", "0") == "0":
+        for line in notes:
+            _say(line)
     return config
 
 

@@ -22,14 +22,6 @@ def where_from(launch: Launch | None) -> str:
     return f"{launch.nodes} node{'s' if launch.nodes > 1 else ''} x {launch.processes_per_node}"
 
 
-def unverified_note(prefixes: Sequence[str]) -> str:
-    """Warn of corpora that don't say which tokenizer made them."""
-    return (
-        f"warning: no sidecar {prefixes[0]}.json" + (f" (and {len(prefixes) - 1} more)" if prefixes[1:] else "") + ": "
-        "that data.tokenizer made this corpus can't be checked; tokenise it again, or make sure"
-    )
-
-
 def describe_plan(config: Config, world_size: int, *, source: str, on_gpu: bool) -> list[str]:
     """Check the files of a resolved configuration and describe the run, line by line.
 
@@ -104,12 +96,12 @@ def _data_lines(config: Config) -> list[str]:
     if found is None:
         return [f"data        embedded corpus, to be built in {config.data.embedded_corpus}"]
     config = found
-    summary = check_data(config)
+    summary = check_data(config, only_plan=True)
     return [
         f"tokenizer   {config.data.tokenizer}, {summary.tokenizer_vocab_size:,} tokens",
         *_blend_lines("train", config.data.train, summary.train, tokens=_run_tokens(config)),
         *_blend_lines("validation", config.data.validation, summary.validation),
-        *([unverified_note(summary.unverified)] if summary.unverified else []),
+        *summary.notes,
     ]
 
 

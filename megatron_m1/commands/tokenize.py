@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
+from megatron_m1.printing import keep_output
 
 DESCRIPTION = """\
 Turn documents into PREFIX.bin, .idx and .json. An earlier output stays until the new one is whole; files of these names
@@ -56,6 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     from megatron_m1.data.tokenize import tokenize_corpus
     from megatron_m1.data.train_tokenizer import train_tokenizer
 
+    keep_output()
     try:
         if options.train_tokenizer is not None:
             # Before minutes of work, too.
@@ -74,6 +76,7 @@ def run(arguments: Sequence[str]) -> int:
             text_key=options.text_key,
             workers=options.workers,
             append_eod=not options.no_eod,
+            note=lambda line: print(f"note: {line}", flush=True),
         )
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""

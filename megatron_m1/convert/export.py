@@ -18,10 +18,11 @@ from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
 from megatron_m1.convert.native_buffers import buffer_entries, native_buffers
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
-from megatron_m1.convert.tokenizer import GENERATION, ReadyTokenizer, ready_tokenizer
+from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
 from megatron_m1.convert.weight_map import Unit, cast, is_softmax_layer, to_hub
 from megatron_m1.convert.work import Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
 from megatron_m1.data.files import write_atomically
+from megatron_m1.data.hf_folder import GENERATION
 from megatron_m1.training.checkpoint_folder import first_fault, read_manifest
 
 REMOTE_FILES = ("configuration_minimax_m1.py", "modeling_minimax_m1.py")
@@ -164,17 +165,20 @@ def _finish(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None
     model, seq_length = contents.config.model, contents.config.data.seq_length
     config = build(model, plan.dtype, options.max_positions or max(seq_length, model.max_position_embeddings or 0))
     generation: dict[str, Any] = {"do_sample": False}
+    brought = False
     if tokenizer is not None:
-        ids = tokenizer.write(folder)
-        # An imported model's own settings have travelled with its tokenizer.
-        generation = ids | (read_json_object(folder / GENERATION) if (folder / GENERATION).is_file() else generation)
+        ids, own = tokenizer.write(folder), tokenizer.source / GENERATION
+        # An imported model's own settings have travelled with its tokenizer, and stay as they are.
+        brought = own.is_file()
+        generation = ids | (read_json_object(own) if brought else generation)
         config |= ids | {"bos_token_id": generation.get("bos_token_id")}
     if options.remote_code is not None:
         for name in REMOTE_FILES:
             shutil.copyfile(options.remote_code / name, folder / name)
         config["auto_map"] = AUTO_MAP
     _write_json(folder / CONFIG, config)
-    _write_json(folder / GENERATION, generation)
+    if not brought:
+        _write_json(folder / GENERATION, generation)
     index = {
         "metadata": {"total_size": plan.total},
         "weight_map": {entry.name: shard.name for shard in plan.shards for entry in shard.entries},
@@ -214,8 +218,11 @@ def check_inputs(source: OurCheckpoint, options: ExportOptions) -> ReadyTokenize
     return None if place is None else ready_tokenizer(place, source.model.vocab_size)
 
 
-def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Ranks) -> None:
+def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Ranks) -> tuple[str, ...]:
     """Write ``out``. Collective over ``ranks``; memory is that of the largest unit, a few times.
+
+    Returns:
+        What was assumed of the tokenizer, one line each.
 
     Raises:
         ConversionError: the disk refuses, or the checkpoint is damaged; ``out`` is not there.
@@ -243,6 +250,7 @@ def export(source: OurCheckpoint, out: Path, options: ExportOptions, ranks: Rank
                 open_hub_folder(work.path)
 
         work.commit(finish)
+    return () if tokenizer is None else tokenizer.notes
 
 
 def _description(plan: _Plan) -> dict[str, Any]:

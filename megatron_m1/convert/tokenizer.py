@@ -9,15 +9,28 @@ from pathlib import Path
 from typing import Any
 
 from megatron_m1.convert.hf_config import read_json_object
-from megatron_m1.data.tokenizers import FOLDER_FILES, load_tokenizer
+from megatron_m1.data.hf_folder import FOLDER_FILES, GENERATION, OTHER_VOCABULARIES
+from megatron_m1.data.tokenizers import load_tokenizer
 
 SPACE = "\u2581"
-"""SentencePiece's space."""
+"""SentencePiece's space, in models that escape spaces."""
 TOKENIZER = "tokenizer"
 """Folder of an imported model in which its tokenizer is, beside ``checkpoints``."""
-GENERATION = "generation_config.json"
-FILES = (*FOLDER_FILES, "chat_template.jinja", GENERATION)
-"""What belongs to a tokenizer in a Hugging Face folder."""
+FILES = (
+    "tokenizer*",
+    "tokenization*.py",
+    "vocab*",
+    "merges*",
+    *FOLDER_FILES,
+    *OTHER_VOCABULARIES,
+    "*.tiktoken",
+    "normalizer.json",
+    "chat_template*",
+    "chat_templates/*",
+    "additional_chat_templates/*",
+    GENERATION,
+)
+"""Patterns of what belongs to a tokenizer in a Hugging Face folder. Its code is copied, and never run."""
 _BPE = 2
 _NORMAL, _USER_DEFINED = 1, 4
 
@@ -28,12 +41,12 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     Returns:
         Whether there is one.
     """
-    found = [name for name in FILES if (source / name).is_file()]
-    if not set(found) & set(FOLDER_FILES):
+    found = sorted({file.relative_to(source) for name in FILES for file in source.glob(name) if file.is_file()})
+    if not {str(file) for file in found} & {*FOLDER_FILES, *OTHER_VOCABULARIES}:
         return False
-    target.mkdir(exist_ok=True)
-    for name in found:
-        shutil.copyfile(source / name, target / name)
+    for file in found:
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / file, target / file)
     return True
 
 
@@ -45,6 +58,8 @@ class ReadyTokenizer:
     eos_token_id: int
     converted: Any
     """transformers' tokenizer; None where the source's files are copied."""
+    notes: tuple[str, ...]
+    """What was assumed of it, one line each."""
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Put it into a Hugging Face folder; returns the ids that config.json and generation_config.json name.
@@ -87,7 +102,8 @@ def ready_tokenizer(path: Path, vocab_size: int) -> ReadyTokenizer:
         read_json_object(path / GENERATION)  # before hours of work on weights
     if loaded.vocab_size > vocab_size:
         raise ValueError(f"tokenizer {path} has {loaded.vocab_size} tokens, the model's embedding {vocab_size} rows")
-    return ReadyTokenizer(path, loaded.eod, None if path.is_dir() else from_sentencepiece(path))
+    converted = None if path.is_dir() else from_sentencepiece(path)
+    return ReadyTokenizer(path, loaded.eod, converted, loaded.notes)
 
 
 def from_sentencepiece(path: Path) -> Any:
@@ -111,13 +127,12 @@ def from_sentencepiece(path: Path) -> Any:
     tokenizer = Tokenizer(
         BPE(vocabulary, _merges(model, vocabulary), unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
-    prefixed = model.normalizer_spec.add_dummy_prefix
-    steps = [normalizers.Prepend(SPACE)] if prefixed else []
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
+    prefixed, escaped = model.normalizer_spec.add_dummy_prefix, model.normalizer_spec.escape_whitespaces
+    steps = [normalizers.Prepend(" ")] if prefixed else []
     ends = [decoders.Strip(" ", 1, 0)] if prefixed else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
-    )
+    tokenizer.normalizer = normalizers.Sequence([*steps, *([normalizers.Replace(" ", SPACE)] if escaped else [])])
+    spaces = [decoders.Replace(SPACE, " ")] if escaped else []
+    tokenizer.decoder = decoders.Sequence([*spaces, decoders.ByteFallback(), decoders.Fuse(), *ends])
     tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in _longer_symbols(model)])
     marks = {
         name: model.pieces[index].piece

@@ -25,6 +25,8 @@ GRACE_SECONDS = 30.0
 """By how much one of the two nets waits longer than the other."""
 FIRST_STEP_SECONDS = 600.0
 """Added to the first step's allowance: kernels are compiled and communicators built in it."""
+PULSE_SECONDS = 1.0
+"""How often a watchdog looks at the clock; it takes a longer sleep for a time in which its process was stopped."""
 COLLECTIVE_MARKS = ("gloo", "nccl", "timeout caused pair closure")
 """What a RuntimeError of a collective says, in lower case; gloo raises no type of its own, mostly its source path."""
 
@@ -46,7 +48,8 @@ def process_group_timeout(backend: str, timeout_seconds: float) -> datetime.time
 class Watchdog:
     """Watches the steps of one rank from a daemon thread. Use it as a context manager.
 
-    Only the time inside ``step`` is watched, and only since the last ``progress``.
+    Only the time inside ``step`` is watched, and only since the last ``progress``. A time in which the process was
+    stopped (Ctrl-Z, ``scontrol suspend``) does not count: nobody could make progress in it.
     """
 
     def __init__(
@@ -132,19 +135,27 @@ class Watchdog:
                 if self._step is None:
                     self._changed.wait()
                     continue
-                remaining = self._deadline - time.monotonic()
-                if remaining <= 0:
+                before = time.monotonic()
+                pulse = min(PULSE_SECONDS, self._deadline - before)
+                if pulse <= 0:
                     self._end_process(self._step)
-                self._changed.wait(remaining)
+                self._changed.wait(pulse)
+                stopped = time.monotonic() - before - pulse
+                if stopped > PULSE_SECONDS:
+                    self._last_progress += stopped
+                    self._deadline += stopped
 
     def _end_process(self, step: int) -> None:
         waited = time.monotonic() - self._last_progress
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame))
-        sys.stderr.write(f"rank {self._rank} hung in step {step} for {waited:.0f} s; its main thread is here:\n{stack}")
-        sys.stderr.flush()
-        # No clean-up: whatever would be cleaned up waits for the collective that hangs.
-        os._exit(HUNG_EXIT_CODE)
+        said = f"rank {self._rank} hung in step {step} for {waited:.0f} s; its main thread is here:\n{stack}"
+        try:
+            sys.stderr.write(said)
+            sys.stderr.flush()
+        finally:
+            # No clean-up: whatever would be cleaned up waits for the collective that hangs.
+            os._exit(HUNG_EXIT_CODE)
 
 
 def is_collective_error(error: BaseException) -> bool:

@@ -99,6 +99,46 @@ def test_settings_of_generation_come_back(tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"]) == (5, 256)
 
 
+def test_an_imported_folder_is_exported_with_the_files_that_it_came_with(tmp_path: Path) -> None:
+    """Whatever hub folders carry for a tokenizer, byte for byte; its code is copied and never run."""
+    shape: dict[str, Any] = dict(layers=8, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=8, experts=2)
+    model = build(**shape, vocab=300, rotary_dim=8, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=9)
+    hub = tmp_path / "hub"
+    model.save_pretrained(hub)
+    hugging_face_folder(hub, eos="<end>")
+    config = json.loads((hub / "tokenizer_config.json").read_text())
+    (hub / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}, indent=7))
+    (hub / "generation_config.json").write_text('{"temperature":0.9,\n\n"eos_token_id":[256]}')
+    names = ["special_tokens_map.json", "added_tokens.json"]
+    for name in names:
+        (hub / name).write_text("{ }\n")
+    names += ["vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenizer.model.v3", "spiece.model"]
+    names += ["tekken.json", "m1.tiktoken", "chat_template.jinja", "chat_template.json", "normalizer.json"]
+    names += ["chat_templates/tool.jinja", "additional_chat_templates/rag.jinja", "tokenization_m1.py"]
+    for name in names[2:]:
+        (hub / name).parent.mkdir(exist_ok=True)
+        (hub / name).write_bytes(f"\xef{name}\r\n raise SystemExit".encode("latin-1"))
+    names += ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    convert("from-hf", hub, tmp_path / "ours")
+    convert("to-hf", tmp_path / "ours", tmp_path / "again")
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (hub / name).read_bytes(), name
+    digests = {load_tokenizer(place).digest() for place in (hub, tmp_path / "ours/tokenizer", tmp_path / "again")}
+    assert len(digests) == 1, "corpora of one are corpora of the others"
+    assert json.loads((tmp_path / "again/config.json").read_text())["eos_token_id"] == 256
+
+
+def test_what_was_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hub = hugging_face_folder(tmp_path / "hub", eos="<end>")
+    config = json.loads((hub / "tokenizer_config.json").read_text())
+    (hub / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
+    (tmp_path / "in.jsonl").write_text('{"text": "a b"}\n' * 50)
+    words = ["tokenize", str(tmp_path / "in.jsonl"), "--tokenizer", str(hub), "--output", str(tmp_path / "out")]
+    assert run([*words, "--workers", "2"]) == 0
+    said = capsys.readouterr()
+    assert (said.out + said.err).count("the ids are those of tokenizer.json") == 1
+
+
 def test_a_disk_that_refuses_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """tokenizers raises what is no OSError; a folder where its file belongs stands for a disk that is full."""
     shape: dict[str, Any] = dict(layers=8, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=8, experts=2)

@@ -18,7 +18,7 @@ EOD = 1
 class FakeTokenizer:
     """Names the ids of a corpus that no tokenizer made."""
 
-    vocab_size: int = 60_000
+    vocab_size: int = 65_536
     eod: int = EOD
 
     def digest(self) -> str:

@@ -125,7 +125,7 @@ def test_blend_without_weights_goes_by_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weights", [(0.9, 0.1), (1.0, 1.0), (97.0, 1.0)])
 def test_any_number_of_packs_from_a_small_blend(tmp_path: Path, samples: int, weights: tuple[float, float]) -> None:
     """Rounding of the shares must not ask a corpus for more packs than it was built with."""
-    prefixes = [write_corpus(tmp_path / str(k), unique_documents([4, 3])) for k in range(2)]
+    prefixes = [write_corpus(tmp_path / str(k), unique_documents([4, 3], first_id=2 + 7 * k)) for k in range(2)]
     blend = list(itertools.chain.from_iterable(zip(map(str, weights), prefixes, strict=True)))
     dataset = build(blend, tmp_path, num_samples=samples)
     assert len([dataset[i] for i in range(samples)]) == len(dataset) == samples
@@ -208,3 +208,17 @@ def test_large_ids_survive(tmp_path: Path) -> None:
     for i in range(3):
         assert sorted(dataset[i].tokens.tolist()) == [0, 0, 1, 40_000, 65_535]
         assert np.isclose(dataset[i].loss_mask.sum().item(), 4.0)
+
+
+@pytest.mark.parametrize("again", ["same", "winding", "linked"])
+def test_a_corpus_named_twice_gives_no_pack_twice(tmp_path: Path, again: str) -> None:
+    """Two datasets of one corpus have one order, so that each pack would come once for each name."""
+    prefix = write_corpus(tmp_path / "c", unique_documents(LENGTHS, eod=None))
+    (tmp_path / "link").symlink_to(tmp_path)
+    spelling = {"same": prefix, "winding": f"{tmp_path}/../{tmp_path.name}/c", "linked": str(tmp_path / "link/c")}[
+        again
+    ]
+    alone = build([prefix], tmp_path, num_samples=8)
+    blend = build(["0.25", prefix, "0.75", spelling], tmp_path, num_samples=8)
+    for index in range(8):
+        assert same(alone[index], blend[index])

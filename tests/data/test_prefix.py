@@ -12,7 +12,15 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_m1.data.prefix import check_blend, check_prefix, fingerprint, parse_blend
+from megatron_m1.data.prefix import (
+    check_blend,
+    check_prefix,
+    fingerprint,
+    is_sidecar,
+    parse_blend,
+    repeated_corpora,
+    shared_corpora,
+)
 from tests.data.corpora import unique_documents, write_corpus
 
 
@@ -85,10 +93,30 @@ def test_sidecar(prefix: str) -> None:
     Path(f"{prefix}.json").write_text(json.dumps(facts | {"tokens": 16}))
     with pytest.raises(ValueError, match="tells of 3 documents and 16 tokens"):
         check_prefix(prefix)
-    for broken in ("{", "[]", "{}"):
+    for broken in ("{", "", json.dumps(facts)[:-1], json.dumps({"tokenizer_digest": 3}), '{"tokenizer_digest": "ab"}'):
         Path(f"{prefix}.json").write_text(broken)
-        with pytest.raises(ValueError, match="is no sidecar"):
+        with pytest.raises(ValueError, match="is a damaged sidecar"):
             check_prefix(prefix)
+        assert not is_sidecar(Path(f"{prefix}.json")) or "tokenizer_digest" in json.loads(broken)
+
+
+@pytest.mark.parametrize(
+    "documents",
+    ['{"text": "a"}\n{"text": "b"}\n', '{"text": "a"}\n', '[{"text": "a"}]', '{"text": "' + "a" * (1 << 20) + '"}'],
+    ids=["lines", "one document", "list", "large"],
+)
+def test_another_tools_documents_are_no_sidecar(prefix: str, documents: str) -> None:
+    """Megatron-LM's preprocess_data leaves train.json, its input, where ours has the sidecar."""
+    path = Path(f"{prefix}.json")
+    path.write_text(documents)
+    assert not is_sidecar(path)
+    assert check_prefix(prefix, tokenizer_digest="cd" * 32).tokenizer_digest is None
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_file_instead_of_the_prefix(prefix: str, suffix: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"name the prefix that both share, .*corpus\.v1$"):
+        check_prefix(prefix + suffix)
 
 
 def test_fingerprint_follows_the_content(prefix: str, tmp_path: Path) -> None:
@@ -123,3 +151,34 @@ def test_blends(prefix: str, tmp_path: Path) -> None:
 def test_bad_blends(blend: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_blend(blend)
+
+
+def other_spellings(prefix: str, folder: Path) -> list[str]:
+    """The same corpus through a link to its folder, links to its files, hard links and a winding path."""
+    path = Path(prefix)
+    (folder / "linked").symlink_to(path.parent)
+    for suffix in (".bin", ".idx"):
+        (folder / f"soft{suffix}").symlink_to(f"{prefix}{suffix}")
+        os.link(f"{prefix}{suffix}", folder / f"hard{suffix}")
+    winding = f"{path.parent}/../{path.parent.name}/./{path.name}"
+    return [str(folder / "linked" / path.name), str(folder / "soft"), str(folder / "hard"), winding, prefix]
+
+
+def test_a_corpus_named_again_is_one(prefix: str, tmp_path: Path) -> None:
+    other = write_corpus(tmp_path / "other", unique_documents([45]))
+    names = tmp_path / "names"
+    names.mkdir()
+    for again in other_spellings(prefix, names):
+        assert parse_blend(["2", prefix, "1", other, "1", again]) == ([prefix, other], [0.75, 0.25])
+        assert parse_blend([other, prefix, again]) == ([other, prefix], [0.6, 0.4])
+        assert repeated_corpora(["2", prefix, "1", other, "1", again]) == [(again, prefix)]
+        assert shared_corpora([again], [other, prefix]) == [(again, prefix)]
+    assert repeated_corpora([prefix, other]) == []
+    assert shared_corpora([prefix], [other]) == []
+
+
+def test_copies_of_a_corpus(prefix: str, tmp_path: Path) -> None:
+    copy = write_corpus(tmp_path / "copy", unique_documents([5, 1, 9]))
+    with pytest.raises(ValueError, match="are copies of one corpus"):
+        check_blend(["1", prefix, "1", copy])
+    assert shared_corpora([copy], [prefix]) == [(copy, prefix)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,3 +138,25 @@ def test_wrong_vocabulary_sizes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot train 5000 pieces"):
         train_sentencepiece(TEXTS, tmp_path / "t.model", vocab_size=5000)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "hugging face"])
+def test_a_batch_has_the_ids_of_its_texts(tmp_path: Path, kind: str) -> None:
+    path = sentencepiece_model(tmp_path) if kind == "sentencepiece" else hugging_face_folder(tmp_path)
+    tokenizer = load_tokenizer(path)
+    texts = [*TEXTS, "", " ", "spelled <|end|> out", "a" * 70_000]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode_batch([]) == []
+    assert tokenizer.encode_batch([""]) == [[]]
+
+
+def test_worker_processes_import_little(tmp_path: Path) -> None:
+    """Each of torch, megatron-core and transformers costs a process seconds and hundreds of megabytes."""
+    folder = hugging_face_folder(tmp_path)
+    script = (
+        "import sys; from megatron_m1.data.tokenizers import load_tokenizer;"
+        f"load_tokenizer({str(folder)!r}).encode_batch(['a']); print(*sorted(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "tokenizers" in loaded and not loaded & {"torch", "megatron", "transformers", "pyarrow"}

@@ -1,0 +1,123 @@
+"""Ids and bounds of whole corpora: bad ones are named, and a corpus is read once until it changes."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_m1.data.corpus_ids import check_token_ids, unread_bytes
+from megatron_m1.data.packed import build_packed_dataset
+from tests.data.corpora import FakeTokenizer, unique_documents, write_corpus
+
+HEADER = struct.Struct("<9sQBQQ")
+LENGTHS = [5, 1, 9, 3]
+
+
+@pytest.fixture
+def prefix(tmp_path: Path) -> str:
+    return write_corpus(tmp_path / "corpus", unique_documents(LENGTHS))
+
+
+def check(prefix: str, cache: Path, vocab_size: int = 20, *, remember: bool = True) -> None:
+    check_token_ids([prefix], vocab_size=vocab_size, cache_folder=cache, remember=remember, show_progress=False)
+
+
+def set_tokens(prefix: str, changes: dict[int, int]) -> None:
+    tokens = np.fromfile(f"{prefix}.bin", np.uint16)
+    for place, value in changes.items():
+        tokens[place] = value
+    tokens.tofile(f"{prefix}.bin")
+
+
+def write_signed(prefix: Path, tokens: list[int], dtype: type[np.integer]) -> str:
+    """One document in one of the wider types, byte by byte."""
+    code = {np.int32: 4, np.int64: 5}[dtype]
+    np.array(tokens, dtype).tofile(f"{prefix}.bin")
+    index = HEADER.pack(b"MMIDIDX\0\0", 1, code, 1, 2) + struct.pack("<iqqq", len(tokens), 0, 0, 1)
+    Path(f"{prefix}.idx").write_bytes(index)
+    return str(prefix)
+
+
+def test_ids_of_the_vocabulary(prefix: str, tmp_path: Path) -> None:
+    check(prefix, tmp_path / "cache", vocab_size=19)
+    with pytest.raises(ValueError, match=r"corpus has the id 18 at token 16 of document 3, but the vocab.* has 18 tok"):
+        check(prefix, tmp_path / "cache", vocab_size=18)
+
+
+@pytest.mark.parametrize(("place", "document"), [(0, 0), (4, 0), (5, 1), (6, 2), (14, 2), (15, 3), (17, 3)])
+def test_the_place_of_an_id(prefix: str, tmp_path: Path, place: int, document: int) -> None:
+    set_tokens(prefix, {place: 40_000})
+    with pytest.raises(ValueError, match=rf"has the id 40000 at token {place} of document {document}, but"):
+        check(prefix, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_negative_ids(tmp_path: Path, dtype: type[np.integer]) -> None:
+    prefix = write_signed(tmp_path / "signed", [3, 7, -2, 5], dtype)
+    with pytest.raises(ValueError, match="has the id -2 at token 2 of document 0, but ids are not negative"):
+        check(prefix, tmp_path / "cache")
+
+
+def test_a_corpus_is_read_once(prefix: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert unread_bytes([prefix], cache) == os.path.getsize(f"{prefix}.bin")
+    check(prefix, cache)
+    assert unread_bytes([prefix], cache) == 0
+    before = Path(f"{prefix}.bin").stat()
+    set_tokens(prefix, {7: 99})
+    os.utime(f"{prefix}.bin", ns=(before.st_atime_ns, before.st_mtime_ns))
+    with pytest.raises(ValueError, match="has the id 99"):
+        check(prefix, cache)
+
+
+def test_a_dry_run_leaves_nothing(prefix: str, tmp_path: Path) -> None:
+    check(prefix, tmp_path / "cache", remember=False)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_torn_record_is_read_anew(prefix: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    check(prefix, cache)
+    for record in cache.iterdir():
+        record.write_text('{"smallest": 1')
+    check(prefix, cache)
+    assert unread_bytes([prefix], cache) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "entry", "value"),
+    [
+        ("length", 0, -5),
+        ("length", 1, 2),
+        ("offset", 0, 4),
+        ("offset", 2, 1 << 60),
+        ("offset", 1, -8),
+        ("bound", 0, 1),
+        ("bound", 2, 1 << 40),
+        ("bound", 4, 3),
+    ],
+)
+def test_damage_within_an_index(prefix: str, tmp_path: Path, kind: str, entry: int, value: int) -> None:
+    documents = len(LENGTHS)
+    form, start, size = {
+        "length": ("<i", 0, 4),
+        "offset": ("<q", 4 * documents, 8),
+        "bound": ("<q", 12 * documents, 8),
+    }[kind]
+    content = bytearray(Path(f"{prefix}.idx").read_bytes())
+    struct.pack_into(form, content, HEADER.size + start + size * entry, value)
+    Path(f"{prefix}.idx").write_bytes(content)
+    with pytest.raises(ValueError, match=r"corpus\.idx is damaged at"):
+        check(prefix, tmp_path / "cache")
+
+
+def test_a_dataset_checks_its_corpora(prefix: str, tmp_path: Path) -> None:
+    set_tokens(prefix, {3: 77})
+    with pytest.raises(ValueError, match="has the id 77 at token 3"):
+        build_packed_dataset(
+            [prefix], sequence_length=4, num_samples=3, seed=1, tokenizer=FakeTokenizer(60), cache_folder=tmp_path
+        )
