@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import AddedToken
+
 _LETTERS, _DIGITS = frozenset(string.ascii_letters.encode()), frozenset(string.digits.encode())
 _VISIBLE = frozenset(range(0x21, 0x7F))
 _UNICODE_FORMS = {"NFC", "NFD", "NFKC", "NFKD"}
@@ -49,7 +51,9 @@ def sentencepiece_cut(model: Any) -> LineCut | None:
     text, in 32 bits: there a cut can change the rounding.
     """
     normalizer, trainer = model.normalizer_spec, model.trainer_spec
-    is_local = not (normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces)
+    is_local = not (
+        normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
+    )
     if trainer.model_type != trainer.BPE or not is_local:
         return None
     pieces = [piece.piece for piece in model.pieces]
@@ -103,7 +107,7 @@ _TRAILING_SPACE = r"|\s+(?!\S)|\s+"
 def hugging_face_cut(
     normalizer: Mapping[str, Any] | None,
     pre_tokenizer: Mapping[str, Any] | None,
-    added_tokens: Iterable[Mapping[str, Any]],
+    added_tokens: Iterable[AddedToken],
 ) -> LineCut | None:
     """The rule of a tokenizer of the ``tokenizers`` library, from the parts of its ``tokenizer.json``; None if none.
 
@@ -135,9 +139,9 @@ def _normalizes_locally(normalizer: Mapping[str, Any] | None) -> bool:
     return normalizer["type"] in _UNICODE_FORMS
 
 
-def _reaches_across(token: Mapping[str, Any]) -> bool:
-    content = str(token["content"])
-    looks_back = token["lstrip"] or token["single_word"]
+def _reaches_across(token: AddedToken) -> bool:
+    content = token.content
+    looks_back = token.lstrip or token.single_word
     return "\n" in content or (looks_back and content[:1].isalnum())
 
 

@@ -43,7 +43,7 @@ class PassedOver:
         kinds = self.counts.most_common()
         # What is the matter comes in any case, suffixes only as far as there is room.
         shown = [kind for kind, _ in kinds if kind in self.examples or kind == _HIDDEN]
-        shown += [kind for kind, _ in kinds if kind not in shown][: _KINDS_SHOWN]
+        shown += [kind for kind, _ in kinds if kind not in shown][:_KINDS_SHOWN]
         words = [self._words(kind) for kind, _ in kinds if kind in shown]
         rest = self.counts.total() - sum(self.counts[kind] for kind in shown)
         return f"passed over in {self.place}: {', '.join(words)}{f', {rest:,} of other kinds' if rest else ''}"

@@ -40,9 +40,7 @@ def parquet_values(file: Path, column: str, max_rows: int, max_bytes: int) -> It
         check_unchanged(file, before, os.fstat(stream.fileno()))
 
 
-def _decoded(
-    file: Path, column: str, max_rows: int, max_bytes: int
-) -> Iterator[tuple[int, list[bytes | SkipReason]]]:
+def _decoded(file: Path, column: str, max_rows: int, max_bytes: int) -> Iterator[tuple[int, list[bytes | SkipReason]]]:
     """Rows of the whole file, and some values, until all have come."""
     # Without a buffer all of a row group's column would be in memory.
     with pq.ParquetFile(file, buffer_size=_BUFFER_BYTES) as table:

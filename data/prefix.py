@@ -70,7 +70,7 @@ def is_sidecar(path: Path) -> bool:
     return isinstance(content, dict) and known <= content.keys()
 =======
         return _sidecar_content(path) is not None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
 >>>>>>> w-tok
 

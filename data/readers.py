@@ -127,11 +127,19 @@ def _line_batches(file: Path, text_key: str, cut: LineCut | None) -> Iterator[Ra
         if at < 0:
             searched = len(pending)
             continue
-        yield from _block(file, bytes(pending[:at]).replace(separator, b"\n"), position - reported, text_key, cut if searched else None)
+        yield from _block(
+            file,
+            bytes(pending[:at]).replace(separator, b"\n"),
+            position - reported,
+            text_key,
+            cut if searched else None,
+        )
         del pending[: at + 1]
         searched, reported = 0, position
     separator = separator or _separator(pending)
-    yield from _block(file, bytes(pending).replace(separator, b"\n"), position - reported, text_key, cut if searched else None)
+    yield from _block(
+        file, bytes(pending).replace(separator, b"\n"), position - reported, text_key, cut if searched else None
+    )
 
 
 def _separator(start: bytearray) -> bytes:

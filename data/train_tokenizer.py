@@ -6,7 +6,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_m1.data.readers import BadDocumentError, document_text, find_files, read_batches
+from megatron_m1.data.documents import BadDocumentError, document_text
+from megatron_m1.data.find import find_files
+from megatron_m1.data.readers import read_batches
 from megatron_m1.data.tokenizers import train_sentencepiece
 
 TRAINING_BYTES = 100_000_000
@@ -17,7 +19,7 @@ def train_tokenizer(inputs: Sequence[str | Path], path: Path, *, vocab_size: int
     """Train a BPE model with byte fallback on documents, evenly thinned where there is much, and write it atomically.
 
     Args:
-        inputs: files, folders or globs, see ``readers.find_files``.
+        inputs: files, folders or globs, see ``find.find_inputs``.
         path: the ``.model`` file to write; its folder is made.
         vocab_size: pieces in all.
         text_key: key of a JSON object, or Parquet column, that holds the text.

@@ -52,8 +52,8 @@ def run(arguments: Sequence[str]) -> int:
         ValueError: wrong input, in one line.
     """
     options = command_parser().parse_all(arguments)
+    from megatron_m1.data.find import find_files
     from megatron_m1.data.outputs import check_outputs
-    from megatron_m1.data.readers import find_files
     from megatron_m1.data.tokenize import tokenize_corpus
     from megatron_m1.data.train_tokenizer import train_tokenizer
 

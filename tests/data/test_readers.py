@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_m1.data.readers import BadDocumentError, document_text, find_files, read_batches
+from megatron_m1.data.documents import BadDocumentError, document_text
+from megatron_m1.data.find import find_files
+from megatron_m1.data.readers import read_batches
 
 TEXTS = ["plain", "two\nlines\n", "naïve 🙂 \u2028 text", "  spaces  ", "x" * 3_000_000, "\ttab\r\n", "end"]
 
