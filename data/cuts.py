@@ -51,10 +51,8 @@ def sentencepiece_cut(model: Any) -> LineCut | None:
     text, in 32 bits: there a cut can change the rounding.
     """
     normalizer, trainer = model.normalizer_spec, model.trainer_spec
-    is_local = not (
-        normalizer.precompiled_charsmap or normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
-    )
-    if trainer.model_type != trainer.BPE or not is_local:
+    looks_around = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces
+    if trainer.model_type != trainer.BPE or normalizer.precompiled_charsmap or looks_around:
         return None
     pieces = [piece.piece for piece in model.pieces]
     # Neighbours that are both unknown become one id.
@@ -72,10 +70,10 @@ def _all(text: str, character: str) -> Iterator[int]:
 
 # --- Hugging Face's tokenizers library
 
-# Alternatives of pre-tokenizing patterns. Of each: in a text with visible ASCII, one line break, then an ASCII letter or
-# digit, (1) no match holds the line break and what follows it; (2) every match that begins up to the line break is the
-# one that would be found if the text ended with it. Alternatives are tried one by one, so this holds for any order of
-# them, and a text that is cut there falls into the same pieces.
+# Alternatives of pre-tokenizing patterns. Of each: in a text with visible ASCII, one line break, then an ASCII letter
+# or digit, (1) no match holds the line break and what follows it; (2) every match that begins up to the line break is
+# the one that would be found if the text ended with it. Alternatives are tried one by one, so this holds for any order
+# of them, and a text that is cut there falls into the same pieces.
 _OTHERS = {
     *("'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "(?i:'s|'t|'re|'ve|'m|'ll|'d)"),
     r" ?[^\s\p{L}\p{N}]+",
@@ -83,7 +81,7 @@ _OTHERS = {
     r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
     r" ?[\p{P}\p{S}]+[\r\n]*",
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
-    r"[一-龥぀-ゟ゠-ヿ]+",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     r"\s*[\r\n]+",
     r"\s*[\r\n]",
     r"\s+",

@@ -106,7 +106,7 @@ class _Shelf:
     """Results that wait for an earlier one: in memory up to a limit, beyond it in a file."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed at the end of the block)
         self._held = self._stored = 0
 
     def __enter__(self) -> _Shelf:

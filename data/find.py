@@ -135,7 +135,7 @@ def _files_of(item: str | Path, passed: PassedOver) -> list[Path]:
     files = [match for match in matches if match.is_file() and not _is_counted_sidecar(match, passed)]
     if not files:
         why = f" ({passed})" if passed.counts else ""
-        raise FileNotFoundError(f"{item} does not exist and matches no file{why}; correct the path or the glob")
+        raise FileNotFoundError(f"{item} does not exist and matches nothing{why}; correct the path or the glob")
     return files
 
 

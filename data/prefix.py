@@ -62,17 +62,9 @@ def sidecar_path(prefix: str) -> Path:
 def is_sidecar(path: Path) -> bool:
     """Whether ``path`` is the sidecar of a tokenised corpus, not somebody's JSON file; False if it can't be read."""
     try:
-<<<<<<< HEAD
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    known = {"tokenizer_digest", "vocab_size", "eod", "documents", "tokens", "text_bytes", "skipped"}
-    return isinstance(content, dict) and known <= content.keys()
-=======
         return _sidecar_content(path) is not None
     except (OSError, ValueError, RecursionError):
         return False
->>>>>>> w-tok
 
 
 def check_prefix(prefix: str, *, tokenizer_digest: str | None = None) -> PrefixSummary:

@@ -6,7 +6,6 @@ of them or says why not. The reader does no more than it must, so that it can fe
 
 from __future__ import annotations
 
-import codecs
 import os
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -23,9 +22,9 @@ from megatron_m1.data.documents import (
     RawBatch,
     SkipReason,
     document_text,
-    json_record,
 )
 from megatron_m1.data.find import check_unchanged, damaged, file_kind
+from megatron_m1.data.memory import check_document
 from megatron_m1.data.parquet import parquet_values
 
 _CHUNK_BYTES = 1 << 18
@@ -33,13 +32,8 @@ _COMPRESSED_BYTES = 1 << 15
 """Of a compressed file at a time: what comes of it is a multiple."""
 _BATCH_BYTES = 1 << 19
 _BATCH_DOCUMENTS = 512
-_WIDE_CODES = {
-    codecs.BOM_UTF32_LE: "utf-32",
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
-"""By the bytes that a file begins with; the longer ones first, for one begins with a shorter one."""
+_LARGE_BYTES = 1 << 26
+"""From here on it is looked whether there is memory for a document that nothing was cut from so far."""
 
 
 def read_batches(files: Sequence[Path], *, text_key: str, cut: LineCut | None = None) -> Generator[RawBatch]:
@@ -52,8 +46,8 @@ def read_batches(files: Sequence[Path], *, text_key: str, cut: LineCut | None = 
             whole, each in the memory of its reader.
 
     Raises:
-        ValueError: a compressed or Parquet file is truncated or damaged, a Parquet file has no such column, or a file
-            was changed meanwhile; names the file.
+        ValueError: a compressed or Parquet file is truncated or damaged, a Parquet file has no such column, a file was
+            changed meanwhile, or a document can't be cut and is too large for the memory; names the file.
     """
     yield from _joined(batch for file in files for batch in _file_batches(file, text_key, cut))
 
@@ -97,8 +91,12 @@ def _document_batches(file: Path, chunks: Iterable[tuple[bytes, int]], cut: Line
     pending = bytearray()
     searched = position = reported = 0
     part, following = Part.WHOLE, Part.FIRST
+    to_check = _LARGE_BYTES
     for chunk, position in _sliced(chunks):
         pending += chunk
+        if len(pending) >= to_check:
+            check_document(file, len(pending))
+            to_check = 2 * len(pending)
         if cut is None or len(pending) < _BATCH_BYTES:
             continue
         at = cut.last(pending, searched)
@@ -107,7 +105,7 @@ def _document_batches(file: Path, chunks: Iterable[tuple[bytes, int]], cut: Line
             continue
         yield RawBatch(file, "text", [bytes(pending[:at])], position - reported, following)
         del pending[:at]
-        searched, reported = 0, position
+        searched, reported, to_check = 0, position, _LARGE_BYTES
         part, following = Part.LAST, Part.MIDDLE
     yield RawBatch(file, "text", [bytes(pending)], position - reported, part)
 
@@ -115,45 +113,27 @@ def _document_batches(file: Path, chunks: Iterable[tuple[bytes, int]], cut: Line
 def _line_batches(file: Path, text_key: str, cut: LineCut | None) -> Iterator[RawBatch]:
     """The lines of a file in blocks, and those that are larger by themselves."""
     pending = bytearray()
-    separator = b""
     searched = position = reported = 0
     for chunk, position in _sliced(_chunks(file)):
         pending += chunk
         if len(pending) < _BATCH_BYTES:
             continue
-        separator = separator or _separator(pending)
-        # Beyond a block without a separator, the next one ends a large line.
-        at = pending.find(separator, searched) if searched else pending.rfind(separator)
+        # Beyond a block without a line break, the next one ends a large line.
+        at = pending.find(b"\n", searched) if searched else pending.rfind(b"\n")
         if at < 0:
             searched = len(pending)
             continue
-        yield from _block(
-            file,
-            bytes(pending[:at]).replace(separator, b"\n"),
-            position - reported,
-            text_key,
-            cut if searched else None,
-        )
+        yield from _block(file, bytes(pending[:at]), position - reported, text_key, cut if searched else None)
         del pending[: at + 1]
         searched, reported = 0, position
-    separator = separator or _separator(pending)
-    yield from _block(
-        file, bytes(pending).replace(separator, b"\n"), position - reported, text_key, cut if searched else None
-    )
-
-
-def _separator(start: bytearray) -> bytes:
-    """What ends the lines of a file that begins so: the line break, but where only carriage returns do."""
-    if b"\n" not in start and b"\r" in start and json_record(bytes(start)) is None:
-        pieces = bytes(start).split(b"\r")
-        if any(json_record(piece) is not None for piece in pieces[:_BATCH_DOCUMENTS]):
-            return b"\r"
-    return b"\n"
+    yield from _block(file, bytes(pending), position - reported, text_key, cut if searched else None)
 
 
 def _block(file: Path, lines: bytes, file_bytes: int, text_key: str, cut: LineCut | None) -> Iterator[RawBatch]:
     """A batch of lines; with ``cut`` it is one line, whose document is cut into parts."""
     if cut is None:
+        if len(lines) >= _LARGE_BYTES:
+            check_document(file, len(lines))
         yield RawBatch(file, "json", lines, file_bytes)
         return
     try:
@@ -172,7 +152,7 @@ def _sliced(chunks: Iterable[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
 
 
 def _chunks(file: Path) -> Iterator[tuple[bytes, int]]:
-    """Uncompressed content in UTF-8 piece by piece, with the number of bytes read from disk so far."""
+    """Uncompressed content piece by piece, with the number of bytes read from disk so far."""
     suffix = file.suffix.lower()
     if suffix == ".gz":
         plain = _decompressed(file, lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
@@ -180,30 +160,18 @@ def _chunks(file: Path) -> Iterator[tuple[bytes, int]]:
         plain = _decompressed(file, zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj)
     else:
         plain = _disk_chunks(file, _CHUNK_BYTES)
-    return _in_utf8(file, plain)
+    return _without_mark(plain)
 
 
-def _in_utf8(file: Path, chunks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
-    """The same without a byte order mark; what that tells to be UTF-16 or UTF-32 is written anew."""
+def _without_mark(chunks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """The same without a byte order mark."""
     head, position = b"", 0
-    for chunk, position in chunks:
+    for chunk, position in chunks:  # noqa: B007  (it is used when the loop has ended)
         head += chunk
-        if len(head) >= len(codecs.BOM_UTF32):
+        if len(head) >= len(BYTE_ORDER_MARK):
             break
-    code = next((code for mark, code in _WIDE_CODES.items() if head.startswith(mark)), None)
-    if code is None:
-        yield head.removeprefix(BYTE_ORDER_MARK), position
-        yield from chunks
-        return
-    # Half a surrogate pair is passed on as bytes that are no UTF-8, so that it costs its own document only.
-    decoder = codecs.getincrementaldecoder(code)("surrogatepass")
-    try:
-        yield decoder.decode(head).encode("utf-8", "surrogatepass"), position
-        for chunk, position in chunks:
-            yield decoder.decode(chunk).encode("utf-8", "surrogatepass"), position
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError as error:
-        raise damaged(file, f"no {code.upper()} as its first bytes say: {error.reason}") from error
+    yield head.removeprefix(BYTE_ORDER_MARK), position
+    yield from chunks
 
 
 def _disk_chunks(file: Path, size: int) -> Iterator[tuple[bytes, int]]:

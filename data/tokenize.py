@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -17,14 +16,12 @@ from megatron_m1.data.documents import RawBatch
 from megatron_m1.data.encode import EncodedBatch, encode_batch
 from megatron_m1.data.encode_pool import encode_in_pool
 from megatron_m1.data.files import file_lock
-from megatron_m1.data.find import PassedOver, file_kind, find_inputs
+from megatron_m1.data.find import PassedOver, find_inputs
+from megatron_m1.data.memory import check_text_files
 from megatron_m1.data.outputs import check_outputs, working_folder
 from megatron_m1.data.readers import read_batches
 from megatron_m1.data.token_files import TokenWriter
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
-
-_MEMORY_PER_BYTE = 100
-"""Bytes of memory that a byte of text takes while a document is encoded whole (measured: 95, SentencePiece 35)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ def tokenize_corpus(
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
     cut = tokenizer.line_cut
     if cut is None:
-        _check_memory(files)
+        check_text_files(files)
     total_bytes = sum(file.stat().st_size for file in files)
     with ExitStack() as stack:
         partial = stack.enter_context(_sole_writer(prefix))
@@ -143,19 +140,6 @@ def tokenize_corpus(
         perf_counter() - started,
         found.passed_over,
     )
-
-
-def _check_memory(files: Sequence[Path]) -> None:
-    """Refuse a text file that can only be encoded whole and needs more memory than there is."""
-    available = psutil.virtual_memory().available
-    for file in files:
-        size = file.stat().st_size
-        if file_kind(file) == "text" and size * _MEMORY_PER_BYTE > available:
-            raise ValueError(
-                f"{file} is one document of {size / 1e6:,.0f} MB, which this tokenizer can only encode whole: that takes"
-                f" about {size * _MEMORY_PER_BYTE / 1e9:,.0f} GB of memory, {available / 1e9:,.0f} GB are free; split it"
-                " into several documents"
-            )
 
 
 @contextmanager

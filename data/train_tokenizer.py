@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_m1.data.cuts import LineCut
 from megatron_m1.data.documents import BadDocumentError, document_text
 from megatron_m1.data.find import find_files
 from megatron_m1.data.readers import read_batches
@@ -40,7 +41,8 @@ def train_tokenizer(inputs: Sequence[str | Path], path: Path, *, vocab_size: int
 def _sample(files: Sequence[Path], text_key: str) -> Iterator[str]:
     step = 1 + sum(file.stat().st_size for file in files) // TRAINING_BYTES
     index = -1
-    for batch in read_batches(files, text_key=text_key):
+    # To train, lines are taken by themselves in any case.
+    for batch in read_batches(files, text_key=text_key, cut=LineCut(before=None, after=None)):
         for payload in batch.payloads:
             index += 1
             if index % step:  # never the first: there may be few documents, all of them large
