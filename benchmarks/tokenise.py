@@ -36,7 +36,6 @@ PIECES = 32_000
 SENTENCEPIECE_TRAINING = 8_000_000
 """Bytes of text that the SentencePiece model is trained on; the other sees all text."""
 BATCH = 512
-ROUNDS = 3
 WORKERS = 2
 SPEED_LIMIT = 1.1
 MEMORY_LIMIT = 300 * 10**6
@@ -183,6 +182,8 @@ def megatron(tools: Path, corpus: Path, tokenizer: Path, out: Path) -> list[str]
     """Megatron-LM's ``preprocess_data.py`` with two workers."""
     kind, model = ("SentencePieceTokenizer", tokenizer) if tokenizer.is_file() else ("HuggingFaceTokenizer", tokenizer)
     return [
+        # Its own core, not the installed one.
+        *("env", f"PYTHONPATH={tools}"),
         *(sys.executable, str(tools / "tools" / "preprocess_data.py"), "--input", str(corpus), "--append-eod"),
         *("--tokenizer-type", kind, "--tokenizer-model", str(model), "--workers", str(WORKERS)),
         *("--output-prefix", str(out)),
@@ -190,26 +191,26 @@ def megatron(tools: Path, corpus: Path, tokenizer: Path, out: Path) -> list[str]
 
 
 def take_turns(
-    root: Path, corpus: Path, tokenizer: Path, kinds: list[str], tools: Path | None
+    root: Path, corpus: Path, tokenizer: Path, kinds: list[str], tools: Path | None, rounds: int
 ) -> dict[str, list[Cost]]:
     """All sides once a round; their ids must be the same.
 
     Raises:
         ValueError: they are not.
     """
-    outs = {name: root / name for name in ("ours", *kinds)}
-    sides = {"ours": ours(corpus, tokenizer, outs["ours"])}
-    sides |= {kind: plain(kind, corpus, tokenizer, outs[kind]) for kind in kinds}
+    sides = {"ours": ours(corpus, tokenizer, root / "ours")}
+    sides |= {kind: plain(kind, corpus, tokenizer, root / kind) for kind in kinds}
+    files = {name: root / f"{name}.bin" for name in sides}
     if tools is not None:
-        outs["megatron"] = root / "megatron"
-        sides["megatron"] = megatron(tools, corpus, tokenizer, outs["megatron"])
+        sides["megatron"] = megatron(tools, corpus, tokenizer, root / "megatron")
+        files["megatron"] = root / "megatron_text_document.bin"
     found: dict[str, list[Cost]] = {name: [] for name in sides}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, command in sides.items():
             found[name].append(measure(command))
-    ids = {name: next(root.glob(f"{out.name}*.bin")).read_bytes() for name, out in outs.items()}
-    for name, content in ids.items():
-        if content != ids["ours"]:
+    expected = files["ours"].read_bytes()
+    for name, file in files.items():
+        if file.read_bytes() != expected:
             raise ValueError(f"refusing to report: {name} has other ids")
     return found
 
@@ -217,7 +218,7 @@ def take_turns(
 def start_up(root: Path, tokenizer: Path) -> Cost:
     """What the command takes for one word."""
     (root / "word.jsonl").write_text('{"text": "word"}\n')
-    return min((measure(ours(root / "word.jsonl", tokenizer, root / "word")) for _ in range(ROUNDS)), key=_cpu)
+    return min((measure(ours(root / "word.jsonl", tokenizer, root / "word")) for _ in range(3)), key=_cpu)
 
 
 def _cpu(cost: Cost) -> float:
@@ -264,6 +265,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--alone", nargs=4, metavar=("KIND", "CORPUS", "TOKENIZER", "OUT"), help=argparse.SUPPRESS)
     parser.add_argument("--bytes", type=int, default=40_000_000, help="of source code (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--megatron", type=Path, help="a checkout of Megatron-LM, to compare with its tool as well")
     options = parser.parse_args()
     if options.alone is not None:
@@ -286,10 +288,9 @@ def main() -> int:
             ("Hugging Face", folder, ["encode_batch", "encode_batch_fast"]),
             ("SentencePiece", model, ["sentencepiece"]),
         ):
-            side = root / path.stem
-            place = side if not side.exists() else root / f"{path.stem}.out"
+            place = root / name
             place.mkdir()
-            found[name] = take_turns(place, root / "corpus.jsonl", path, kinds, options.megatron)
+            found[name] = take_turns(place, root / "corpus.jsonl", path, kinds, options.megatron, options.rounds)
             results[name] = report(name, found[name], start_up(place, path), size)
             results[name]["one_document"] = large_document(place, texts, path)
     content = {
@@ -300,6 +301,7 @@ def main() -> int:
         "bytes": size,
         "documents": len(texts),
         "workers": WORKERS,
+        "rounds": options.rounds,
         "result": results,
         "all": {
             name: {side: [asdict(cost) for cost in costs] for side, costs in one.items()} for name, one in found.items()

@@ -208,7 +208,13 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path: Path) -> None:
     assert [file.name for file in found.files] == ["a.jsonl", "b.txt", "train.json"]
     (passed,) = found.passed_over
     assert dict(passed.counts) == {
-        ".py": 3, "without suffix": 1, "hidden": 3, ".bin": 2, ".idx": 2, "sidecar": 1, "broken link": 1
+        ".py": 3,
+        "without suffix": 1,
+        "hidden": 3,
+        ".bin": 2,
+        ".idx": 2,
+        "sidecar": 1,
+        "broken link": 1,
     }
     line = str(passed)
     assert line.startswith(f"passed over in {folder}: 3 ")
