@@ -157,7 +157,8 @@ def _is_counted(file: Path, passed: PassedOver) -> bool:
 def _search(top: Path, passed: PassedOver) -> list[Path]:
     """All regular files below a folder that are not hidden, sorted."""
     files: list[Path] = []
-    folders, linked = [top], []
+    folders: list[Path] = [top]
+    linked: list[Path] = []
     # By identity, so that a link to a folder above ends.
     seen: set[tuple[int, int]] = set()
     while folders or linked:
