@@ -127,9 +127,9 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
         for candidate in {path, *path.absolute().parents, *path.resolve().parents} - seen:
             seen.add(candidate)
             with suppress(FileNotFoundError, NotADirectoryError):
-                written = places.get(_identity(candidate))
-                if written is not None:
-                    raise ValueError(f"{written} would be written over, but {path} is read: choose another output")
+                place = places.get(_identity(candidate))
+                if place is not None:
+                    raise ValueError(f"{place} would be written over, but {path} is read: choose another output")
 
 
 def _identity(path: Path) -> tuple[int, int]:
