@@ -67,8 +67,6 @@ def _as_bytes(values: pa.Array) -> list[bytes | SkipReason]:
     """Rows as bytes: Arrow does not check that its strings are UTF-8."""
     if isinstance(values, pa.ExtensionArray):
         values = values.storage
-    if isinstance(values, pa.RunEndEncodedArray):
-        values = pa.compute.run_end_decode(values)
     if isinstance(values, pa.DictionaryArray):
         values = values.dictionary_decode()
     if not any(is_kind(values.type) for is_kind in _KINDS):
