@@ -27,7 +27,9 @@ from megatron_m1.training import checkpoint_folder as folders
 from tests.convert import runs
 from tests.convert.conftest import Run
 from tests.harness import WorkerPool
+from tests.model.meshes import start
 from tests.reference.transformers_minimax import build
+from tests.training.checkpoint_runs import open_checkpoints
 
 
 class _Shell:
@@ -105,8 +107,8 @@ def resume(rank: int, world_size: int, folder: Path) -> str:
     """Load the run's newest checkpoint as training does; what it says when it can't."""
     try:
         config = runs.config_of({})
-        trainer = runs.start(config, world_size)
-        runs.open_checkpoints(folder / "checkpoints", config).load_newest(trainer)
+        trainer = start(config, world_size)
+        open_checkpoints(folder / "checkpoints", config).load_newest(trainer)
     except (ValueError, RuntimeError) as error:
         return f"{error} / {error.__cause__}"
     return "loaded"
