@@ -157,7 +157,12 @@ def test_unknown_normalizers_have_no_rule(normalizer: Any) -> None:
 def sentencepiece_model(**options: Any) -> SentencePieceIds:
     model = io.BytesIO()
     lines = [line for text in texts() for line in text.split("\n") if line.strip()]
-    settings = {"model_type": "bpe", "vocab_size": 600, "byte_fallback": True, "normalization_rule_name": "identity"}
+    settings: dict[str, Any] = {
+        "model_type": "bpe",
+        "vocab_size": 600,
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+    }
     settings |= {"remove_extra_whitespaces": False, "add_dummy_prefix": False, "hard_vocab_limit": False}
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, minloglevel=2, **(settings | options)
