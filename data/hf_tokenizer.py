@@ -10,6 +10,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from megatron_m1.data.cuts import LineCut
 from megatron_m1.data.hf_folder import FILE, TokenizerFolder, first_line, read_folder
 from megatron_m1.data.hf_older import older_ids
 from megatron_m1.data.token_ids import FastIds, SentencePieceIds, TokenIds
@@ -64,6 +65,11 @@ class HuggingFaceTokenizer:
     def notes(self) -> tuple[str, ...]:
         """What had to be assumed, one line each."""
         return self._notes
+
+    @property
+    def line_cut(self) -> LineCut | None:
+        """Where a text may be cut so that its parts, encoded by themselves, give its ids; None if no place is known."""
+        return self._ids.line_cut
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``.

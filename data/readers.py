@@ -1,213 +1,187 @@
 """Documents from JSON lines, text files and Parquet, each plain or compressed as its kind allows.
 
-Reading (in one process) is kept apart from parsing (in many): a batch carries raw bytes, and :func:`document_text`
-makes text of them or says why not.
+Reading (in one process) is kept apart from parsing (in many): a batch carries raw bytes, and ``documents`` makes text
+of them or says why not. The reader does no more than it must, so that it can feed many processes.
 """
 
 from __future__ import annotations
 
-import glob
-import json
+import os
 import zlib
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import zstandard
 
-_JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
-_TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
-_COMPRESSIONS = (".gz", ".zst")
-_SUPPORTED = f"{', '.join(_JSON_SUFFIXES + _TEXT_SUFFIXES)} (plain, .gz or .zst) and .parquet"
+from megatron_m1.data.cuts import LineCut
+from megatron_m1.data.documents import (
+    BYTE_ORDER_MARK,
+    BadDocumentError,
+    Part,
+    RawBatch,
+    SkipReason,
+    document_text,
+)
+from megatron_m1.data.find import check_unchanged, damaged, file_kind
+from megatron_m1.data.memory import check_document
+from megatron_m1.data.parquet import parquet_values
+
 _CHUNK_BYTES = 1 << 18
+_COMPRESSED_BYTES = 1 << 15
+"""Of a compressed file at a time: what comes of it is a multiple."""
 _BATCH_BYTES = 1 << 19
 _BATCH_DOCUMENTS = 512
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_LARGE_BYTES = 1 << 26
+"""From here on it is looked whether there is memory for a document that nothing was cut from so far."""
 
 
-class SkipReason(StrEnum):
-    """Why a document is left out."""
-
-    NOT_JSON = "not a JSON object"
-    KEY_MISSING = "key missing"
-    NOT_STRING = "not a string"
-    EMPTY = "empty"
-    BAD_UTF8 = "bad UTF-8"
-
-
-class BadDocumentError(Exception):
-    """A document that is skipped."""
-
-    def __init__(self, reason: SkipReason) -> None:
-        super().__init__(str(reason))
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class RawBatch:
-    """Consecutive documents of one file, not yet parsed."""
-
-    file: Path
-    kind: Literal["json", "text"]
-    """json: each payload is one line. text: each payload is the document itself."""
-    payloads: list[bytes | SkipReason]
-    """A reason stands for a document that could not even be read as bytes."""
-    file_bytes: int
-    """Bytes on disk that were read for it, for a progress bar."""
-
-
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
-    """Resolve files, folders (searched recursively) and globs to input files.
-
-    Inputs keep their order; what a folder or glob holds is sorted by path; no file comes twice. Hidden files, files of
-    other kinds inside folders, and the sidecars of tokenised corpora are passed over.
-
-    Raises:
-        FileNotFoundError: an input does not exist or a glob matches nothing.
-        ValueError: no input, a named file of an unknown kind, or a folder without any file of a known kind.
-    """
-    if not inputs:
-        raise ValueError("no input was given; name a file, a folder or a glob")
-    found: dict[Path, None] = {}
-    for item in inputs:
-        path = Path(item)
-        if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if _is_input(file.relative_to(path), file)]
-            if not files:
-                raise ValueError(f"{path} holds no document files; supported are {_SUPPORTED}")
-        elif path.exists():
-            files = [path]
-        else:
-            files = sorted(match for match in map(Path, glob.glob(str(item), recursive=True)) if match.is_file())
-            if not files:
-                raise FileNotFoundError(f"{item} does not exist and matches nothing; correct the path or the glob")
-        found.update(dict.fromkeys(files))
-    for file in found:
-        if _kind(file) is None:
-            raise ValueError(f"{file} is of no supported kind; supported are {_SUPPORTED}")
-    return list(found)
-
-
-def _is_input(relative: Path, file: Path) -> bool:
-    hidden = any(part.startswith(".") for part in relative.parts)
-    is_sidecar = file.suffix == ".json" and file.with_suffix(".idx").exists()
-    return not hidden and not is_sidecar and _kind(file) is not None and file.is_file()
-
-
-def _kind(file: Path) -> Literal["json", "text", "parquet"] | None:
-    name = file.with_suffix("") if file.suffix in _COMPRESSIONS else file
-    if name.suffix in _JSON_SUFFIXES:
-        return "json"
-    if name.suffix in _TEXT_SUFFIXES:
-        return "text"
-    return "parquet" if file.suffix == ".parquet" else None
-
-
-def read_batches(files: Sequence[Path], *, text_key: str) -> Generator[RawBatch]:
+def read_batches(files: Sequence[Path], *, text_key: str, cut: LineCut | None = None) -> Generator[RawBatch]:
     """Read all documents in order, in batches of about half a megabyte.
 
     Args:
-        files: from :func:`find_files`.
-        text_key: Parquet column of the text; JSON objects are parsed later, by :func:`document_text`.
+        files: from ``find.find_inputs``.
+        text_key: Parquet column of the text; of JSON objects only large ones are parsed here.
+        cut: where larger documents may be cut into parts, which then come as batches of their own; None leaves them
+            whole, each in the memory of its reader.
 
     Raises:
-        ValueError: a compressed or Parquet file is truncated or damaged, or a Parquet file has no such column; names
-            the file.
+        ValueError: a compressed or Parquet file is truncated or damaged, a Parquet file has no such column, a file was
+            changed meanwhile, or a document can't be cut and is too large for the memory; names the file.
     """
-    for file in files:
-        kind = _kind(file)
-        if kind == "parquet":
-            yield from _parquet_batches(file, text_key)
-        elif kind == "text":
-            text = b"".join(chunk for chunk, _ in _chunks(file))
-            yield RawBatch(file, "text", [text], file.stat().st_size)
-        else:
-            yield from _line_batches(file)
+    yield from _joined(batch for file in files for batch in _file_batches(file, text_key, cut))
 
 
-def document_text(kind: Literal["json", "text"], payload: bytes | SkipReason, *, text_key: str) -> str:
-    """Text of one document, valid Unicode that is not blank.
-
-    Raises:
-        BadDocumentError: with the reason to skip it.
-    """
-    if isinstance(payload, SkipReason):
-        raise BadDocumentError(payload)
-    try:
-        text = payload.removeprefix(_BYTE_ORDER_MARK).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadDocumentError(SkipReason.BAD_UTF8) from error
-    if kind == "json":
-        text = _json_text(text, text_key)
-    if not text.strip():
-        raise BadDocumentError(SkipReason.EMPTY)
-    return text
-
-
-def _json_text(line: str, text_key: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadDocumentError(SkipReason.NOT_JSON) from error
-    if not isinstance(record, dict):
-        raise BadDocumentError(SkipReason.NOT_JSON)
-    if text_key not in record:
-        raise BadDocumentError(SkipReason.KEY_MISSING)
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise BadDocumentError(SkipReason.NOT_STRING)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        # JSON can spell half a surrogate pair, which is no character.
-        raise BadDocumentError(SkipReason.BAD_UTF8) from error
-    return text
-
-
-def _line_batches(file: Path) -> Generator[RawBatch]:
-    """Batches of the non-blank lines of a file."""
-    lines: list[bytes | SkipReason] = []
-    pending: list[bytes] = []
-    size = position = reported = 0
-    for chunk, position in _chunks(file):
-        first, *others = chunk.split(b"\n")
-        pending.append(first)
-        if not others:
-            continue
-        for line in (b"".join(pending), *others[:-1]):
-            if line.strip():
-                lines.append(line)
-                size += len(line)
-            if size >= _BATCH_BYTES or len(lines) >= _BATCH_DOCUMENTS:
-                yield RawBatch(file, "json", lines, position - reported)
-                lines, size, reported = [], 0, position
-        pending = [others[-1]]
-    last = b"".join(pending)
-    if last.strip():
-        lines.append(last)
-    yield RawBatch(file, "json", lines, position - reported)
-
-
-def _chunks(file: Path) -> Generator[tuple[bytes, int]]:
-    """Uncompressed content piece by piece, with the number of bytes read from disk so far."""
-    if file.suffix == ".gz":
-        yield from _decompressed(file, lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
-    elif file.suffix == ".zst":
-        yield from _decompressed(file, zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj)
+def _file_batches(file: Path, text_key: str, cut: LineCut | None) -> Iterator[RawBatch]:
+    kind = file_kind(file)
+    if kind == "text":
+        yield from _document_batches(file, _chunks(file), cut)
+    elif kind == "json":
+        yield from _line_batches(file, text_key, cut)
     else:
-        yield from _disk_chunks(file)
+        for value, file_bytes in parquet_values(file, text_key, _BATCH_DOCUMENTS, _BATCH_BYTES):
+            if isinstance(value, SkipReason):
+                yield RawBatch(file, "text", [value], file_bytes)
+            else:
+                yield from _document_batches(file, [(value.removeprefix(BYTE_ORDER_MARK), file_bytes)], cut)
 
 
-def _disk_chunks(file: Path) -> Generator[tuple[bytes, int]]:
+def _joined(batches: Iterable[RawBatch]) -> Generator[RawBatch]:
+    """Documents of kind text come one by one: put neighbours into one batch."""
+    together: list[RawBatch] = []
+    payloads: list[bytes | SkipReason] = []
+    size = 0
+    for batch in batches:
+        joins = batch.part is Part.WHOLE and isinstance(batch.content, list)
+        if together and (not joins or size >= _BATCH_BYTES or len(payloads) >= _BATCH_DOCUMENTS):
+            yield RawBatch(together[0].file, "text", payloads, sum(small.file_bytes for small in together))
+            together, payloads, size = [], [], 0
+        if not joins or not isinstance(batch.content, list):
+            yield batch
+            continue
+        together.append(batch)
+        payloads += batch.content
+        size += sum(len(payload) for payload in batch.content)
+    if together:
+        yield RawBatch(together[0].file, "text", payloads, sum(small.file_bytes for small in together))
+
+
+def _document_batches(file: Path, chunks: Iterable[tuple[bytes, int]], cut: LineCut | None) -> Iterator[RawBatch]:
+    """One document, in parts if it is large and there are places to cut; chunks come with the bytes read so far."""
+    pending = bytearray()
+    searched = position = reported = 0
+    part, following = Part.WHOLE, Part.FIRST
+    to_check = _LARGE_BYTES
+    for chunk, position in _sliced(chunks):
+        pending += chunk
+        if len(pending) >= to_check:
+            check_document(file, len(pending))
+            to_check = 2 * len(pending)
+        if cut is None or len(pending) < _BATCH_BYTES:
+            continue
+        at = cut.last(pending, searched)
+        if at < 0:
+            searched = len(pending) - 1
+            continue
+        yield RawBatch(file, "text", [bytes(pending[:at])], position - reported, following)
+        del pending[:at]
+        searched, reported, to_check = 0, position, _LARGE_BYTES
+        part, following = Part.LAST, Part.MIDDLE
+    yield RawBatch(file, "text", [bytes(pending)], position - reported, part)
+
+
+def _line_batches(file: Path, text_key: str, cut: LineCut | None) -> Iterator[RawBatch]:
+    """The lines of a file in blocks, and those that are larger by themselves."""
+    pending = bytearray()
+    searched = position = reported = 0
+    for chunk, position in _sliced(_chunks(file)):
+        pending += chunk
+        if len(pending) < _BATCH_BYTES:
+            continue
+        # Beyond a block without a line break, the next one ends a large line.
+        at = pending.find(b"\n", searched) if searched else pending.rfind(b"\n")
+        if at < 0:
+            searched = len(pending)
+            continue
+        yield from _block(file, bytes(pending[:at]), position - reported, text_key, cut if searched else None)
+        del pending[: at + 1]
+        searched, reported = 0, position
+    yield from _block(file, bytes(pending), position - reported, text_key, cut if searched else None)
+
+
+def _block(file: Path, lines: bytes, file_bytes: int, text_key: str, cut: LineCut | None) -> Iterator[RawBatch]:
+    """A batch of lines; with ``cut`` it is one line, whose document is cut into parts."""
+    if cut is None:
+        if len(lines) >= _LARGE_BYTES:
+            check_document(file, len(lines))
+        yield RawBatch(file, "json", lines, file_bytes)
+        return
+    try:
+        text = document_text("json", lines, text_key=text_key).encode("utf-8")
+    except BadDocumentError as bad:
+        yield RawBatch(file, "text", [bad.reason], file_bytes)
+    else:
+        yield from _document_batches(file, [(text, file_bytes)], cut)
+
+
+def _sliced(chunks: Iterable[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """The same in chunks of limited size."""
+    for chunk, position in chunks:
+        for start in range(0, len(chunk), _CHUNK_BYTES):
+            yield chunk[start : start + _CHUNK_BYTES], position
+
+
+def _chunks(file: Path) -> Iterator[tuple[bytes, int]]:
+    """Uncompressed content piece by piece, with the number of bytes read from disk so far."""
+    suffix = file.suffix.lower()
+    if suffix == ".gz":
+        plain = _decompressed(file, lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS))
+    elif suffix == ".zst":
+        plain = _decompressed(file, zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj)
+    else:
+        plain = _disk_chunks(file, _CHUNK_BYTES)
+    return _without_mark(plain)
+
+
+def _without_mark(chunks: Iterator[tuple[bytes, int]]) -> Iterator[tuple[bytes, int]]:
+    """The same without a byte order mark."""
+    head, position = b"", 0
+    for chunk, position in chunks:  # noqa: B007  (it is used when the loop has ended)
+        head += chunk
+        if len(head) >= len(BYTE_ORDER_MARK):
+            break
+    yield head.removeprefix(BYTE_ORDER_MARK), position
+    yield from chunks
+
+
+def _disk_chunks(file: Path, size: int) -> Iterator[tuple[bytes, int]]:
     position = 0
     with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
+        before = os.fstat(stream.fileno())
+        while chunk := stream.read(size):
             position += len(chunk)
             yield chunk, position
+        check_unchanged(file, before, os.fstat(stream.fileno()))
 
 
 class _Frame(Protocol):
@@ -225,10 +199,10 @@ class _Frame(Protocol):
         """Next part of the content."""
 
 
-def _decompressed(file: Path, new_frame: Callable[[], _Frame]) -> Generator[tuple[bytes, int]]:
+def _decompressed(file: Path, new_frame: Callable[[], _Frame]) -> Iterator[tuple[bytes, int]]:
     """Content of all frames. The stream readers of zstandard take a truncated file for a whole one; frames tell."""
     frame = new_frame()
-    for compressed, position in _disk_chunks(file):
+    for compressed, position in _disk_chunks(file, _COMPRESSED_BYTES):
         rest = compressed
         while rest:
             if frame.eof:
@@ -238,42 +212,9 @@ def _decompressed(file: Path, new_frame: Callable[[], _Frame]) -> Generator[tupl
             try:
                 plain = frame.decompress(rest)
             except (zlib.error, zstandard.ZstdError) as error:
-                raise _damaged(file, error) from error
+                raise damaged(file, error) from error
             rest = frame.unused_data if frame.eof else b""
             if plain:
                 yield plain, position
     if not frame.eof:
-        raise _damaged(file, "it ends before its content does")
-
-
-def _damaged(file: Path, why: object) -> ValueError:
-    return ValueError(f"{file} is truncated or damaged ({why}); fetch or compress it again")
-
-
-def _parquet_batches(file: Path, column: str) -> Generator[RawBatch]:
-    try:
-        table = pq.ParquetFile(file)
-        rows = max(1, table.metadata.num_rows)
-        if column not in table.schema_arrow.names:
-            columns = ", ".join(table.schema_arrow.names)
-            raise ValueError(f"{file} has no column {column!r}: name its text column with --text-key, from {columns}")
-        done = 0
-        for batch in table.iter_batches(batch_size=_BATCH_DOCUMENTS, columns=[column]):
-            share = (done + batch.num_rows) * file.stat().st_size // rows - done * file.stat().st_size // rows
-            done += batch.num_rows
-            yield RawBatch(file, "text", _parquet_payloads(batch.column(0)), share)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(file, error) from error
-
-
-def _parquet_payloads(values: pa.Array) -> list[bytes | SkipReason]:
-    """Rows as bytes: Arrow does not check that its strings are UTF-8."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    if pa.types.is_large_string(values.type):
-        values = values.cast(pa.large_binary())
-    elif pa.types.is_string(values.type) or pa.types.is_string_view(values.type):
-        values = values.cast(pa.binary())
-    else:
-        return [SkipReason.NOT_STRING] * len(values)
-    return [SkipReason.NOT_STRING if value is None else value for value in values.to_pylist()]
+        raise damaged(file, "it ends before its content does")

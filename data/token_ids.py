@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import sentencepiece
 import tokenizers
+
+from megatron_m1.data.cuts import LineCut, hugging_face_cut, sentencepiece_cut
 
 
 class TokenIds(Protocol):
@@ -15,6 +19,10 @@ class TokenIds(Protocol):
     @property
     def size(self) -> int:
         """One more than the largest id."""
+
+    @property
+    def line_cut(self) -> LineCut | None:
+        """Where texts may be cut without a change of ids; None if no place is known."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text; marks that are spelled out are text."""
@@ -40,6 +48,17 @@ class FastIds:
     def size(self) -> int:
         """One more than the largest id, added tokens included."""
         return self._size
+
+    @property
+    def line_cut(self) -> LineCut | None:
+        """By the tokenizer's parts, see ``cuts``."""
+        backend = self._backend
+        # To pickle a part is to spell it as tokenizer.json does.
+        normalizer, pre_tokenizer = (
+            None if part is None else json.loads(part.__getstate__())
+            for part in (backend.normalizer, backend.pre_tokenizer)
+        )
+        return hugging_face_cut(normalizer, pre_tokenizer, list(backend.get_added_tokens_decoder().values()))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -69,6 +88,11 @@ class PythonIds:
     def size(self) -> int:
         """One more than the largest id, added tokens included."""
         return self._size
+
+    @property
+    def line_cut(self) -> LineCut | None:
+        """None: what its Python does is not known."""
+        return None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
@@ -103,6 +127,12 @@ class SentencePieceIds:
     def size(self) -> int:
         """Number of pieces."""
         return int(self.processor.vocab_size())
+
+    @property
+    def line_cut(self) -> LineCut | None:
+        """By the model's kind and pieces, see ``cuts``."""
+        proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+        return sentencepiece_cut(proto.ModelProto.FromString(self.processor.serialized_model_proto()))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""

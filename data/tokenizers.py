@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import sentencepiece
 
 from megatron_m1.data.cores import usable_cores
+from megatron_m1.data.cuts import LineCut
 from megatron_m1.data.files import write_atomically
 from megatron_m1.data.hf_tokenizer import HuggingFaceTokenizer
 from megatron_m1.data.token_ids import SentencePieceIds
@@ -41,6 +42,10 @@ class Tokenizer(Protocol):
     @property
     def notes(self) -> tuple[str, ...]:
         """What had to be assumed when it was loaded, one line each; commands print them once."""
+
+    @property
+    def line_cut(self) -> LineCut | None:
+        """Where a text may be cut so that its parts, encoded by themselves, give its ids; None if no place is known."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without any begin or end mark. Marks that are spelled out in the text are plain text."""
@@ -105,6 +110,11 @@ class SentencePieceTokenizer:
     def notes(self) -> tuple[str, ...]:
         """Nothing: a model file is complete."""
         return ()
+
+    @property
+    def line_cut(self) -> LineCut | None:
+        """Where a text may be cut so that its parts, encoded by themselves, give its ids; None if no place is known."""
+        return self._ids.line_cut
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``."""

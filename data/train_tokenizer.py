@@ -6,7 +6,10 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_m1.data.readers import BadDocumentError, document_text, find_files, read_batches
+from megatron_m1.data.cuts import LineCut
+from megatron_m1.data.documents import BadDocumentError, document_text
+from megatron_m1.data.find import find_files
+from megatron_m1.data.readers import read_batches
 from megatron_m1.data.tokenizers import train_sentencepiece
 
 TRAINING_BYTES = 100_000_000
@@ -17,7 +20,7 @@ def train_tokenizer(inputs: Sequence[str | Path], path: Path, *, vocab_size: int
     """Train a BPE model with byte fallback on documents, evenly thinned where there is much, and write it atomically.
 
     Args:
-        inputs: files, folders or globs, see ``readers.find_files``.
+        inputs: files, folders or globs, see ``find.find_inputs``.
         path: the ``.model`` file to write; its folder is made.
         vocab_size: pieces in all.
         text_key: key of a JSON object, or Parquet column, that holds the text.
@@ -38,7 +41,8 @@ def train_tokenizer(inputs: Sequence[str | Path], path: Path, *, vocab_size: int
 def _sample(files: Sequence[Path], text_key: str) -> Iterator[str]:
     step = 1 + sum(file.stat().st_size for file in files) // TRAINING_BYTES
     index = -1
-    for batch in read_batches(files, text_key=text_key):
+    # To train, lines are taken by themselves in any case.
+    for batch in read_batches(files, text_key=text_key, cut=LineCut(before=None, after=None)):
         for payload in batch.payloads:
             index += 1
             if index % step:  # never the first: there may be few documents, all of them large

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,9 +11,16 @@ from typing import Any
 
 from megatron_m1.config import Config
 from megatron_m1.config_io import load_config
+from megatron_m1.counts import model_counts
+from megatron_m1.training.checkpoint_folder import MANIFEST, first_fault, read_manifest
 
 COMMIT_MARK = "metadata.json"
 """Written last by dist_checkpointing: without it the checkpoint is not complete."""
+
+DATA_SUFFIX = ".distcp"
+"""Of the files that hold tensors."""
+OPTIMIZER_PREFIX = "optimizer."
+"""What the optimizer's tensors begin with."""
 
 MODEL_SHAPE = (
     "num_layers",
@@ -102,13 +108,8 @@ def read_checkpoint(folder: Path) -> CheckpointContents:
         raise ValueError(f"{folder} is no checkpoint: its name must be step_<number>")
     if not (folder / COMMIT_MARK).is_file():
         raise ValueError(f"checkpoint {folder} is incomplete: {COMMIT_MARK} is missing, the save did not finish")
-    tensors, extents = _read_metadata(folder)
-    for name, end in sorted(extents.items()):
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"checkpoint {folder} is damaged: {name} is missing")
-        if path.stat().st_size < end:
-            raise ValueError(f"checkpoint {folder} is damaged: {name} has {path.stat().st_size} bytes, not {end}")
+    _check_small_files(folder)
+    tensors = _stored_tensors(folder)
     return CheckpointContents(
         folder=folder,
         config=load_config(folder / "config.yaml"),
@@ -118,31 +119,49 @@ def read_checkpoint(folder: Path) -> CheckpointContents:
     )
 
 
-def _read_metadata(folder: Path) -> tuple[list[StoredTensor], dict[str, int]]:
-    """Return the tensors, and for every data file the bytes that it must have."""
-    from torch.distributed.checkpoint import FileSystemReader
+def _check_small_files(folder: Path) -> None:
+    """Compare all files but the tensors' with their hashes, before anything in them is believed.
+
+    The tensors' are compared by those who read them: of a large model that takes many minutes.
+    """
+    if not (folder / MANIFEST).exists():
+        return  # whoever loads it insists
+    try:
+        expected = read_manifest(folder)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
+    fault = first_fault(folder, {name: digest for name, digest in expected.items() if not name.endswith(DATA_SUFFIX)})
+    if fault is not None:
+        raise ValueError(f"checkpoint {folder} is damaged: {fault}")
+
+
+def _stored_tensors(folder: Path) -> list[StoredTensor]:
+    # torch takes seconds to import, which what needs no checkpoint should not wait for.
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-        tensors = []
-        for name, stored in sorted(metadata.state_dict_metadata.items()):
-            if isinstance(stored, TensorStorageMetadata):
-                dtype, shape = stored.properties.dtype, tuple(stored.size)
-                tensors.append(StoredTensor(name, shape, str(dtype)[6:], math.prod(shape) * dtype.itemsize))
-        extents: dict[str, int] = {}
-        for storage in (metadata.storage_data or {}).values():
-            extents[storage.relative_path] = max(extents.get(storage.relative_path, 0), storage.offset + storage.length)
-    except (
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # These are what unpickling torn or flipped bytes raises.
-        raise ValueError(f"checkpoint {folder} is damaged: .metadata can't be read ({type(error).__name__})") from error
-    return tensors, extents
+    from megatron_m1.checkpoint_metadata import read_metadata
+
+    tensors = []
+    for name, stored in sorted(read_metadata(folder).state_dict_metadata.items()):
+        if isinstance(stored, TensorStorageMetadata):
+            dtype, shape = stored.properties.dtype, tuple(stored.size)
+            tensors.append(StoredTensor(name, shape, str(dtype)[6:], math.prod(shape) * dtype.itemsize))
+    return tensors
+
+
+def check_model_size(contents: CheckpointContents) -> None:
+    """Refuse a configuration of another size than the tensors: before a model of that size is made.
+
+    Raises:
+        ValueError: they differ; one line.
+    """
+    model, tensors = contents.config.model, contents.tensors
+    held = sum(math.prod(t.shape) for t in tensors if not t.name.startswith(OPTIMIZER_PREFIX))
+    # Layers are counted one by one.
+    described = model_counts(model).total if 0 < model.num_layers <= len(tensors) else None
+    if described != held:
+        raise ValueError(
+            f"checkpoint {contents.folder} is damaged: its tensors have {held:,} parameters, "
+            + "the model of its config.yaml "
+            + ("more layers than there are tensors" if described is None else f"{described:,}")
+        )

@@ -157,6 +157,8 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     """
     try:
         content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except RecursionError as error:
+        raise ValueError(f"config file {file} is nested too deeply") from error
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ValueError(f"config file {file} can't be read: {reason}") from error

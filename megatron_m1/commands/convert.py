@@ -48,7 +48,7 @@ def command_parser(direction: str) -> CommandParser:
             "--format",
             choices=("hub", "native"),
             default="hub",
-            help="hub: for transformers and vLLM; native: as native transformers saves, with its buffers",
+            help="hub: for the hub's code and vLLM up to 0.23.0; native: exact in transformers, as it saves itself",
         )
         parser.add_argument(
             "--tokenizer",

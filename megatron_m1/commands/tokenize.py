@@ -13,8 +13,8 @@ Turn documents into PREFIX.bin, .idx and .json. An earlier output stays until th
 that this command did not make, or reads, are refused.
 
 One document a line of .jsonl, .json and .ndjson, one a file of .txt, .text, .md and .rst (all of them plain, .gz or
-.zst), one a row of .parquet. Folders are searched with their subfolders; hidden files and files of other kinds in them
-are passed over."""
+.zst), one a row of .parquet. Folders are searched with their subfolders; hidden files, files of other kinds
+and sidecars of tokenised corpora in them are passed over, counted and named."""
 
 
 def command_parser() -> CommandParser:
@@ -58,8 +58,8 @@ def run(arguments: Sequence[str]) -> int:
         ValueError: wrong input, in one line.
     """
     options = command_parser().parse_all(arguments)
+    from megatron_m1.data.find import find_files
     from megatron_m1.data.outputs import check_outputs
-    from megatron_m1.data.readers import find_files
     from megatron_m1.data.tokenize import tokenize_corpus
     from megatron_m1.data.train_tokenizer import train_tokenizer
 

@@ -209,9 +209,13 @@ def check_inputs(source: OurCheckpoint, options: ExportOptions) -> ReadyTokenize
     """Check what an export reads besides the checkpoint, and return the tokenizer.
 
     Raises:
-        ValueError: the tokenizer can't be exported, or modeling files are missing.
+        ValueError: the tokenizer can't be exported, modeling files are missing, or the format is not theirs.
     """
     if options.remote_code is not None:
+        if options.format == "native":
+            raise ValueError(
+                "--remote-code goes with --format hub: the hub's code reads neither keys nor rows of --format native"
+            )
         missing = [name for name in REMOTE_FILES if not (options.remote_code / name).is_file()]
         if missing:
             raise ValueError(

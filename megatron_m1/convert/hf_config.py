@@ -28,7 +28,8 @@ NATIVE_NORM_EPSILON = 1e-6
 """Epsilon inside lightning layers of native transformers and of the hub's own code."""
 VLLM = (
     "vLLM reads such folders up to 0.23.0, which is the last version with this model (its PR #45993); outputs of its "
-    "prefill kernel for lightning layers are off by 0.2 to 2.4% on average beyond 256 tokens of prompt"
+    "prefill kernel for lightning layers, measured as 0.32.0 has it under Triton's interpreter, are off by 0.2 to 2.4% "
+    "on average beyond 256 tokens of prompt"
 )
 """What users of vLLM should know."""
 _NORM_EPSILON_KEY = "lightning_norm_eps"
@@ -62,6 +63,8 @@ def native_config(model: ModelConfig, dtype: torch.dtype, max_positions: int) ->
     """Return the keys that native transformers' ``MiniMaxConfig`` reads, for weights of ``units(native_heads=True)``.
 
     Partial rotary is spelled as the rope type of ``native_rotary``; ``has_native_heads`` tells such a file.
+    Transformers before 5 ignores ``rope_parameters`` and would take its own base and whole heads: it reads
+    ``rope_theta`` and ``rope_scaling``.
 
     Args:
         model: shape and numerics.
@@ -74,7 +77,13 @@ def native_config(model: ModelConfig, dtype: torch.dtype, max_positions: int) ->
         config["rope_parameters"] = native_rotary.rope_parameters(
             base=model.rotary_base, rotated=rotated, head_dim=head_dim, max_positions=max_positions
         )
+        config["rope_scaling"] = _as_scaling(config["rope_parameters"])
     return config
+
+
+def _as_scaling(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` as transformers before 5 has them, with the base outside."""
+    return {key: value for key, value in parameters.items() if key != "rope_theta"}
 
 
 def has_native_heads(config: Mapping[str, Any]) -> bool:
@@ -109,8 +118,10 @@ def _common_config(model: ModelConfig, dtype: torch.dtype, max_positions: int) -
             "rope_theta": model.rotary_base,
             "partial_rotary_factor": model.rotary_percent,
         },
+        "rope_theta": model.rotary_base,
         "layer_types": kinds,
         "block_size": NATIVE_BLOCK,
+        _NORM_EPSILON_KEY: model.lightning_norm_epsilon,
         **{f"{native}_{part}_factor": value for native, part, value in _native_factors(alpha, beta)},
         "bos_token_id": None,
         "eos_token_id": None,
@@ -135,8 +146,6 @@ def hub_config(model: ModelConfig, dtype: torch.dtype, max_positions: int) -> di
         **{f"layernorm_{hub}_beta": beta for hub in _FACTORS.values()},
         "postnorm": True,
         "rotary_dim": rotary_dim(model),
-        _NORM_EPSILON_KEY: model.lightning_norm_epsilon,
-        "rope_theta": model.rotary_base,
         "shared_intermediate_size": 0,
         "shared_moe_mode": "sigmoid",
         "sliding_window": None,
@@ -161,7 +170,7 @@ def caveats(model: ModelConfig, *, native: bool = False) -> list[str]:
     if model.lightning_norm_epsilon != NATIVE_NORM_EPSILON:
         lines.append(
             f"native transformers uses {NATIVE_NORM_EPSILON:g} in the norm inside lightning layers, this model "
-            f"{model.lightning_norm_epsilon:g}: no key of config.json says so"
+            f"{model.lightning_norm_epsilon:g}: it reads no key that says so"
         )
     if native:
         return [*lines, "vLLM can't read this format: it fails on the decay tables that native transformers saves"]
@@ -328,10 +337,14 @@ def _rotary(config: Mapping[str, Any], dim: int) -> tuple[float, float]:
     for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         if not isinstance(value, dict):
             raise ValueError(f"{name} = {value!r}: it must be an object")
+    native = has_native_heads(config)
+    if native and scaling not in ({}, _as_scaling(parameters)):
+        raise ValueError("rope_parameters and rope_scaling contradict each other, and transformers prefers the latter")
+    for name, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
         # The key's older name is still read.
         kinds = [value[key] for key in ("rope_type", "type") if value.get(key) is not None]
-        native = name == "rope_parameters" and has_native_heads(config) and len(kinds) == 1
-        if any(kind != "default" for kind in kinds if not native) or (name == "rope_scaling" and value and not kinds):
+        other = any(kind != "default" for kind in kinds) or (name == "rope_scaling" and value and not kinds)
+        if other and not native:
             raise ValueError(f"{name} = {value}: only the default kind is supported")
     places = [{key: value for key, value in place.items() if value is not None} for place in (config, parameters)]
     thetas = {_number(place, "rope_theta") for place in places if "rope_theta" in place}
@@ -339,7 +352,7 @@ def _rotary(config: Mapping[str, Any], dim: int) -> tuple[float, float]:
         raise ValueError(f"rope_theta is {sorted(thetas) or 'missing'}: one value is needed")
     factor = "partial_rotary_factor"
     percents = {_number(place, factor) for place in places if factor in place}
-    if has_native_heads(config):
+    if native:
         rotated = native_rotary.rotated_dimensions(parameters, base=min(thetas), head_dim=dim)
         percents.add(_share(rotated, dim))
     if "rotary_dim" in config:

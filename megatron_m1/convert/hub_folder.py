@@ -106,6 +106,10 @@ def open_hub_folder(folder: Path, *, headers: bool = True) -> HubFolder:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     files, announced = _read_index(folder)
     files = {name: file for name, file in files.items() if not is_native_buffer(name)}
+    if model.num_moe_experts * model.num_layers > len(files):
+        raise ValueError(
+            f"{folder / 'config.json'}: {model.num_moe_experts} experts, but there are {len(files)} tensors"
+        )
     wanted = units(model, native_heads=has_native_heads(config))
     check_names([part.name for unit in wanted for part in unit.parts], files, str(folder))
     opened = HubFolder(folder, config, model, wanted, files)
@@ -142,8 +146,11 @@ def _read_index(folder: Path) -> tuple[dict[str, str], Any]:
         if "weight_map" not in index:
             raise ValueError("it has no weight_map")
         files = {str(name): str(file) for name, file in index["weight_map"].items()}
+        strange = next((file for file in files.values() if Path(file).name != file or file == ".."), None)
+        if strange is not None:
+            raise ValueError(f"it names the file {strange!r}, which is not in the folder")
         return files, index.get("metadata", {}).get("total_size")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error
 
 

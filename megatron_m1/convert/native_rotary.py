@@ -20,6 +20,15 @@ UNROTATED = 1e38
 """Factor of a pair that is not rotated: its frequency is at most 1e-38, and 0 in fp32 with M1's bases."""
 _CLOSE = 1e-6
 """Relative; fp32, which transformers computes in, is no finer."""
+_KEYS = {
+    "rope_type",
+    "rope_theta",
+    "short_factor",
+    "long_factor",
+    "original_max_position_embeddings",
+    "factor",
+    "attention_factor",
+}
 
 
 def rope_parameters(*, base: float, rotated: int, head_dim: int, max_positions: int) -> dict[str, Any]:
@@ -60,11 +69,12 @@ def rotated_dimensions(parameters: Mapping[str, Any], *, base: float, head_dim: 
         ValueError: they are not what :func:`rope_parameters` writes, but a real LongRoPE.
     """
     factors = parameters.get("short_factor")
-    if isinstance(factors, list) and all(type(x) in (int, float) for x in factors):
+    # A whole number in JSON can be beyond what a float holds; a power of a negative base is no real number.
+    if base > 0 and isinstance(factors, list) and all(type(x) in (int, float) and x < 2 * UNROTATED for x in factors):
         rotated = 2 * sum(factor < UNROTATED / 2 for factor in factors)
         wanted = _factors(base, rotated, head_dim) if 0 < rotated < head_dim and len(factors) == head_dim // 2 else []
         same = wanted and all(math.isclose(a, b, rel_tol=_CLOSE) for a, b in zip(factors, wanted, strict=True))
-        plain = parameters.get("attention_factor") == 1 and parameters.get("partial_rotary_factor", 1) == 1
+        plain = parameters.get("attention_factor") == 1 and parameters.keys() <= _KEYS
         if same and plain and parameters.get("long_factor") == factors:
             return rotated
     raise ValueError(

@@ -42,12 +42,12 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_m1.checkpoint_contents import CheckpointContents, read_checkpoint
+from megatron_m1.checkpoint_contents import OPTIMIZER_PREFIX, CheckpointContents, check_model_size, read_checkpoint
+from megatron_m1.checkpoint_metadata import MetadataReader
 from megatron_m1.config import ModelConfig
 from megatron_m1.convert.safetensors_files import PIECE
 from megatron_m1.convert.weight_map import Unit, check_names, units
 
-OPTIMIZER_PREFIX = "optimizer."
 COMMON = "common_state/shard_0_1"
 """Where megatron-core keeps what is no tensor."""
 BACKEND = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
@@ -128,6 +128,7 @@ def open_checkpoint(folder: Path) -> OurCheckpoint:
         ValueError: it is incomplete, damaged or another model's; one line.
     """
     contents = read_checkpoint(folder)
+    check_model_size(contents)
     wanted = units(contents.config.model)
     held = {t.name: t.shape for t in contents.tensors if not t.name.startswith(OPTIMIZER_PREFIX)}
     check_names([unit.ours for unit in wanted], held, f"checkpoint {folder}")
@@ -137,7 +138,7 @@ def open_checkpoint(folder: Path) -> OurCheckpoint:
                 f"checkpoint {folder}: {unit.ours} has shape {list(held[unit.ours])}, its config.yaml implies "
                 f"{list(unit.shape)}"
             )
-    reader = FileSystemReader(folder)
+    reader = MetadataReader(folder)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     return OurCheckpoint(contents, wanted, metadata, reader)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_m1.checkpoint_contents import complete_checkpoints
+from megatron_m1.checkpoint_contents import check_model_size, complete_checkpoints, read_checkpoint
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config_io import load_config
 from megatron_m1.convert.hf_config import CONFIG
@@ -61,8 +61,9 @@ def initial_model(config: Config) -> ModelConfig:
         raise ValueError("run.init_from = hf: names no folder: give hf:FOLDER")
     if init_from.startswith(HUGGING_FACE):
         return open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
-    given = load_config(find_checkpoint(Path(init_from)) / "config.yaml").model
-    return replace(given, transformer_impl=ModelConfig.transformer_impl)
+    given = read_checkpoint(find_checkpoint(Path(init_from)))
+    check_model_size(given)
+    return replace(given.config.model, transformer_impl=ModelConfig.transformer_impl)
 
 
 def tokenizer_of(source: OurCheckpoint | HubFolder) -> Path | None:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 TRACKER = "latest"
@@ -56,14 +57,13 @@ def remove_temporary(root: Path) -> None:
         if path.name == TRACKER + TEMPORARY and not path.is_dir():
             path.unlink()
         elif re.fullmatch(rf"step_\d{{8,}}(\.old)?{re.escape(TEMPORARY)}", path.name) and path.is_dir():
-            shutil.rmtree(path)
+            _clear(path)
 
 
 def start(root: Path, step: int) -> Path:
     """Make the empty temporary folder of a checkpoint; return it."""
     temporary = root / (folder_name(step) + TEMPORARY)
-    if temporary.exists():
-        shutil.rmtree(temporary)
+    _clear(temporary)
     temporary.mkdir(parents=True)
     return temporary
 
@@ -82,12 +82,13 @@ def commit(temporary: Path, texts: dict[str, str], digests: dict[str, str]) -> P
     final = temporary.with_name(temporary.name.removesuffix(TEMPORARY))
     seal(temporary, texts, digests)
     old = final.with_name(f"{final.name}.old{TEMPORARY}")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(final):
+        _clear(old)
         final.rename(old)
     temporary.rename(final)
     sync(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with suppress(OSError):
+        _clear(old)
     return final
 
 
@@ -125,8 +126,7 @@ def remove_old(root: Path, keep: int) -> None:
 def set_aside(checkpoint: Path) -> None:
     """Rename a damaged checkpoint to ``<name>.damaged``, so that it neither counts nor is tried again."""
     target = checkpoint.with_name(checkpoint.name + DAMAGED)
-    if target.exists():
-        shutil.rmtree(target)
+    _clear(target)
     checkpoint.rename(target)
 
 
@@ -149,10 +149,13 @@ def read_manifest(checkpoint: Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"{MANIFEST} is missing")
     try:
-        files = json.loads(path.read_bytes())["files"]
-        return {str(name): str(digest) for name, digest in files.items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        files = {str(name): str(digest) for name, digest in json.loads(path.read_bytes())["files"].items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{MANIFEST} can't be read") from error
+    strange = next((name for name in files if Path(name).name != name or name == ".."), None)
+    if strange is not None:
+        raise ValueError(f"{MANIFEST} names {strange!r}, which is not in the checkpoint's folder")
+    return files
 
 
 def first_fault(checkpoint: Path, expected: dict[str, str]) -> str | None:
@@ -172,7 +175,15 @@ def _remove(folder: Path) -> None:
     # Under its own name a half-removed folder would count as a checkpoint.
     doomed = folder.with_name(f"{folder.name}.old{TEMPORARY}")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    _clear(doomed)
+
+
+def _clear(path: Path) -> None:
+    """Remove what has a name, if anything has. Of a link only the link: what it leads to is somebody else's."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
 
 
 def sync(path: Path) -> None:

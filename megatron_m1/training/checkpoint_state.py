@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_m1.checkpoint_metadata import only_tensors, read_metadata
 from megatron_m1.training.step import Trainer
 
 
@@ -101,7 +105,20 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     with warnings.catch_warnings():
         # About arguments that megatron-core passes to torch.
         warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-        return dist_checkpointing.load(wanted, str(folder))
+        # megatron-core unpickles it by itself: only what has been found harmless.
+        read_metadata(folder)
+        try:
+            with only_tensors():
+                return dist_checkpointing.load(wanted, str(folder))
+        except CheckpointException as error:
+            causes = [str(cause) for cause, _ in error.failures.values() if isinstance(cause, pickle.UnpicklingError)]
+            if not causes:
+                raise
+            wanted_name = re.search(r"GLOBAL (\S+)", causes[0])
+            raise ValueError(
+                f"checkpoint {folder} is refused: a data file wants {wanted_name[1] if wanted_name else 'code'}, which "
+                "is no part of a checkpoint: do not use this file"
+            ) from error
 
 
 def _set_model(trainer: Trainer, loaded: dict[str, Any]) -> None:

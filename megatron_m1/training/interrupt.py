@@ -16,8 +16,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from megatron_m1.launch import FORWARDED as SIGNALS
-from megatron_m1.launch import SAME_PRESS_SECONDS, SECOND_INTERRUPT, worker_world_size
+from megatron_m1.launch import FORWARDED, SAME_PRESS_SECONDS, SECOND_INTERRUPT, worker_world_size
 
 Handler = Callable[[int, FrameType | None], object] | int | None
 
@@ -61,7 +60,7 @@ class Interrupt:
         self._interrupted_at = 0.0
 
     def __enter__(self) -> Interrupt:
-        for number in SIGNALS:
+        for number in FORWARDED:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._earlier[number] = signal.signal(number, self._note)
         return self

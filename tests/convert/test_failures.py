@@ -269,6 +269,10 @@ def test_an_existing_folder_is_not_touched(hub: Path, tmp_path: Path) -> None:
         (["tohf", "{}", "{}/y"], r"^unknown direction tohf: did you mean to-hf\?$"),
         (["to-hf", "{hub}/ours", "{}/y", "--shard-size", "2XB"], r"^shard size '2XB': give a number"),
         (["to-hf", "{hub}/ours", "{}/y", "--remote-code", "{}"], r"has no configuration_minimax_m1\.py: give the"),
+        (
+            ["to-hf", "{hub}/ours", "{}/y", "--remote-code", "{}", "--format", "native"],
+            r"^--remote-code goes with --form",
+        ),
         (["to-hf", "{hub}/ours", "{}/y", "--tokenizer", "{}/t"], r"^tokenizer .*/t can't be read: "),
         (["to-hf", "{hub}/ours", "{}/y", "--tokenizer", "{}/t", "--dry-run"], r"^tokenizer .*/t can't be read: "),
         (["to-hf", "{hub}/ours", "{}", "--dry-run"], r" exists: choose another folder, or remove it$"),

@@ -7,10 +7,10 @@ format. fp32: what two orders of the same sums differ by, over 8 layers, stays b
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from transformers import MiniMaxConfig, MiniMaxForCausalLM
 from transformers.models.minimax.modeling_minimax import MiniMaxRotaryEmbedding
 
 from megatron_m1.convert import native_rotary
+from megatron_m1.convert.hf_config import model_from_hf, native_config
+from megatron_m1.layers.softmax import rotate
+from megatron_m1.presets import tiny
 from tests.convert.folders import convert, weights
 from tests.reference.transformers_minimax import build, partial_rotary
 
@@ -106,42 +109,86 @@ def test_it_is_undone_bit_for_bit(tmp_path: Path, saved_by: str) -> None:
     assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"long_factor": [1.0] * 8},
-        {"short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
-        {"attention_factor": 1.2},
-        {"rope_theta": 2e4},
-        {"short_factor": None},
-        {"partial_rotary_factor": 0.5},
-        {"attention_factor": None},
-    ],
-    ids=str,
-)
-def test_another_longrope_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_the_spelling_of_earlier_versions_says_the_same(tmp_path: Path) -> None:
+    """transformers before 5 ignores rope_parameters, in silence; a later one still reads what those read."""
     hub_folder(tmp_path / "hub", 16, 4)
     convert("from-hf", tmp_path / "hub", tmp_path / "ours")
     convert("to-hf", tmp_path / "ours", tmp_path / "native", "--format", "native")
     path = tmp_path / "native" / "config.json"
     config = json.loads(path.read_text())
-    config["rope_parameters"] |= change
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="longrope are not those that rotate the first dimensions"):
-        convert("from-hf", tmp_path / "native", tmp_path / "back")
+    found = []
+    for ignored in ({"rope_scaling", "rope_theta"}, {"rope_parameters"}):
+        path.write_text(json.dumps({key: value for key, value in config.items() if key not in ignored}))
+        model = MiniMaxForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.float32)
+        found.append(model(torch.arange(99)[None]).logits.detach())
+    assert torch.equal(found[0], found[1])
+
+
+FACTORS = native_rotary.rope_parameters(base=1e4, rotated=16, head_dim=32, max_positions=64)["short_factor"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"long_factor": [1.0] * 16},
+        {"short_factor": [1.0] * 16, "long_factor": [1.0] * 16},
+        {"short_factor": FACTORS[::-1], "long_factor": FACTORS[::-1]},
+        {"short_factor": [*FACTORS[:-1], 10**400], "long_factor": [*FACTORS[:-1], 10**400]},
+        {"short_factor": [*FACTORS[:-1], math.nan], "long_factor": [*FACTORS[:-1], math.nan]},
+        {"short_factor": FACTORS[1:], "long_factor": FACTORS[1:]},
+        {"attention_factor": 1.2},
+        {"rope_theta": 2e4},
+        {"rope_theta": -1e4},
+        {"short_factor": None},
+        {"partial_rotary_factor": 0.5},
+        {"partial_rotary_factor": 1.0},
+        {"attention_factor": None},
+        {"type": "longrope"},
+    ],
+    ids=str,
+)
+def test_another_longrope_is_refused(change: dict[str, Any]) -> None:
+    config = native_config(tiny(), torch.float32, 64)
+    assert model_from_hf(config).rotary_percent == 0.5
+    parameters = config["rope_parameters"] | change
+    scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+    older = {"rope_theta": parameters["rope_theta"], "rope_scaling": scaling}
+    for spelled in (older, {"rope_theta": None, "rope_scaling": None}):
+        with pytest.raises(ValueError, match="longrope are not those that rotate the first dimensions"):
+            model_from_hf(config | spelled | {"rope_parameters": parameters})
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "default"}, {"rope_type": "longrope"}], ids=str)
+def test_spellings_that_contradict_each_other_are_refused(scaling: dict[str, Any]) -> None:
+    """transformers takes rope_scaling where it has both."""
+    config = native_config(tiny(), torch.float32, 64)
+    with pytest.raises(ValueError, match=r"^rope_parameters and rope_scaling contradict each other"):
+        model_from_hf(config | {"rope_scaling": scaling})
+    with pytest.raises(ValueError, match=r"^rope_scaling = .* only the default kind is supported$"):
+        model_from_hf(config | {"rope_parameters": None})
 
 
 def test_angles_of_far_tokens() -> None:
-    """M1's own shape, up to a million tokens: as near to the true angles as fp32 frequencies let them be.
+    """M1's own shape, up to a million tokens: as near to the true angles as fp32 lets any reader be.
 
-    A frequency has one rounding of a power, one of a product and one of a quotient: 2^-24 of itself each, the power
-    twice that; the angle has as many times its position.
+    A frequency has one rounding of a factor, of a product, of a quotient and of a power, the power twice as large; the
+    angle, as many times the position, has one more. That is 6 * 2^-24 of the angle, and its cosine and sine a rounding
+    of their own; the model's rotation is held to the same.
     """
     parameters = native_rotary.rope_parameters(base=1e7, rotated=64, head_dim=128, max_positions=1 << 20)
     config = MiniMaxConfig(head_dim=128, rope_parameters=parameters, max_position_embeddings=1 << 20)
     theirs = MiniMaxRotaryEmbedding(config)
     assert theirs.attention_scaling == 1.0
-    frequencies = theirs.inv_freq.double().numpy()
-    true = 1e7 ** (-np.arange(0, 64, 2) / 64)
-    assert np.all(np.abs(frequencies[:32] / true - 1) < 5 * 2.0**-24)
-    assert np.all(frequencies[32:] * 1e7 < 1e-24), "the cosine of such an angle is 1 in fp32, its sine nothing"
+    true = 1e7 ** (-torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    assert torch.all((theirs.inv_freq[:32] / true - 1).abs() < 5 * 2.0**-24)
+    positions = torch.cat((torch.arange(0, 1_000_000, 997), torch.tensor([1_000_000])))
+    angles = positions.double()[:, None] * true
+    bound = 6 * 2.0**-24 * angles + 2.0**-23
+    cos, sin = (part[0] for part in theirs(torch.zeros(1), positions[None]))  # [n, 128], both halves alike
+    ones = torch.cat((torch.ones(32), torch.zeros(96))).expand(len(positions), 1, 128)
+    ours = rotate(ones, positions, 64, 1e7)[:, 0]  # cosines, then sines
+    for turned in ((cos[:, :32], sin[:, :32]), (cos[:, 64:96], sin[:, 64:96]), (ours[:, :32], ours[:, 32:64])):
+        for got, wanted in zip(turned, (angles.cos(), angles.sin()), strict=True):
+            assert torch.all((got - wanted).abs() <= bound)
+    for rest in (slice(32, 64), slice(96, 128)):
+        assert torch.all(cos[:, rest] == 1) and torch.all(sin[:, rest] == 0)

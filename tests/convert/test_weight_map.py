@@ -233,7 +233,7 @@ def test_every_even_share_of_a_head_is_rotated_as_said() -> None:
 def test_configs_go_there_and_back() -> None:
     model = tiny()
     model.residual_alpha, model.rotary_percent, model.rotary_base = 2.5, 0.25, 12_345.0
-    model.max_position_embeddings = 77
+    model.max_position_embeddings, model.lightning_norm_epsilon = 77, 3e-6
     assert model_from_hf(hub_config(model, torch.float32, 77)) == model
     native = native_config(model, torch.float32, 77)
     assert model_from_hf(native) == model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_m1.data.readers import BadDocumentError, document_text, find_files, read_batches
+from megatron_m1.data.cuts import LineCut
+from megatron_m1.data.documents import BadDocumentError, Part, document_text
+from megatron_m1.data.find import find_files, find_inputs
+from megatron_m1.data.memory import check_text_files
+from megatron_m1.data.readers import read_batches
 
 TEXTS = ["plain", "two\nlines\n", "naïve 🙂 \u2028 text", "  spaces  ", "x" * 3_000_000, "\ttab\r\n", "end"]
 
@@ -87,7 +92,11 @@ def test_bad_parquet_values(tmp_path: Path) -> None:
         (b"{broken", "not a JSON object"),
         (b"[1, 2]", "not a JSON object"),
         (b"[" * 100_000, "not a JSON object"),
-        (b'{"n": ' + b"9" * 5000 + b"}", "not a JSON object"),
+        (b'{"text": "x", "n": ' + b"[" * 100_000, "not a JSON object"),
+        (b'{"text": "x", "n": ' + b"[" * 100_000 + b"1,]" + b"]" * 99_999 + b"}", "not a JSON object"),
+        (b'{"text": "x", "n": ' + b"9" * 5000 + b"x}", "not a JSON object"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "not a string"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "key missing"),
         (b"{}", "key missing"),
         (b'{"text": 5}', "not a string"),
         (b'{"text": null}', "not a string"),
@@ -100,6 +109,128 @@ def test_bad_parquet_values(tmp_path: Path) -> None:
 def test_bad_lines_are_counted_and_the_rest_is_read(tmp_path: Path, line: bytes, reason: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["before"]) + line + b"\n" + jsonl(["after"]))
     assert read([tmp_path]) == (["before", "after"], [reason])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"9" * 5000,
+        b"-" + b"9" * 5000,
+        b"[" + b"7" * 100_000 + b"]",
+        b"1e999999",
+        b"NaN",
+        b"[" * 100_000 + b"]" * 100_000,
+        b'{"a":' * 50_000 + b'"}]\\""' + b"}" * 50_000,
+        b'"\\ud800"',
+        b'"\xff"',
+        b'"\xed\xa0\x80"',
+        b'"a\tb\x00"',
+    ],
+    ids=str,
+)
+def test_fields_that_nobody_asked_for_cost_no_document(tmp_path: Path, value: bytes) -> None:
+    lines = [b'{"a": ' + value + b', "text": "kept"}', b'{"text": "kept", "a": ' + value + b"}"]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    assert read([tmp_path]) == (["kept", "kept"], [])
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.string_view(), pa.large_string()], ids=str
+)
+def test_parquet_text_stored_as_bytes(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array([text.encode() for text in TEXTS], pa.binary()).cast(kind)
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet", store_schema=True)
+    pq.write_table(pa.table({"text": column}), tmp_path / "b.parquet", store_schema=False)
+    if kind in (pa.binary(), pa.large_binary()):
+        pq.write_table(pa.table({"text": column.dictionary_encode()}), tmp_path / "c.parquet")
+    assert read([tmp_path]) == (TEXTS * len(list(tmp_path.iterdir())), [])
+
+
+def test_parquet_bytes_of_fixed_size_and_bytes_that_are_no_text(tmp_path: Path) -> None:
+    fixed = pa.array([b"abc", "né".encode(), None, b"\xff\xfea", b"   "], pa.binary(3))
+    pq.write_table(pa.table({"text": fixed}), tmp_path / "a.parquet")
+    assert read([tmp_path]) == (["abc", "né"], ["not a string", "bad UTF-8", "empty"])
+
+
+def test_large_documents_come_in_parts_where_a_rule_allows_it(tmp_path: Path) -> None:
+    text = "".join(f"line {number}\n" for number in range(200_000))
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.jsonl").write_bytes(jsonl(["before", text, "after"]))
+    pq.write_table(pa.table({"text": ["before", text, "after"]}), tmp_path / "c.parquet")
+    cut = LineCut(before=None, after=frozenset(b"l"))
+    for name, around in (("a.txt", 0), ("b.jsonl", 1), ("c.parquet", 1)):
+        batches = list(read_batches([tmp_path / name], text_key="text", cut=cut))
+        parts = [batch for batch in batches if batch.part is not Part.WHOLE]
+        assert [part.part for part in parts] == [Part.FIRST, *[Part.MIDDLE] * (len(parts) - 2), Part.LAST]
+        contents = [document_text("text", payload, text_key="") for part in parts for payload in part.payloads]
+        assert "".join(contents) == text
+        assert len(parts) > 3
+        assert max(part.size for part in parts) < 1_000_000
+        assert len(batches) - len(parts) >= 2 * around or around == 0
+        assert sum(batch.file_bytes for batch in batches) == (tmp_path / name).stat().st_size
+
+
+def test_a_document_that_is_too_large_for_the_memory_is_refused_by_name(tmp_path: Path) -> None:
+    """A sparse file: nothing of it can have been read before."""
+    path = tmp_path / "large.txt"
+    path.touch()
+    os.truncate(path, 1 << 43)
+    with pytest.raises(ValueError, match=r"large\.txt has a document of 8,796,093 MB .*split it"):
+        check_text_files([path])
+
+
+def test_a_file_that_is_written_to_meanwhile_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(["x" * 1000] * 2000))
+    batches = read_batches([path], text_key="text")
+    next(batches)
+    with path.open("ab") as stream:
+        stream.write(jsonl(["more"]))
+    with pytest.raises(ValueError, match=r"a\.jsonl was changed while it was read"):
+        list(batches)
+
+
+def test_what_is_passed_over_is_counted_and_named(tmp_path: Path) -> None:
+    folder = tmp_path / "corpus"
+    (folder / "deep" / ".git").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    for name in ("a.jsonl", "deep/b.txt"):
+        (folder / name).write_text('{"text": "x"}\n')
+    for name in ("a.py", "deep/b.py", "deep/c.PY", "Makefile", ".cache/c.jsonl", ".hidden.jsonl", "d.bin", "d.idx"):
+        (folder / name).write_text("x")
+    (folder / "d.json").write_text(json.dumps({"tokenizer_digest": "0", "documents": 1, "tokens": 1}))
+    # Another tool's corpus beside its documents.
+    for name in ("train.bin", "train.idx"):
+        (folder / name).write_text("x")
+    (folder / "train.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (folder / "gone.txt").symlink_to(folder / "nowhere")
+    found = find_inputs([folder])
+    assert [file.name for file in found.files] == ["a.jsonl", "b.txt", "train.json"]
+    (passed,) = found.passed_over
+    assert dict(passed.counts) == {
+        ".py": 3,
+        "without suffix": 1,
+        "hidden": 3,
+        ".bin": 2,
+        ".idx": 2,
+        "sidecar": 1,
+        "broken link": 1,
+    }
+    line = str(passed)
+    assert line.startswith(f"passed over in {folder}: 3 ")
+    assert "\n" not in line
+    for words in ("3 .py", "3 hidden", f"1 sidecar ({folder / 'd.json'})", f"1 broken link ({folder / 'gone.txt'})"):
+        assert words in line
+
+
+def test_a_file_with_several_names_comes_once(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["once"]))
+    (tmp_path / "b.jsonl").symlink_to("a.jsonl")
+    os.link(tmp_path / "a.jsonl", tmp_path / "c.jsonl")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    found = find_inputs([tmp_path])
+    assert [file.name for file in found.files] == ["a.jsonl"]
+    assert dict(found.passed_over[0].counts) == {"met before": 3}
 
 
 def test_another_key(tmp_path: Path) -> None:
@@ -134,7 +265,7 @@ def test_folders_globs_and_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", "sub/deep/d.jsonl", ".hidden.jsonl", "image.png", "tokens.idx"):
         (tmp_path / name).write_bytes(jsonl([name]))
     # The sidecar of a tokenised corpus is no input.
-    (tmp_path / "tokens.json").write_text('{"text": "no"}')
+    (tmp_path / "tokens.json").write_text('{"text": "no", "tokenizer_digest": "0"}')
     assert read([tmp_path])[0] == ["a.jsonl", "b.jsonl", "sub/c.jsonl", "sub/deep/d.jsonl"]
     assert read([f"{tmp_path}/*.jsonl"])[0] == ["a.jsonl", "b.jsonl"]
     assert read([f"{tmp_path}/**/[cd].jsonl"])[0] == ["sub/c.jsonl", "sub/deep/d.jsonl"]

@@ -7,16 +7,29 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+import sentencepiece
+import tokenizers
+import torch
+import transformers
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
+from megatron_m1.data.cuts import LineCut
+from megatron_m1.data.encode import EncodedBatch, token_dtype
 from megatron_m1.data.files import file_lock
 from megatron_m1.data.prefix import check_prefix, open_tokens
+from megatron_m1.data.token_files import TokenWriter
 from megatron_m1.data.tokenize import tokenize_corpus
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
 from megatron_m1.data.train_tokenizer import train_tokenizer
@@ -227,3 +240,130 @@ def test_a_tokenizer_trained_on_the_inputs_cuts_them(tmp_path: Path) -> None:
         train_tokenizer([tmp_path / "a.jsonl"], path, vocab_size=280)
     with pytest.raises(ValueError, match=r"must end in \.model"):
         train_tokenizer([tmp_path / "a.jsonl"], tmp_path / "folder", vocab_size=280)
+
+
+def source_text(lines: int) -> str:
+    return "".join(f"def function_{i}(argument):\n    return {i} * argument  # naïve\n\n" for i in range(lines))
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "hugging face"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_large_documents_get_the_ids_of_the_whole(tmp_path: Path, model: Path, kind: str, workers: int) -> None:
+    """As one text file, one JSON line and one row, between small ones; the order stays."""
+    path = model if kind == "sentencepiece" else hugging_face_folder(tmp_path / "hf")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.line_cut is not None
+    large = source_text(25_000)
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["before", large, *texts(300)]))
+    (tmp_path / "b.txt").write_text(large)
+    (tmp_path / "c.jsonl").write_bytes(jsonl(["after"]))
+    report = tokenize_corpus(
+        [tmp_path / name for name in ("a.jsonl", "b.txt", "c.jsonl")], tmp_path / "out", path, workers=workers
+    )
+    documents = ["before", large, *texts(300), large, "after"]
+    dataset = IndexedDataset(str(tmp_path / "out"))
+    assert len(dataset) == len(documents) == report.documents
+    assert report.text_bytes == sum(len(document.encode()) for document in documents)
+    encoded = {text: [*tokenizer.encode(text), tokenizer.eod] for text in documents}
+    for number, text in enumerate(documents):
+        assert dataset[number].tolist() == encoded[text]
+
+
+def test_large_documents_that_are_no_text_cost_nothing_else(tmp_path: Path, model: Path) -> None:
+    large = source_text(25_000).encode()
+    (tmp_path / "a.txt").write_bytes(large[:1_000_000] + b"\xff" + large[1_000_000:])
+    (tmp_path / "b.txt").write_bytes(b" \n" * 1_000_000)
+    (tmp_path / "c.txt").write_text("good")
+    report = tokenize_corpus([tmp_path / f"{name}.txt" for name in "abc"], tmp_path / "out", model, workers=2)
+    assert report.skipped == {"bad UTF-8": 1, "empty": 1}
+    tokens, lengths = open_tokens(str(tmp_path / "out"))
+    assert tokens.tolist() == [*load_tokenizer(model).encode("good"), load_tokenizer(model).eod]
+    assert lengths.tolist() == [tokens.size]
+
+
+@pytest.mark.parametrize("vocab_size", [65_499, 65_500])
+def test_files_are_those_of_megatrons_own_builder(tmp_path: Path, vocab_size: int) -> None:
+    tokenizer = NumberedTokenizer(vocab_size)
+    documents = [list(range(1 + 7 * i % 400)) for i in range(50)]
+    prefix = str(tmp_path / "ours")
+    with TokenWriter(tmp_path, tokenizer, append_eod=False) as writer:
+        for group in (documents[:1], documents[1:30], [], documents[30:]):
+            tokens = np.array([i for ids in group for i in ids], dtype=token_dtype(vocab_size))
+            lengths = np.array([len(ids) for ids in group], dtype=np.int32)
+            writer.add(EncodedBatch(tokens, lengths, 0, Counter()))
+        writer.commit(prefix)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
+    for ids in documents:
+        builder.add_document(torch.tensor(ids, dtype=torch.int32), [len(ids)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes(), suffix
+
+
+@dataclass(frozen=True)
+class NumberedTokenizer:
+    """Numbers are its text."""
+
+    vocab_size: int
+    eod: int = 0
+    notes: tuple[str, ...] = ()
+    line_cut: LineCut | None = None
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def encode_batch(self, many: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in many]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def digest(self) -> str:
+        return "0" * 64
+
+
+def test_the_sidecar_tells_what_made_it(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    tokenize_corpus([tmp_path / "a.txt"], tmp_path / "out", model, workers=1)
+    found = json.loads((tmp_path / "out.json").read_text())["versions"]
+    assert found == {
+        "megatron-m1": version("megatron-m1"),
+        "tokenizers": tokenizers.__version__,
+        "transformers": transformers.__version__,
+        "sentencepiece": sentencepiece.__version__,
+    }
+
+
+def test_what_is_passed_over_is_said(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    for name in ("a.txt", "b.py", "c.py", ".d.txt"):
+        (tmp_path / "corpus" / name).write_text("text")
+    report = tokenize_corpus([tmp_path / "corpus"], tmp_path / "out", model, workers=1)
+    assert str(report).splitlines()[0] == f"passed over in {tmp_path / 'corpus'}: 2 .py, 1 hidden"
+    assert str(report).splitlines()[1].startswith(f"{tmp_path / 'out'}: 1 documents")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "hugging face"])
+def test_tokenising_imports_no_torch(tmp_path: Path, model: Path, kind: str) -> None:
+    """Neither does the command, nor a process that it starts, which has these modules when it has encoded a batch."""
+    path = model if kind == "sentencepiece" else hugging_face_folder(tmp_path / "hf")
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts(3)))
+    command = (
+        "from megatron_m1.data.tokenize import tokenize_corpus\ntokenize_corpus(['a.jsonl'], 'out', path, workers=1)"
+    )
+    worker = (
+        "from megatron_m1.data.encode import encode_batch_in_worker\n"
+        "from megatron_m1.data.documents import RawBatch\n"
+        "encode_batch_in_worker(Path(path), RawBatch(Path('a'), 'text', [b'some text'], 9), 'text', True)"
+    )
+    for lines, refused in (
+        (command, {"torch", "transformers", "megatron"}),
+        (worker, {"torch", "transformers", "megatron", "pyarrow", "rich", "zstandard"}),
+    ):
+        code = f"import sys\nfrom pathlib import Path\npath = sys.argv[1]\n{lines}\nprint(*sys.modules)"
+        done = subprocess.run(
+            [sys.executable, "-c", code, path], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        loaded = {name.partition(".")[0] for name in done.stdout.split()}
+        assert "numpy" in loaded
+        assert not loaded & refused

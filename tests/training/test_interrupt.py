@@ -11,8 +11,8 @@ import time
 import pytest
 import torch.distributed as dist
 
-from megatron_m1.launch import SAME_PRESS_SECONDS, SECOND_INTERRUPT
-from megatron_m1.training.interrupt import SIGNALS, Interrupt, any_rank
+from megatron_m1.launch import FORWARDED, SAME_PRESS_SECONDS, SECOND_INTERRUPT
+from megatron_m1.training.interrupt import Interrupt, any_rank
 from tests.harness import WorkerPool
 
 SIGNAL_STEP = 3
@@ -20,14 +20,14 @@ SIGNAL_STEP = 3
 
 def train_until_stopped(rank: int, world_size: int, number: signal.Signals) -> tuple[int, str | None, bool]:
     """Send ``number`` to the last rank in mid-step; return the step at which this rank stopped."""
-    earlier = [signal.getsignal(number) for number in SIGNALS]
+    earlier = [signal.getsignal(number) for number in FORWARDED]
     with Interrupt() as interrupt:
         for step in range(1, 10):
             if step == SIGNAL_STEP and rank == world_size - 1:
                 os.kill(os.getpid(), number)
             if interrupt.should_stop():
                 break
-    restored = [signal.getsignal(number) for number in SIGNALS] == earlier
+    restored = [signal.getsignal(number) for number in FORWARDED] == earlier
     return step, interrupt.received, restored
 
 
@@ -38,7 +38,7 @@ def stop_within_pairs(rank: int, world_size: int) -> bool:
     return any_rank(rank == 2, group)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", FORWARDED)
 def test_all_ranks_stop_at_the_same_step(workers: WorkerPool, number: signal.Signals) -> None:
     assert workers.run(train_until_stopped, number, world_size=2) == [
         (SIGNAL_STEP, None, True),
@@ -49,7 +49,7 @@ def test_all_ranks_stop_at_the_same_step(workers: WorkerPool, number: signal.Sig
 def test_a_second_ctrl_c_ends_the_process_at_once() -> None:
     program = """
 import signal, time
-from megatron_m1.launch import SAME_PRESS_SECONDS
+from megatron_m1.launch import FORWARDED, SAME_PRESS_SECONDS
 from megatron_m1.training.interrupt import Interrupt
 with Interrupt() as interrupt:
     signal.raise_signal(signal.SIGINT)
