@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -193,8 +194,8 @@ def build_packed_dataset(
 def _index_folder(cache_folder: Path, key: list[Any]) -> Iterator[Path]:
     """Folder of the sample indices that belong to ``key``; what a killed build left there is dropped first.
 
-    ``GPTDataset`` takes any file of the right name for a whole one, and its names do not depend on the corpus's
-    content.
+    ``GPTDataset`` takes any file of the right name for a whole one, its names do not depend on the corpus's content,
+    and it would unpickle an array of objects.
     """
     with _one_line(cache_folder):
         cache_folder.mkdir(parents=True, exist_ok=True)
@@ -207,10 +208,20 @@ def _index_folder(cache_folder: Path, key: list[Any]) -> Iterator[Path]:
         return
     complete = folder / "complete"
     with _one_line(cache_folder), file_lock(cache_folder / f"{name}.lock"):
-        if folder.exists() and not complete.exists():
+        if folder.exists() and not (complete.exists() and _are_numbers(folder)):
             shutil.rmtree(folder)
         yield folder
         complete.touch()
+
+
+def _are_numbers(folder: Path) -> bool:
+    """Whether every index is an array of numbers, which can be read without unpickling anything."""
+    for path in folder.rglob("*.npy"):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return False
+    return True
 
 
 @contextmanager

@@ -95,6 +95,10 @@ def _check_not_negative(group: str, values: object, names: list[str]) -> None:
             raise ValueError(f"{group}.{name} = {value}: it must be a finite number, 0 or above")
 
 
+MAX_LAYERS = 100_000
+"""Layers of a model: far beyond any, and few enough to be counted one by one."""
+
+
 def check_model(model: ModelConfig) -> None:
     """Check the model's own shape.
 
@@ -109,6 +113,8 @@ def check_model(model: ModelConfig) -> None:
     ]
     _check_positive("model", model, numbers)
     _check_not_negative("model", model, sorted(may_be_zero))
+    if model.num_layers > MAX_LAYERS:
+        raise ValueError(f"model.num_layers = {model.num_layers}: no more than {MAX_LAYERS:,} are planned one by one")
     if model.num_layers % model.attention_period:
         fits = max(1, round(model.num_layers / model.attention_period)) * model.attention_period
         raise ValueError(

@@ -134,8 +134,12 @@ def describe_checkpoint(contents: CheckpointContents, *, every_tensor: bool = Fa
     Args:
         contents: what it holds.
         every_tensor: list the tensors one by one, not only their number and bytes.
+
+    Raises:
+        ValueError: its configuration is of no possible model.
     """
     config, parallel = contents.config, contents.config.parallel
+    check_model(config.model)
     return [
         f"checkpoint {contents.folder}",
         f"step {contents.step:,}, {contents.tokens:,} tokens, {_gib(contents.bytes_on_disk)} on disk",

@@ -209,6 +209,8 @@ def test_a_configuration_of_a_huge_model(checkpoint: Path, capsys: pytest.Captur
     content["model"][field] = int(value)
     path.write_text(yaml.safe_dump(content))
     seal(checkpoint)
+    if field == "num_layers":
+        assert "model.num_layers = 1000000000000000" in refused(capsys, "inspect", checkpoint)
     for words in commands(checkpoint, checkpoint.parents[2])[1:]:
         assert "the model of its config.yaml" in refused(capsys, *words)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import os
 from pathlib import Path
@@ -234,3 +235,38 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, in_the_way: 
     message = rf"^the sample indices in {tmp_path}/cache can't be written: .*; make room or choose another data.cache_f"
     with file_size_limit(10), pytest.raises(ValueError, match=message):
         build(blend, tmp_path)
+
+
+class _Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self._marker,)
+
+
+def test_indices_with_a_pickle_are_made_again(tmp_path: Path) -> None:
+    """megatron-core's own unpickler knows torch's, which unpickles anything; a run's folder may come from elsewhere."""
+    prefix, marker = write_corpus(tmp_path / "c", unique_documents(LENGTHS)), tmp_path / "marker"
+    first = build([prefix], tmp_path)
+    expected = [first[i] for i in range(20)]
+    payload = io.BytesIO()
+    torch.save(_Touch(marker), payload)
+    indices = list((tmp_path / "cache").rglob("*.npy"))
+    for index in indices:
+        np.save(index, np.array([_Nested(payload.getvalue())], dtype=object), allow_pickle=True)
+    again = build([prefix], tmp_path)
+    assert indices and all(same(again[i], expected[i]) for i in range(20))
+    assert not marker.exists()
+
+
+class _Nested:
+    """Unpickled, it calls what megatron-core's unpickler allows."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def __reduce__(self) -> tuple[object, tuple[bytes]]:
+        return torch.storage._load_from_bytes, (self._content,)
