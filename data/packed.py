@@ -195,7 +195,7 @@ def _index_folder(cache_folder: Path, key: list[Any]) -> Iterator[Path]:
     """Folder of the sample indices that belong to ``key``; what a killed build left there is dropped first.
 
     ``GPTDataset`` takes any file of the right name for a whole one, its names do not depend on the corpus's content,
-    and it would unpickle an array of objects.
+    and it asks NumPy for pickles, which only the mapping of files refuses.
     """
     with _one_line(cache_folder):
         cache_folder.mkdir(parents=True, exist_ok=True)

@@ -248,7 +248,7 @@ class _Touch:
 
 
 def test_indices_with_a_pickle_are_made_again(tmp_path: Path) -> None:
-    """megatron-core's own unpickler knows torch's, which unpickles anything; a run's folder may come from elsewhere."""
+    """A run's folder may come from elsewhere. megatron-core allows pickles in it, by what unpickles anything."""
     prefix, marker = write_corpus(tmp_path / "c", unique_documents(LENGTHS)), tmp_path / "marker"
     first = build([prefix], tmp_path)
     expected = [first[i] for i in range(20)]
