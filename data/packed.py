@@ -86,10 +86,15 @@ class _DatasetTokenizer:
 
 
 class _DocumentPacks(GPTDataset):
-    """``GPTDataset`` that also tells whether the label after the last token opens another document.
+    """``GPTDataset`` that takes empty documents, and tells whether the label after the last token opens another one.
 
-    Its ``cu_seqlens`` cannot tell: they end at n whether or not the document goes on.
+    Its ``cu_seqlens`` cannot tell: they end at n whether or not the document goes on. And they have room for as many
+    documents as tokens.
     """
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[Any, Any, list[int]]:
+        text, documents, lengths = super()._query_document_sample_shuffle_indices(idx)
+        return text, documents, [length for length in lengths if length]
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         assert idx is not None
@@ -154,14 +159,11 @@ def build_packed_dataset(
         reset_at_documents: False makes each pack one document: ``cu_seqlens`` is [0, n] and no label is masked.
 
     Raises:
-        ValueError: bad numbers or blend, a damaged corpus, one made with another tokenizer, or with ids that the
-            tokenizer does not have; or ``cache_folder`` can't be written.
+        ValueError: bad numbers or blend, a damaged corpus, one made with another tokenizer, with ids that the
+            tokenizer does not have, or without a token to predict; or ``cache_folder`` can't be written.
         FileNotFoundError: a .bin or .idx is missing.
     """
-    if sequence_length < 2:
-        raise ValueError(f"sequence_length is {sequence_length}; a pack needs at least 2 tokens")
-    if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}; ask for at least 1 pack")
+    _check_arguments(sequence_length, num_samples, tokenizer)
     relative_prefixes, weights = parse_blend(blend)
     check_blend(blend, tokenizer_digest=tokenizer.digest())
     prefixes = [os.path.abspath(prefix) for prefix in relative_prefixes]
@@ -188,6 +190,16 @@ def build_packed_dataset(
     return PackedDataset(
         packs, sequence_length=sequence_length, num_samples=num_samples, reset_at_documents=reset_at_documents
     )
+
+
+def _check_arguments(sequence_length: int, num_samples: int, tokenizer: TokenizerFacts) -> None:
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length is {sequence_length}; a pack needs at least 2 tokens")
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; ask for at least 1 pack")
+    eod, vocab_size = tokenizer.eod, tokenizer.vocab_size
+    if not 0 <= eod < vocab_size:
+        raise ValueError(f"the tokenizer ends documents with id {eod} but has ids below {vocab_size}; take another one")
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,11 @@ INDEX_HEADER_BYTES = _INDEX_HEADER.size
 _INDEX_MAGIC = b"MMIDIDX\x00\x00"
 _TOKEN_DTYPES: dict[int, type[np.integer[Any]]] = {4: np.int32, 5: np.int64, 8: np.uint16}
 _FINGERPRINT_BYTES = 1 << 16
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 12
 _SIDECAR_BYTES = 1 << 20
 """A sidecar is far smaller; a larger file of that name holds somebody's documents."""
+_SIDECAR_KEYS: dict[str, type[object]] = {"tokenizer_digest": str, "documents": int, "tokens": int}
+_SIDECAR_BEGINNING = b'{\n "tokenizer_digest"'
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def is_sidecar(path: Path) -> bool:
     """Whether ``path`` is the sidecar of a tokenised corpus, not somebody's JSON file; False if it can't be read."""
     try:
         return _sidecar_content(path) is not None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return False
 
 
@@ -138,18 +142,14 @@ def _read_sidecar(prefix: str, documents: int, tokens: int) -> dict[str, Any]:
         return {}
     try:
         sidecar = _sidecar_content(path)
-        if sidecar is None:
-            return {}
-        counted = (sidecar["documents"], sidecar["tokens"])
-        vocab_size = sidecar.get("vocab_size")
-        if not isinstance(sidecar["tokenizer_digest"], str) or not (vocab_size is None or isinstance(vocab_size, int)):
-            raise ValueError("tokenizer_digest is no text or vocab_size no number")
-    except (ValueError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is a damaged sidecar ({error!r}); tokenise the corpus again") from error
-    if counted != (documents, tokens):
+    except ValueError as error:
+        raise ValueError(f"{path} is a damaged sidecar ({error}); tokenise the corpus again") from error
+    if sidecar is None:
+        return {}
+    if (sidecar["documents"], sidecar["tokens"]) != (documents, tokens):
         raise ValueError(
-            f"{path} tells of {counted[0]} documents and {counted[1]} tokens, the index of {documents} and {tokens};"
-            " tokenise the corpus again"
+            f"{path} tells of {sidecar['documents']} documents and {sidecar['tokens']} tokens, the index of"
+            f" {documents} and {tokens}; tokenise the corpus again"
         )
     return sidecar
 
@@ -158,21 +158,44 @@ def _sidecar_content(path: Path) -> dict[str, Any] | None:
     """Content of a sidecar; None for another tool's file of that name, such as the documents themselves.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it was a sidecar, and is torn or damaged.
     """
     with path.open("rb") as stream:
         content = stream.read(_SIDECAR_BYTES + 1)
     if len(content) > _SIDECAR_BYTES:
         return None
-    try:
-        sidecar = json.loads(content)
-    except ValueError:
-        if b'"tokenizer_digest"' in content:
-            raise
-        # JSON lines: a first document that is whole, then others.
-        json.loads(content.partition(b"\n")[0])
+    sidecar = _parsed(content)
+    if sidecar is None:
+        first, _, rest = content.partition(b"\n")
+        is_documents = bool(rest) and _parsed(first) is not None
+        if is_documents or not _was_sidecar(content):
+            return None
+        raise ValueError("no JSON")
+    if not isinstance(sidecar, dict) or not (_SIDECAR_KEYS.keys() <= sidecar.keys() or _was_sidecar(content)):
         return None
-    return sidecar if isinstance(sidecar, dict) and "tokenizer_digest" in sidecar else None
+    for key, kind in [*_SIDECAR_KEYS.items(), ("vocab_size", int)]:
+        optional = key not in _SIDECAR_KEYS and sidecar.get(key) is None
+        if not optional and type(sidecar.get(key)) is not kind:
+            raise ValueError(f"{key} is {str(sidecar.get(key))[:40]!r}")
+    return sidecar
+
+
+def _parsed(content: bytes) -> object:
+    """The JSON value; None if it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _was_sidecar(content: bytes) -> bool:
+    """Whether what is left of a file is of a sidecar: its first key, most of its keys, or no more than a beginning."""
+    keys = [f'"{key}"'.encode() in content for key in ("documents", "tokens", "vocab_size", "text_bytes", "skipped")]
+    return (
+        b'"tokenizer_digest"' in content
+        or sum(keys) > len(keys) // 2
+        or _SIDECAR_BEGINNING.startswith(content.rstrip(b"\0"))
+    )
 
 
 def fingerprint(prefix: str) -> str:
@@ -185,6 +208,18 @@ def fingerprint(prefix: str) -> str:
             state.update(stream.read(_FINGERPRINT_BYTES))
             stream.seek(max(0, size - _FINGERPRINT_BYTES), os.SEEK_SET)
             state.update(stream.read(_FINGERPRINT_BYTES))
+    return state.hexdigest()
+
+
+def sampled_content(prefix: str) -> str:
+    """Hash of the fingerprint and of blocks all over both files, which tells apart what has the same ends."""
+    state = hashlib.sha256(fingerprint(prefix).encode())
+    for path in (bin_path(prefix), idx_path(prefix)):
+        size = path.stat().st_size
+        with path.open("rb", buffering=0) as stream:
+            for sample in range(_SAMPLES):
+                stream.seek(size * sample // _SAMPLES)
+                state.update(stream.read(_SAMPLE_BYTES))
     return state.hexdigest()
 
 
@@ -213,14 +248,18 @@ def parse_blend(blend: Sequence[str]) -> tuple[list[str], list[float]]:
             every corpus has the weight of its number of tokens, which reads their indices.
 
     Raises:
-        ValueError: empty, weights on some prefixes only, a weight that is not above 0 and finite.
+        ValueError: empty, weights on some prefixes only, a weight or sum of weights that is not above 0 and finite.
         FileNotFoundError: without weights, a file is missing.
     """
     prefixes, weights = _split_blend(blend)
     summed: dict[str, float] = {}
     for first, weight in zip(_first_spellings(prefixes), weights, strict=True):
         summed[first] = summed.get(first, 0.0) + weight
-    return list(summed), [weight / sum(summed.values()) for weight in summed.values()]
+    total = sum(summed.values())
+    shares = [weight / total for weight in summed.values()]
+    if not all(share > 0.0 for share in shares):
+        raise ValueError(f"blend {list(blend)} has weights too large or too far apart to have shares; scale them down")
+    return list(summed), shares
 
 
 def repeated_corpora(blend: Sequence[str]) -> list[tuple[str, str]]:
@@ -237,8 +276,16 @@ def repeated_corpora(blend: Sequence[str]) -> list[tuple[str, str]]:
 
 def shared_corpora(blend: Sequence[str], other: Sequence[str]) -> list[tuple[str, str]]:
     """Corpora of ``blend`` with the one of ``other`` that is the same file or a copy. All must be there."""
-    pairs = [(prefix, candidate) for prefix in parse_blend(blend)[0] for candidate in parse_blend(other)[0]]
-    return [pair for pair in pairs if _identity(pair[0]) == _identity(pair[1]) or _is_copy(*pair)]
+    candidates = parse_blend(other)[0]
+    same = {_identity(candidate): candidate for candidate in candidates}
+    pairs = []
+    for prefix in parse_blend(blend)[0]:
+        found = same.get(_identity(prefix))
+        if found is not None:
+            pairs.append((prefix, found))
+        else:
+            pairs += [(prefix, first) for first, again in _copies([*candidates, prefix]) if again == prefix]
+    return pairs
 
 
 def _split_blend(blend: Sequence[str]) -> tuple[list[str], list[float]]:
@@ -265,23 +312,34 @@ def _number(item: str) -> float | None:
 
 def _first_spellings(prefixes: Sequence[str]) -> list[str]:
     """Every prefix as the first one that names the same file spells it."""
-    spellings: dict[tuple[int, int] | str, str] = {}
+    spellings: dict[tuple[int, ...] | str, str] = {}
     return [spellings.setdefault(_identity(prefix), prefix) for prefix in prefixes]
 
 
-def _identity(prefix: str) -> tuple[int, int] | str:
+def _identity(prefix: str) -> tuple[int, ...] | str:
     """What is the same for all paths and links to one .bin."""
     try:
         status = bin_path(prefix).stat()
     except OSError:
         # Whoever opens it says so.
         return os.path.realpath(prefix)
-    return status.st_dev, status.st_ino
+    # Size and time as well: some network file systems give an inode's number out twice.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _is_copy(prefix: str, other: str) -> bool:
-    same_size = bin_path(prefix).stat().st_size == bin_path(other).stat().st_size
-    return same_size and fingerprint(prefix) == fingerprint(other)
+def _copies(prefixes: Sequence[str]) -> list[tuple[str, str]]:
+    """Corpora of one content: the first, and each that comes again. Only those of one size are read."""
+    sizes = [(bin_path(prefix).stat().st_size, idx_path(prefix).stat().st_size) for prefix in prefixes]
+    often = Counter(sizes)
+    first: dict[str, str] = {}
+    pairs = []
+    for prefix, size in zip(prefixes, sizes, strict=True):
+        if often[size] > 1:
+            content = sampled_content(prefix)
+            if content in first:
+                pairs.append((first[content], prefix))
+            first.setdefault(content, prefix)
+    return pairs
 
 
 def check_blend(blend: Sequence[str], *, tokenizer_digest: str | None = None) -> list[PrefixSummary]:
@@ -292,11 +350,9 @@ def check_blend(blend: Sequence[str], *, tokenizer_digest: str | None = None) ->
     """
     prefixes, _ = parse_blend(blend)
     summaries = [check_prefix(prefix, tokenizer_digest=tokenizer_digest) for prefix in prefixes]
-    for place, prefix in enumerate(prefixes):
-        for other in prefixes[:place]:
-            if _is_copy(prefix, other):
-                raise ValueError(
-                    f"{other} and {prefix} are copies of one corpus, whose packs would come twice in the same order; "
-                    "name one of them, with the sum of their weights"
-                )
+    for first, again in _copies(prefixes):
+        raise ValueError(
+            f"{first} and {again} are copies of one corpus, whose packs would come twice in the same order; name one of"
+            " them, with the sum of their weights"
+        )
     return summaries

@@ -17,7 +17,14 @@ from megatron_m1.config_io import load_config
 from megatron_m1.data.cores import usable_cores
 from megatron_m1.data.corpus import PreparedCorpus, find_corpus, prepare_corpus
 from megatron_m1.data.corpus_ids import check_token_ids, unread_bytes
-from megatron_m1.data.prefix import PrefixSummary, check_blend, parse_blend, repeated_corpora, shared_corpora
+from megatron_m1.data.prefix import (
+    PrefixSummary,
+    check_blend,
+    parse_blend,
+    repeated_corpora,
+    shared_corpora,
+    sidecar_path,
+)
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.training.run_folder import check_run_folder
 
@@ -90,12 +97,15 @@ def _named(name: str) -> Iterator[None]:
 def _check_ids(config: Config, blend: Sequence[str], vocab_size: int, *, only_plan: bool) -> list[str]:
     """Check that the embedding has a row for every id; return what a plan leaves to the run."""
     assert config.data.cache_folder is not None
-    cache, prefixes = Path(config.data.cache_folder), parse_blend(blend)[0]
-    unread = unread_bytes(prefixes, cache)
-    if only_plan and unread > PLAN_READS_BYTES:
-        return [f"note: the ids of {', '.join(prefixes)} ({unread / 1e9:,.1f} GB) are checked when the run starts"]
-    check_token_ids(prefixes, vocab_size=vocab_size, cache_folder=cache, remember=not only_plan)
-    return []
+    cache, notes = Path(config.data.cache_folder), []
+    unread = {prefix: unread_bytes([prefix], cache) for prefix in parse_blend(blend)[0]}
+    if only_plan and sum(unread.values()) > PLAN_READS_BYTES:
+        left = [prefix for prefix, size in unread.items() if size]
+        total = sum(unread.values()) / 1e9
+        notes = [f"note: the ids of {', '.join(left)} ({total:,.1f} GB) are checked when the run starts"]
+        unread = {prefix: 0 for prefix, size in unread.items() if not size}
+    check_token_ids(list(unread), vocab_size=vocab_size, cache_folder=cache, remember=not only_plan)
+    return notes
 
 
 def _repeated_notes(name: str, blend: Sequence[str]) -> list[str]:
@@ -110,9 +120,11 @@ def _unverified_notes(prefixes: Sequence[str]) -> list[str]:
     """Warn of corpora that don't say which tokenizer made them, as other Megatron tools write them."""
     if not prefixes:
         return []
+    first = sidecar_path(prefixes[0])
+    taken = ", which is something else" if first.exists() else ""
     others = f" (and {len(prefixes) - 1} more)" if prefixes[1:] else ""
     return [
-        f"warning: no sidecar {prefixes[0]}.json{others}: that data.tokenizer made this corpus can't be checked; "
+        f"warning: no sidecar {first}{taken}{others}: that data.tokenizer made this corpus can't be checked; "
         "tokenise it again, or make sure"
     ]
 

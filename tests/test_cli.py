@@ -205,7 +205,11 @@ def test_truncated_data_are_refused(command: Run, corpus: Path, tokenizer: Path)
 def test_a_corpus_without_a_sidecar_is_named(command: Run, corpus: Path, tokenizer: Path) -> None:
     status, out, _ = command(*dry_run(corpus, tokenizer))
     assert status == 0
-    assert f"warning: no sidecar {corpus}.json" in out
+    assert f"warning: no sidecar {corpus}.json:" in out
+    Path(f"{corpus}.json").write_text('{"text": "what it was made of"}\n')
+    status, out, _ = command(*dry_run(corpus, tokenizer))
+    assert status == 0
+    assert f"warning: no sidecar {corpus}.json, which is something else:" in out
     sidecar = {"documents": 2, "tokens": 7, "tokenizer_digest": load_tokenizer(tokenizer).digest(), "vocab_size": 500}
     Path(f"{corpus}.json").write_text(json.dumps(sidecar))
     status, out, _ = command(*dry_run(corpus, tokenizer))
@@ -217,7 +221,7 @@ def test_ids_beyond_the_vocabulary_are_refused(command: Run, corpus: Path, token
     content = bytearray(Path(f"{corpus}.bin").read_bytes())
     content[6:8] = (500).to_bytes(2, "little")
     Path(f"{corpus}.bin").write_bytes(content)
-    assert_refused(command(*dry_run(corpus, tokenizer)), f"data.train: {corpus} has the id 500 at token 3 of document")
+    assert_refused(command(*dry_run(corpus, tokenizer)), f"data.train: {corpus} has the id 500 at token 3, in document")
     assert not (corpus.parent / "run").exists()
 
 

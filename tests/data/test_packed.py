@@ -143,6 +143,15 @@ def test_corpus_shorter_than_a_pack_is_repeated(tmp_path: Path) -> None:
         check_against_documents(dataset[i], documents)
 
 
+@pytest.mark.parametrize("empty", [1, 40])
+def test_empty_documents_leave_no_trace(tmp_path: Path, empty: int) -> None:
+    """There may be more of them in a pack than it has tokens."""
+    documents = [part for document in unique_documents(LENGTHS, eod=None) for part in (*[[]] * empty, document, [])]
+    dataset = build([write_corpus(tmp_path / "c", documents)], tmp_path)
+    for i in range(20):
+        check_against_documents(dataset[i], [document for document in documents if document])
+
+
 def test_order_depends_on_seed_and_not_on_the_cache(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "c", unique_documents(LENGTHS, eod=None))
     base, again, cold = build([prefix], tmp_path), build([prefix], tmp_path), build([prefix], tmp_path / "other")
@@ -201,6 +210,13 @@ def test_bad_numbers(tmp_path: Path, changes: dict[str, object], message: str) -
     prefix = write_corpus(tmp_path / "c", unique_documents([4]))
     with pytest.raises(ValueError, match=message):
         build([prefix], tmp_path, **changes)
+
+
+@pytest.mark.parametrize("eod", [-1, 60])
+def test_an_end_mark_beyond_the_vocabulary(tmp_path: Path, eod: int) -> None:
+    prefix = write_corpus(tmp_path / "c", unique_documents([4]))
+    with pytest.raises(ValueError, match=f"ends documents with id {eod} but has ids below 60"):
+        build([prefix], tmp_path, tokenizer=FakeTokenizer(60, eod))
 
 
 def test_large_ids_survive(tmp_path: Path) -> None:

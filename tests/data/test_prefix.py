@@ -93,22 +93,61 @@ def test_sidecar(prefix: str) -> None:
     Path(f"{prefix}.json").write_text(json.dumps(facts | {"tokens": 16}))
     with pytest.raises(ValueError, match="tells of 3 documents and 16 tokens"):
         check_prefix(prefix)
-    for broken in ("{", "", json.dumps(facts)[:-1], json.dumps({"tokenizer_digest": 3}), '{"tokenizer_digest": "ab"}'):
-        Path(f"{prefix}.json").write_text(broken)
-        with pytest.raises(ValueError, match="is a damaged sidecar"):
-            check_prefix(prefix)
-        assert not is_sidecar(Path(f"{prefix}.json")) or "tokenizer_digest" in json.loads(broken)
+
+
+SIDECAR = {
+    "tokenizer_digest": "ab" * 32,
+    "vocab_size": 70,
+    "eod": 1,
+    "documents": 3,
+    "tokens": 15,
+    "text_bytes": 40,
+    "skipped": {},
+}
+WHOLE = json.dumps(SIDECAR, indent=1)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        *(WHOLE[:length] for length in (0, 1, 2, 9, 20, 60, 120, len(WHOLE) - 1)),
+        "\0" * len(WHOLE),
+        WHOLE[:40] + "\0" * 60,
+        WHOLE.replace("tokenizer_digest", "tokenizer_digesu"),
+        WHOLE.replace('"ab', '"ab\x01'),
+        '{"tokenizer_digest": "ab"}',
+        *(json.dumps(SIDECAR | {key: value}) for key, value in [("tokenizer_digest", 3), ("tokens", "15")]),
+        *(json.dumps(SIDECAR | {key: value}) for key, value in [("documents", None), ("vocab_size", 7.5)]),
+    ],
+)
+def test_a_damaged_sidecar_is_refused(prefix: str, broken: str) -> None:
+    path = Path(f"{prefix}.json")
+    path.write_text(WHOLE)
+    assert is_sidecar(path)
+    path.write_text(broken)
+    assert not is_sidecar(path)
+    with pytest.raises(ValueError, match=r"is a damaged sidecar .*; tokenise the corpus again"):
+        check_prefix(prefix)
 
 
 @pytest.mark.parametrize(
     "documents",
-    ['{"text": "a"}\n{"text": "b"}\n', '{"text": "a"}\n', '[{"text": "a"}]', '{"text": "' + "a" * (1 << 20) + '"}'],
-    ids=["lines", "one document", "list", "large"],
+    [
+        '{"text": "a"}\n{"text": "b"}\n',
+        '{"text": "a"}\n',
+        '[{"text": "a"}]',
+        '{"text": "' + "a" * (1 << 20) + '"}',
+        '{\n "text": "a"\n}\n{\n "text": "b"\n}\n',
+        '{"text": "\\"tokenizer_digest\\""}\n{"text": "b", "tokens": 3, "documents": 1}\nnonsense',
+        "[" * 100_000,
+        "caf\udce9",
+    ],
+    ids=["lines", "one document", "list", "large", "indented", "about sidecars", "deep", "latin"],
 )
 def test_another_tools_documents_are_no_sidecar(prefix: str, documents: str) -> None:
     """Megatron-LM's preprocess_data leaves train.json, its input, where ours has the sidecar."""
     path = Path(f"{prefix}.json")
-    path.write_text(documents)
+    path.write_text(documents, errors="surrogateescape")
     assert not is_sidecar(path)
     assert check_prefix(prefix, tokenizer_digest="cd" * 32).tokenizer_digest is None
 
@@ -182,3 +221,29 @@ def test_copies_of_a_corpus(prefix: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="are copies of one corpus"):
         check_blend(["1", prefix, "1", copy])
     assert shared_corpora([copy], [prefix]) == [(copy, prefix)]
+
+
+def test_equal_ends_make_no_copy(tmp_path: Path) -> None:
+    """The fingerprint, which keys the order of the packs, reads both ends only."""
+    one, other = ([7] * 200_000 for _ in range(2))
+    other[60_000:140_000] = [8] * 80_000
+    prefixes = [write_corpus(tmp_path / name, [tokens]) for name, tokens in (("one", one), ("other", other))]
+    assert len({fingerprint(prefix) for prefix in prefixes}) == 1
+    assert [summary.prefix for summary in check_blend(prefixes)] == prefixes
+    assert shared_corpora(prefixes[:1], prefixes[1:]) == []
+
+
+def test_shares_of_a_blend_without_repetition_are_exact(prefix: str, tmp_path: Path) -> None:
+    """The order of a run's packs is kept by them."""
+    other = write_corpus(tmp_path / "other", unique_documents([45]))
+    third = write_corpus(tmp_path / "third", unique_documents([21]))
+    weights = [0.1, 0.7, 0.3]
+    blend = [str(item) for pair in zip(weights, [prefix, other, third], strict=True) for item in pair]
+    assert parse_blend(blend)[1] == [weight / sum(weights) for weight in weights]
+
+
+@pytest.mark.parametrize("weights", [("1e308", "1e308"), ("1e-320", "1e10")])
+def test_weights_without_shares(prefix: str, tmp_path: Path, weights: tuple[str, str]) -> None:
+    other = write_corpus(tmp_path / "other", unique_documents([45]))
+    with pytest.raises(ValueError, match="weights too large or too far apart"):
+        parse_blend([weights[0], prefix, weights[1], other])

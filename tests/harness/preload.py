@@ -32,9 +32,46 @@ int fcntl(int file, int command, ...) __attribute__((alias("fcntl64")));
 """A file system without locks, which answers REASON."""
 
 
+BAD_SECTOR = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static ssize_t (*real_read)(int, void *, size_t);
+
+ssize_t read(int file, void *buffer, size_t count) {
+    char link[64], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+    ssize_t length = readlink(link, path, sizeof path - 1);
+    const char *bad = getenv("BAD_FILE");
+    if (bad && length > 0) {
+        path[length] = 0;
+        off_t place = lseek(file, 0, SEEK_CUR);
+        if (!strcmp(path, bad) && place <= BYTE && BYTE < place + (off_t)count) { errno = EIO; return -1; }
+    }
+    if (!real_read) real_read = dlsym(RTLD_NEXT, "read");
+    return real_read(file, buffer, count);
+}
+"""
+"""A disk that can't give one BYTE of the file that BAD_FILE names."""
+
+
 def without_locks(folder: Path, reason: str) -> dict[str, str]:
     """Environment of a process on a file system that answers a request for a lock with ``reason``, such as ENOSYS."""
-    source, library = folder / f"no_locks_{reason}.c", folder / f"no_locks_{reason}.so"
-    source.write_text(NO_LOCKS.replace("REASON", reason))
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source, "-ldl"], check=True)
+    return _preloaded(folder / f"no_locks_{reason}", NO_LOCKS.replace("REASON", reason))
+
+
+def with_bad_sector(folder: Path, file: Path, byte: int) -> dict[str, str]:
+    """Environment of a process that can't read the given byte of a file."""
+    return _preloaded(folder / f"bad_sector_{byte}", BAD_SECTOR.replace("BYTE", str(byte))) | {"BAD_FILE": str(file)}
+
+
+def _preloaded(path: Path, source: str) -> dict[str, str]:
+    code, library = path.with_suffix(".c"), path.with_suffix(".so")
+    code.write_text(source)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, code, "-ldl"], check=True)
     return os.environ | {"LD_PRELOAD": str(library)}
