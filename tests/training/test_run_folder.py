@@ -69,20 +69,32 @@ def test_a_second_writer_is_told_who_is_there_and_a_kill_frees_the_folder(tmp_pa
     assert not (folder / "run.lock").exists()
 
 
+LEAVES_A_CHILD = """
+import os, sys
+from pathlib import Path
+from megatron_m1.training.run_folder import sole_writer
+with sole_writer(Path(sys.argv[1]), print):
+    child = os.fork()
+    if child == 0:
+        os.read(0, 1)
+        os._exit(0)
+print("left", flush=True)
+os.waitpid(child, 0)
+"""
+
+
 def test_a_child_does_not_keep_the_folder(tmp_path: Path, holder: Holder) -> None:
-    """A forked one has the open file, too, and may outlive the run."""
-    end, other_end = os.pipe()
-    with sole_writer(tmp_path, print):
-        child = os.fork()
-        if child == 0:
-            os.close(other_end)
-            os.read(end, 1)
-            os._exit(0)
+    """A forked one has the open file, too, and may outlive the run. Not forked here: this process has threads."""
+    command = [sys.executable, "-c", LEAVES_A_CHILD, str(tmp_path)]
+    parent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"left\n"
         assert first_line(holder(tmp_path)) == "held"
+        assert parent.poll() is None, "its child is still there"
     finally:
-        os.close(other_end)
-        os.waitpid(child, 0)
+        parent.communicate(b"x", timeout=60)
+    assert parent.returncode == 0
 
 
 def sign_as_another_machine(path: Path) -> None:
