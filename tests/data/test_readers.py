@@ -265,7 +265,7 @@ def test_folders_globs_and_order(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", "sub/deep/d.jsonl", ".hidden.jsonl", "image.png", "tokens.idx"):
         (tmp_path / name).write_bytes(jsonl([name]))
     # The sidecar of a tokenised corpus is no input.
-    (tmp_path / "tokens.json").write_text('{"text": "no", "tokenizer_digest": "0"}')
+    (tmp_path / "tokens.json").write_text('{"text": "no", "tokenizer_digest": "0", "documents": 1, "tokens": 2}')
     assert read([tmp_path])[0] == ["a.jsonl", "b.jsonl", "sub/c.jsonl", "sub/deep/d.jsonl"]
     assert read([f"{tmp_path}/*.jsonl"])[0] == ["a.jsonl", "b.jsonl"]
     assert read([f"{tmp_path}/**/[cd].jsonl"])[0] == ["sub/c.jsonl", "sub/deep/d.jsonl"]
