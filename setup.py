@@ -5,15 +5,29 @@ from setuptools import setup
 ROOMS = {"megatron_m1": "megatron_m1"} | {f"megatron_m1.{room}": room for room in ("parallel", "kernels", "data")}
 PACKAGES = [
     *ROOMS,
+    "megatron_m1.checkpoint",
     "megatron_m1.commands",
+    "megatron_m1.config",
     "megatron_m1.convert",
+    "megatron_m1.convert.families",
+    "megatron_m1.convert.families.minimax_m1",
+    "megatron_m1.evaluation",
     "megatron_m1.generate",
+    "megatron_m1.launch",
     "megatron_m1.layers",
+    "megatron_m1.model",
+    "megatron_m1.plan",
+    "megatron_m1.runtime",
     "megatron_m1.training",
+    "megatron_m1.kernels.expert_mlp",
     "megatron_m1.kernels.lightning",
     "megatron_m1.kernels.matmul",
-    "megatron_m1.kernels.expert_mlp",
     "megatron_m1.kernels.rmsnorm",
+    "megatron_m1.data.corpora",
+    "megatron_m1.data.demo",
+    "megatron_m1.data.packed",
+    "megatron_m1.data.tokenize",
+    "megatron_m1.data.tokenizers",
 ]
 
 setup(

@@ -22,11 +22,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the tests count what goes through process groups
 
+from megatron_m1.config.presets import m1_456b  # noqa: E402
 from megatron_m1.parallel.layout import SequenceLayout  # noqa: E402
 from megatron_m1.parallel.segments import ModelCost  # noqa: E402
 from megatron_m1.parallel.traffic import attention_pairs, ring_memory, ring_traffic, state_traffic  # noqa: E402
-from megatron_m1.presets import m1_456b  # noqa: E402
-from megatron_m1.training.flops import layout_cost  # noqa: E402
+from megatron_m1.plan.flops import layout_cost  # noqa: E402
 from tests.harness import WorkerPool  # noqa: E402
 from tests.parallel.ranks import Case, counted_bytes, predicted_bytes  # noqa: E402
 

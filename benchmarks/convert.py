@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
+from megatron_m1.checkpoint.folder import read_manifest
 from megatron_m1.cli import run
 from megatron_m1.config import ModelConfig
-from megatron_m1.convert.hf_config import hub_config
+from megatron_m1.convert.families.minimax_m1.config import hub_config
+from megatron_m1.convert.families.minimax_m1.weights import units
 from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
 from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile
-from megatron_m1.convert.weight_map import units
 from megatron_m1.convert.work import Ranks
-from megatron_m1.training.checkpoint_folder import read_manifest
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODEL = ModelConfig(

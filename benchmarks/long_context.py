@@ -49,13 +49,13 @@ def train(tokens: int) -> None:
     # Imported here: the process that only starts the others needs none of it.
     from torch import distributed as dist
 
-    from megatron_m1 import mesh
     from megatron_m1.config import Config
+    from megatron_m1.config.presets import preset
+    from megatron_m1.config.resolve import resolve
     from megatron_m1.data.packed import PackedSample
-    from megatron_m1.presets import preset
-    from megatron_m1.training.build import build_trainer
+    from megatron_m1.runtime import mesh
     from megatron_m1.training.step import train_step
-    from megatron_m1.validate import resolve
+    from megatron_m1.training.trainer import build_trainer
 
     torch.set_num_threads(1)
     config = Config()

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from megatron_m1.config_io import unknown
+from megatron_m1.config.io import unknown
 from megatron_m1.launch import report_error
 from megatron_m1.printing import guard_streams, keep_output
 

@@ -34,10 +34,16 @@ RULES = [
     Rule(
         "data",
         ("megatron", "triton", "megatron_m1"),
-        ("megatron.core.datasets", "megatron.core.tokenizers", "megatron_m1.data"),
+        (
+            "megatron.core.datasets",
+            "megatron.core.tokenizers",
+            "megatron_m1.data",
+            "megatron_m1.files",
+            "megatron_m1.cores",
+        ),
     ),
     Rule("megatron_m1", ("triton", "examples", "tests", "benchmarks")),
-    Rule("megatron_m1", GPU_EXTRAS, exempt="backend.py"),
+    Rule("megatron_m1", GPU_EXTRAS, exempt="providers.py"),
     Rule("tests/reference", ("megatron", "megatron_m1", "triton", *GPU_EXTRAS)),
     *(Rule(folder, GPU_EXTRAS) for folder in BARE_ROOMS),
     *(Rule(folder, BARE_ROOMS) for folder in (*BARE_ROOMS, "megatron_m1", "tests", "benchmarks")),

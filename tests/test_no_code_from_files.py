@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("megatron_m1", "data", "parallel", "kernels", "benchmarks", "examples")
-READER = ROOT / "megatron_m1" / "checkpoint_metadata.py"
+READER = ROOT / "megatron_m1" / "checkpoint" / "metadata.py"
 FORBIDDEN = {
     "pickle": {"load", "loads", "Unpickler"},
     "torch": {"load"},

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
-from megatron_m1.config_io import unknown
+from megatron_m1.config.io import unknown
+from megatron_m1.config.paths import path_option
 from megatron_m1.launch import report_once
-from megatron_m1.paths import path_option
 from megatron_m1.printing import keep_output
 
 DIRECTIONS = {
@@ -101,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _to_hf(options: argparse.Namespace) -> list[str]:
     from megatron_m1.convert.export import ExportOptions, check_inputs, describe_export, export
-    from megatron_m1.convert.hf_config import DTYPES, caveats
+    from megatron_m1.convert.families.minimax_m1.config import DTYPES, caveats
     from megatron_m1.convert.our_checkpoint import open_checkpoint
     from megatron_m1.convert.sources import find_checkpoint, tokenizer_of
     from megatron_m1.convert.work import parse_size, refuse_existing, started_ranks
@@ -141,7 +141,7 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
 
 
 def _from_hf(options: argparse.Namespace) -> list[str]:
-    from megatron_m1.convert.hf_config import DTYPES, unread
+    from megatron_m1.convert.families.minimax_m1.config import DTYPES, unread
     from megatron_m1.convert.hub_folder import open_hub_folder
     from megatron_m1.convert.load_hf import LoadOptions, load_hf
     from megatron_m1.convert.work import parse_size, refuse_existing, started_ranks

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_m1.commands.options import CommandParser, positive_integer
-from megatron_m1.paths import path_option
+from megatron_m1.config.paths import path_option
 
 
 def _number(text: str) -> float:
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
             text.encode()
         except UnicodeEncodeError:  # of bytes on the command line that are none, Python makes lone surrogates
             raise ValueError(f"prompt {text!r} is not UTF-8: give it in this encoding") from None
-    from megatron_m1.convert.hf_config import DTYPES
+    from megatron_m1.convert.families.minimax_m1.config import DTYPES
     from megatron_m1.convert.sources import open_any, tokenizer_of
     from megatron_m1.data.tokenizers import load_tokenizer
 
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> int:
 
     from megatron_m1.generate.build import build_model
     from megatron_m1.generate.sampler import Sampling, generate
-    from megatron_m1.mesh import shut_down
+    from megatron_m1.runtime.mesh import shut_down
 
     sampling = Sampling(
         max_tokens=options.max_tokens,

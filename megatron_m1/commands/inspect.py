@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_m1.checkpoint_contents import CheckpointContents, StoredTensor, complete_checkpoints, read_checkpoint
+from megatron_m1.checkpoint.contents import CheckpointContents, StoredTensor, complete_checkpoints, read_checkpoint
 from megatron_m1.commands.options import CommandParser
 from megatron_m1.config import Config, ModelConfig
-from megatron_m1.config_io import config_text, parse_config
-from megatron_m1.counts import Counts, layer_counts, model_counts
-from megatron_m1.paths import path_option
-from megatron_m1.validate import check_model
+from megatron_m1.config.io import config_text, parse_config
+from megatron_m1.config.paths import path_option
+from megatron_m1.config.resolve import check_model
+from megatron_m1.plan.parameters import Counts, layer_counts, model_counts
 
 KINDS = {
     "embedding": "embedding",

@@ -10,7 +10,9 @@ from pathlib import Path
 from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.commands.resolved_plan import describe_plan, where_from
 from megatron_m1.config import Config
-from megatron_m1.config_io import parse_config, tree_help
+from megatron_m1.config.io import parse_config, tree_help
+from megatron_m1.config.paths import path_option
+from megatron_m1.config.resolve import resolve
 from megatron_m1.launch import (
     Launch,
     count_gpus,
@@ -21,9 +23,7 @@ from megatron_m1.launch import (
     start_workers,
     worker_world_size,
 )
-from megatron_m1.paths import path_option
 from megatron_m1.printing import keep_output
-from megatron_m1.validate import resolve
 
 DESCRIPTION = """\
 Train a model, or continue the run of --run.folder from its newest checkpoint.
@@ -99,7 +99,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     config = parse_config(options.config, flags, options.preset, command_options=names)
     init_from = config.run.init_from
     if init_from is not None:
-        from megatron_m1.checkpoint_contents import check_shape
+        from megatron_m1.checkpoint.contents import check_shape
         from megatron_m1.convert.sources import initial_model
 
         model = initial_model(config)
@@ -133,7 +133,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
 
 def _prepare(config: Config) -> Config:
     """Check the run folder and the data (the embedded corpus is built if it is missing) and return the final config."""
-    from megatron_m1.preflight import build_embedded_corpus, check_data, check_folders
+    from megatron_m1.training.preflight import build_embedded_corpus, check_data, check_folders
 
     check_folders(config)
     config = build_embedded_corpus(config, note=_say)
@@ -150,12 +150,12 @@ def _say(line: str) -> None:
 
 def _train(config: Config) -> int:
     """Train in this process, show the summary on one rank; a failure that we know is one line."""
+    from megatron_m1.checkpoint.store import CheckpointError
     from megatron_m1.convert.work import ConversionError
-    from megatron_m1.training.checkpoint import CheckpointError
+    from megatron_m1.runtime.watchdog import CollectiveError
     from megatron_m1.training.loop import pretrain
     from megatron_m1.training.steps_guard import NonFiniteError
     from megatron_m1.training.summary import show_summary
-    from megatron_m1.training.watchdog import CollectiveError
 
     try:
         summary = pretrain(config)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_m1.config import Config, ParallelConfig
-from megatron_m1.counts import model_counts, rank_counts
-from megatron_m1.data.prefix import PrefixSummary, parse_blend
+from megatron_m1.config.pipeline import Chunk, plan_stages
+from megatron_m1.config.resolve import data_parallel_size, padded_pack_tokens
+from megatron_m1.data.corpora.prefix import PrefixSummary, parse_blend
 from megatron_m1.launch import Launch
-from megatron_m1.preflight import check_data, check_folders, find_embedded_corpus, newest_checkpoint
-from megatron_m1.stages import Chunk, plan_stages
-from megatron_m1.validate import data_parallel_size, padded_pack_tokens
+from megatron_m1.plan.parameters import model_counts, rank_counts
+from megatron_m1.training.preflight import check_data, check_folders, find_embedded_corpus, newest_checkpoint
 
 BYTES = {"fp32": 4, "bf16": 2}
 

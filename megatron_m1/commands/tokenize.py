@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_m1.commands.options import CommandParser, positive_integer
-from megatron_m1.paths import input_option, path_option, text_option
+from megatron_m1.config.paths import input_option, path_option, text_option
 from megatron_m1.printing import keep_output
 
 DESCRIPTION = """\
@@ -58,10 +58,10 @@ def run(arguments: Sequence[str]) -> int:
         ValueError: wrong input, in one line.
     """
     options = command_parser().parse_all(arguments)
-    from megatron_m1.data.find import find_files
-    from megatron_m1.data.outputs import check_outputs
     from megatron_m1.data.tokenize import tokenize_corpus
-    from megatron_m1.data.train_tokenizer import train_tokenizer
+    from megatron_m1.data.tokenize.find import find_files
+    from megatron_m1.data.tokenize.outputs import check_outputs
+    from megatron_m1.data.tokenizers.train import train_tokenizer
 
     keep_output()
     try:

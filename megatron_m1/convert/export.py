@@ -13,17 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from megatron_m1.convert.hf_config import CONFIG, hub_config, native_config, read_json_object
+from megatron_m1.checkpoint.folder import first_fault, read_manifest
+from megatron_m1.convert.families.minimax_m1.buffers import buffer_entries, native_buffers
+from megatron_m1.convert.families.minimax_m1.config import CONFIG, hub_config, native_config, read_json_object
+from megatron_m1.convert.families.minimax_m1.weights import Unit, cast, is_softmax_layer, rotary_dim, to_hub, units
 from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
-from megatron_m1.convert.native_buffers import buffer_entries, native_buffers
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
 from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
-from megatron_m1.convert.weight_map import Unit, cast, is_softmax_layer, rotary_dim, to_hub, units
 from megatron_m1.convert.work import Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
-from megatron_m1.data.files import write_atomically
-from megatron_m1.data.hf_folder import GENERATION
-from megatron_m1.training.checkpoint_folder import first_fault, read_manifest
+from megatron_m1.data.tokenizers.hf_folder import GENERATION
+from megatron_m1.files import write_atomically
 
 REMOTE_FILES = ("configuration_minimax_m1.py", "modeling_minimax_m1.py")
 """The hub's own code; written by others, so only copied where the caller has it."""
@@ -43,7 +43,7 @@ class ExportOptions:
     """Bytes of tensors in a file at most, unless one tensor of ours is larger."""
     format: Literal["hub", "native"] = "hub"
     """hub: names and config keys for transformers, vLLM and the hub's code. native: what transformers itself saves, its
-    buffers included, on which vLLM fails, and with partial rotary as ``native_rotary`` spells it."""
+    buffers included, on which vLLM fails, and with partial rotary as ``families.minimax_m1.rotary`` spells it."""
     max_positions: int | None = None
     """max_position_embeddings of config.json; None takes the model's, or the packs' length if that is more."""
     tokenizer: Path | None = None

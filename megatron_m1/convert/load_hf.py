@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_m1.checkpoint_contents import COMMIT_MARK
+from megatron_m1.checkpoint import folder as folders
+from megatron_m1.checkpoint.contents import COMMIT_MARK
 from megatron_m1.config import Config
-from megatron_m1.config_io import config_text
+from megatron_m1.config.io import config_text
 from megatron_m1.convert.export import same_bits
+from megatron_m1.convert.families.minimax_m1.weights import Unit, cast
 from megatron_m1.convert.hub_folder import HubFolder
 from megatron_m1.convert.our_checkpoint import BACKEND, LateWriter, open_checkpoint
 from megatron_m1.convert.tokenizer import TOKENIZER, copy_tokenizer
-from megatron_m1.convert.weight_map import Unit, cast
 from megatron_m1.convert.work import ConversionError, Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
-from megatron_m1.training import checkpoint_folder as folders
 
 CHECKPOINT = Path("checkpoints") / folders.folder_name(0)
 """Where in ``OUT`` the checkpoint is: ``OUT`` looks like a run that has not trained yet."""

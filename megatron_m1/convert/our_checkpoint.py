@@ -42,11 +42,11 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.storage import WriteResult
 
-from megatron_m1.checkpoint_contents import OPTIMIZER_PREFIX, CheckpointContents, check_model_size, read_checkpoint
-from megatron_m1.checkpoint_metadata import MetadataReader
+from megatron_m1.checkpoint.contents import OPTIMIZER_PREFIX, CheckpointContents, check_model_size, read_checkpoint
+from megatron_m1.checkpoint.metadata import MetadataReader
 from megatron_m1.config import ModelConfig
+from megatron_m1.convert.families.minimax_m1.weights import Unit, check_names, units
 from megatron_m1.convert.safetensors_files import PIECE
-from megatron_m1.convert.weight_map import Unit, check_names, units
 
 COMMON = "common_state/shard_0_1"
 """Where megatron-core keeps what is no tensor."""

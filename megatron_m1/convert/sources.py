@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_m1.checkpoint_contents import check_model_size, complete_checkpoints, read_checkpoint
+from megatron_m1.checkpoint.contents import check_model_size, complete_checkpoints, read_checkpoint
 from megatron_m1.config import Config, ModelConfig
-from megatron_m1.config_io import load_config
-from megatron_m1.convert.hf_config import CONFIG
+from megatron_m1.config.io import load_config
+from megatron_m1.config.paths import HUGGING_FACE
+from megatron_m1.convert.families.minimax_m1.config import CONFIG
 from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint, open_checkpoint
 from megatron_m1.convert.tokenizer import TOKENIZER
-from megatron_m1.paths import HUGGING_FACE
 
 
 def find_checkpoint(path: Path) -> Path:

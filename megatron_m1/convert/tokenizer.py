@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_m1.convert.hf_config import read_json_object
-from megatron_m1.data.hf_folder import FOLDER_FILES, GENERATION, OTHER_VOCABULARIES
+from megatron_m1.convert.families.minimax_m1.config import read_json_object
 from megatron_m1.data.tokenizers import load_tokenizer
+from megatron_m1.data.tokenizers.hf_folder import FOLDER_FILES, GENERATION, OTHER_VOCABULARIES
 
 SPACE = "\u2581"
 """SentencePiece's space, in models that escape spaces."""

@@ -7,14 +7,14 @@ import dataclasses
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
-from megatron_m1 import mesh
 from megatron_m1.config import Config, ModelConfig
+from megatron_m1.config.resolve import resolve
+from megatron_m1.convert.families.minimax_m1.weights import Unit
 from megatron_m1.convert.hub_folder import HubFolder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
-from megatron_m1.convert.weight_map import Unit
-from megatron_m1.engine import engine_config
-from megatron_m1.model import build_chunk
-from megatron_m1.validate import resolve
+from megatron_m1.layers.engine import engine_config
+from megatron_m1.model.build import build_chunk
+from megatron_m1.runtime import mesh
 
 
 def _parameter_name(unit: Unit) -> str:

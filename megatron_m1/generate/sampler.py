@@ -9,8 +9,8 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_m1.generate.caches import Caches
-from megatron_m1.packed import PackedBatchParams
+from megatron_m1.layers.caches import Caches
+from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 
 

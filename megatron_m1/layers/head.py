@@ -8,7 +8,7 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
 
-from megatron_m1.engine import EngineConfig
+from megatron_m1.layers.engine import EngineConfig
 from megatron_m1.parallel.vocab_head import vocab_logits, vocab_parallel_loss
 
 

@@ -13,15 +13,15 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from megatron_m1.engine import EngineConfig
 from megatron_m1.kernels.lightning import (
     choose_backend,
     layer_slopes,
     lightning_attention,
     silu_lightning_attention,
 )
+from megatron_m1.layers.engine import EngineConfig
 from megatron_m1.layers.norm import FullWidthRMSNorm
-from megatron_m1.packed import PackedBatchParams, batch_params, layout_of
+from megatron_m1.layers.pack import PackedBatchParams, batch_params, layout_of
 from megatron_m1.parallel.lasp import lasp_attention
 
 PARTS = 4

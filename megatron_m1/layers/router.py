@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
-from megatron_m1.engine import EngineConfig
+from megatron_m1.layers.engine import EngineConfig
 
 
 class Router(TopKRouter):

@@ -10,8 +10,8 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_m1.engine import EngineConfig
-from megatron_m1.packed import batch_params, layout_of
+from megatron_m1.layers.engine import EngineConfig
+from megatron_m1.layers.pack import batch_params, layout_of
 from megatron_m1.parallel.block_attention import document_groups, document_mask
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.parallel.ring_attention import ring_attention

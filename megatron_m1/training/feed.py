@@ -9,11 +9,11 @@ import torch
 from torch import distributed as dist
 
 from megatron_m1.config import Config
-from megatron_m1.data.loader import PackedLoader
 from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
+from megatron_m1.data.packed.loader import PackedLoader
 from megatron_m1.data.tokenizers import load_tokenizer
-from megatron_m1.mesh import Mesh
-from megatron_m1.training.flops import training_flops
+from megatron_m1.plan.flops import training_flops
+from megatron_m1.runtime.mesh import Mesh
 
 
 @dataclass(frozen=True)

@@ -10,26 +10,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_m1 import mesh as rank_grid
+from megatron_m1.checkpoint.folder import CONFIG, folder_name
+from megatron_m1.checkpoint.store import CheckpointError, Checkpoints
+from megatron_m1.checkpoint.write import refusal
 from megatron_m1.config import Config
-from megatron_m1.config_io import config_text, load_config, write_config
-from megatron_m1.data.files import write_atomically
-from megatron_m1.training.build import build_trainer
-from megatron_m1.training.checkpoint import CheckpointError, Checkpoints
-from megatron_m1.training.checkpoint_folder import CONFIG, folder_name
-from megatron_m1.training.checkpoint_write import refusal
+from megatron_m1.config.io import config_text, load_config, write_config
+from megatron_m1.files import write_atomically
+from megatron_m1.runtime import mesh as rank_grid
+from megatron_m1.runtime.interrupt import Interrupt, any_rank
+from megatron_m1.runtime.ranks import on_rank_zero
+from megatron_m1.runtime.watchdog import Watchdog
 from megatron_m1.training.feed import Feed, global_flops, open_feed
-from megatron_m1.training.initial import load_initial
-from megatron_m1.training.interrupt import Interrupt, any_rank
+from megatron_m1.training.init_from import load_initial
 from megatron_m1.training.lr import learning_rate
 from megatron_m1.training.metrics import MetricsLog
 from megatron_m1.training.profile import ProfilerWindow
-from megatron_m1.training.ranks import on_rank_zero
 from megatron_m1.training.run_folder import SUMMARY, check_run_folder, sole_writer
 from megatron_m1.training.step import StepResult, Trainer, evaluate, train_step
 from megatron_m1.training.steps_guard import NonFiniteError, StepsGuard
 from megatron_m1.training.summary import summarise
-from megatron_m1.training.watchdog import Watchdog
+from megatron_m1.training.trainer import build_trainer
 
 
 @dataclass
@@ -314,7 +314,7 @@ def pretrain(config: Config) -> dict[str, Any]:
     """Train as ``config`` says, on every rank of the world that torchrun (or nobody) started.
 
     Args:
-        config: after ``validate.resolve``, data paths filled in.
+        config: after ``resolve.resolve``, data paths filled in.
 
     Returns:
         The summary, the same on every rank: step, tokens, losses, baselines, and ``interrupted``, the name of the

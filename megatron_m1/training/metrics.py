@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_m1.data.files import write_atomically
+from megatron_m1.files import write_atomically
 from megatron_m1.training.record_file import RecordFile
 
 if TYPE_CHECKING:

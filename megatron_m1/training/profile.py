@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_m1.training.checkpoint_write import refusal
+from megatron_m1.checkpoint.write import refusal
 
 
 class ProfilerWindow:

@@ -22,9 +22,9 @@ from pathlib import Path
 
 import yaml
 
-from megatron_m1.checkpoint_contents import complete_checkpoints
+from megatron_m1.checkpoint.contents import complete_checkpoints
 from megatron_m1.config import Config
-from megatron_m1.data.files import WITHOUT_LOCKS, is_file_at, refuse_overwriting, warn_without_locks
+from megatron_m1.files import WITHOUT_LOCKS, is_file_at, refuse_overwriting, warn_without_locks
 
 LOCK = "run.lock"
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import distributed as dist
 
 from megatron_m1.config import Config
-from megatron_m1.data.entropy import ngram_entropy
+from megatron_m1.evaluation.ngrams import ngram_entropy
 from megatron_m1.training.feed import Feed
 
 

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_m1 import mesh
+from megatron_m1.checkpoint.store import load_model
 from megatron_m1.config import Config
 from megatron_m1.convert.sources import open_any
 from megatron_m1.generate.build import build_model
-from megatron_m1.generate.caches import Caches
 from megatron_m1.generate.sampler import Sampling, forward, generate, prefill
-from megatron_m1.packed import PackedBatchParams
+from megatron_m1.layers.caches import Caches
+from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
-from megatron_m1.training.checkpoint import load_model
+from megatron_m1.runtime import mesh
 from megatron_m1.training.step import Trainer, train_step
+from tests.checkpoint.checkpoint_runs import open_checkpoints, state_at
 from tests.model.meshes import my_share, packs, run_config, start
-from tests.training.checkpoint_runs import open_checkpoints, state_at
 
 MESH = {
     "tensor_model_parallel_size": 2,

@@ -17,14 +17,14 @@ from torch import Tensor
 from megatron_m1.cli import run
 from megatron_m1.convert import export as exporting
 from megatron_m1.convert.export import ExportOptions, export, source_fault
+from megatron_m1.convert.families.minimax_m1.weights import Unit
 from megatron_m1.convert.hub_folder import open_hub_folder
 from megatron_m1.convert.load_hf import LoadOptions, load_hf
 from megatron_m1.convert.our_checkpoint import open_checkpoint
-from megatron_m1.convert.weight_map import Unit
 from megatron_m1.convert.work import ConversionError, Ranks
+from tests.checkpoint.checkpoint_runs import file_size_limit
 from tests.convert.folders import convert, prints, source_of, weights
 from tests.convert.killed import SHARD
-from tests.training.checkpoint_runs import file_size_limit
 
 
 def flip(path: Path, at: int) -> None:

@@ -17,11 +17,11 @@ import torch
 
 from megatron_m1.cli import run
 from megatron_m1.convert.work import ConversionError, Job, Ranks, WorkFolder, parse_size, run_jobs
-from megatron_m1.data.files import file_lock
+from megatron_m1.files import file_lock
+from tests.checkpoint.checkpoint_runs import file_size_limit
 from tests.convert.folders import convert, prints, source_of, weights
 from tests.convert.killed import SHARD, start
 from tests.reference.transformers_minimax import build
-from tests.training.checkpoint_runs import file_size_limit
 
 CHECKPOINT = "checkpoints/step_00000000/integrity.json"
 DATA = {"to-hf": "*.safetensors", "from-hf": "**/*.distcp"}

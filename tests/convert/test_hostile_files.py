@@ -22,14 +22,14 @@ import torch
 import yaml
 
 from megatron_m1 import cli
-from megatron_m1.checkpoint_metadata import only_tensors, read_metadata
-from megatron_m1.training import checkpoint_folder as folders
+from megatron_m1.checkpoint import folder as folders
+from megatron_m1.checkpoint.metadata import only_tensors, read_metadata
+from tests.checkpoint.checkpoint_runs import open_checkpoints
 from tests.convert import runs
 from tests.convert.conftest import Run
 from tests.harness import WorkerPool
 from tests.model.meshes import start
 from tests.reference.transformers_minimax import build
-from tests.training.checkpoint_runs import open_checkpoints
 
 
 class _Shell:

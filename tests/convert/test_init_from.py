@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch.nn.functional import cross_entropy
 
-from megatron_m1.checkpoint_contents import read_checkpoint
+from megatron_m1.checkpoint.contents import read_checkpoint
 from megatron_m1.data.tokenizers import load_tokenizer
 from tests.convert import runs
 from tests.convert.folders import convert

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 from transformers.models.minimax.modeling_minimax import MiniMaxRotaryEmbedding
 
-from megatron_m1.convert import native_rotary
-from megatron_m1.convert.hf_config import model_from_hf, native_config
+from megatron_m1.config.presets import tiny
+from megatron_m1.convert.families.minimax_m1 import rotary
+from megatron_m1.convert.families.minimax_m1.config import model_from_hf, native_config
 from megatron_m1.layers.softmax import rotate
-from megatron_m1.presets import tiny
 from tests.convert.folders import convert, weights
 from tests.reference.transformers_minimax import build, partial_rotary
 
@@ -124,7 +124,7 @@ def test_the_spelling_of_earlier_versions_says_the_same(tmp_path: Path) -> None:
     assert torch.equal(found[0], found[1])
 
 
-FACTORS = native_rotary.rope_parameters(base=1e4, rotated=16, head_dim=32, max_positions=64)["short_factor"]
+FACTORS = rotary.rope_parameters(base=1e4, rotated=16, head_dim=32, max_positions=64)["short_factor"]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_angles_of_far_tokens() -> None:
     angle, as many times the position, has one more. That is 6 * 2^-24 of the angle, and its cosine and sine a rounding
     of their own; the model's rotation is held to the same.
     """
-    parameters = native_rotary.rope_parameters(base=1e7, rotated=64, head_dim=128, max_positions=1 << 20)
+    parameters = rotary.rope_parameters(base=1e7, rotated=64, head_dim=128, max_positions=1 << 20)
     config = MiniMaxConfig(head_dim=128, rope_parameters=parameters, max_position_embeddings=1 << 20)
     theirs = MiniMaxRotaryEmbedding(config)
     assert theirs.attention_scaling == 1.0

@@ -13,12 +13,12 @@ from torch import distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_m1.checkpoint_contents import read_checkpoint
-from megatron_m1.config_io import load_config
+from megatron_m1.checkpoint.contents import read_checkpoint
+from megatron_m1.checkpoint.folder import first_fault, read_manifest
+from megatron_m1.config.io import load_config
 from megatron_m1.convert.hub_folder import open_hub_folder
 from megatron_m1.convert.our_checkpoint import open_checkpoint
 from megatron_m1.convert.work import started_ranks
-from megatron_m1.training.checkpoint_folder import first_fault, read_manifest
 from tests.convert import runs
 from tests.convert.conftest import Run
 from tests.convert.folders import convert, prints, weights

@@ -13,12 +13,12 @@ from transformers import AutoTokenizer
 
 from megatron_m1.cli import run
 from megatron_m1.convert.tokenizer import copy_tokenizer, ready_tokenizer
-from megatron_m1.data.corpus import build_corpus
+from megatron_m1.data.demo.corpus import build_corpus
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
+from tests.checkpoint.checkpoint_runs import file_size_limit
 from tests.convert.folders import convert
 from tests.data.test_tokenizers import TEXTS, hugging_face_folder
 from tests.reference.transformers_minimax import build
-from tests.training.checkpoint_runs import file_size_limit
 
 CHARACTERS = 1_000_000
 """Of the corpus's held-out text, which the tokenizer has not seen."""

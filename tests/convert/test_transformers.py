@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MiniMaxForCausalLM
 
-from megatron_m1 import cpu
 from megatron_m1.generate.sampler import Sampling
+from megatron_m1.runtime import cpu
 from tests.convert import runs
 from tests.convert.conftest import Run
 from tests.convert.folders import convert
@@ -75,7 +75,7 @@ def test_logits_and_greedy_text(
 def test_half_rotary_is_still_wrong_in_transformers(workers: WorkerPool, fp32_run: Run, tmp_path: Path) -> None:
     """When this fails, transformers has learned it: drop the note that the command prints, and the patch above.
 
-    Then the native format may say it as the hub's does, and only has to be read as ``native_rotary`` writes it.
+    Then the native format may say it as the hub's does, and only has to be read as ``rotary`` writes it.
     """
     convert("to-hf", fp32_run.folder, tmp_path / "hub")
     prompts = prompts_of([40])

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from megatron_m1.cli import run
-from megatron_m1.convert.hf_config import VLLM, caveats, hub_config, model_from_hf, native_config
+from megatron_m1.config.presets import m1_456b, tiny
+from megatron_m1.convert.families.minimax_m1.config import VLLM, caveats, hub_config, model_from_hf, native_config
+from megatron_m1.convert.families.minimax_m1.weights import check_names, rotary_dim, to_hub, to_ours, units
 from megatron_m1.convert.hub_folder import expected_bytes
-from megatron_m1.convert.weight_map import check_names, rotary_dim, to_hub, to_ours, units
-from megatron_m1.counts import model_counts
-from megatron_m1.presets import m1_456b, tiny
+from megatron_m1.plan.parameters import model_counts
 from tests.convert.runs import config_of
 
 HUB = Path(__file__).parent / "minimax_m1"

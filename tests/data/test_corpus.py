@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_m1.data.corpus import PreparedCorpus, build_corpus, prepare_corpus
-from megatron_m1.data.prefix import check_prefix
+from megatron_m1.data.corpora.prefix import check_prefix
+from megatron_m1.data.demo.corpus import PreparedCorpus, build_corpus, prepare_corpus
 from megatron_m1.data.tokenizers import load_tokenizer
 
 VOCAB_SIZE = 1000

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_m1.data.corpus_ids import check_token_ids, unread_bytes
+from megatron_m1.data.corpora.ids import check_token_ids, unread_bytes
+from megatron_m1.data.corpora.prefix import fingerprint
 from megatron_m1.data.packed import build_packed_dataset
-from megatron_m1.data.prefix import fingerprint
 from tests.data.corpora import FakeTokenizer, unique_documents, write_corpus
 from tests.harness import WorkerPool
 from tests.harness.preload import with_bad_sector
@@ -204,7 +204,7 @@ def test_a_disk_that_can_not_give_a_byte(tmp_path: Path, byte: int) -> None:
     prefix = write_corpus(tmp_path / "long", [[7] * 300_000])
     environment = with_bad_sector(tmp_path, Path(f"{prefix}.bin"), byte)
     code = (
-        "import sys; from pathlib import Path; from megatron_m1.data.corpus_ids import check_token_ids\n"
+        "import sys; from pathlib import Path; from megatron_m1.data.corpora.ids import check_token_ids\n"
         "try: check_token_ids([sys.argv[1]], vocab_size=20, cache_folder=Path(sys.argv[2]))\n"
         "except ValueError as error: print(error)"
     )

@@ -12,9 +12,9 @@ import pytest
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from megatron_m1.data.cuts import LineCut
-from megatron_m1.data.token_ids import FastIds, SentencePieceIds
 from megatron_m1.data.tokenizers import train_sentencepiece
+from megatron_m1.data.tokenizers.cuts import LineCut
+from megatron_m1.data.tokenizers.token_ids import FastIds, SentencePieceIds
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA = CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

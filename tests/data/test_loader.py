@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_m1.data.loader import PackedLoader
 from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
+from megatron_m1.data.packed.loader import PackedLoader
 from tests.data.corpora import FakeTokenizer, unique_documents, write_corpus
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.cli import run
-from megatron_m1.data.prefix import check_prefix
+from megatron_m1.data.corpora.prefix import check_prefix
 from megatron_m1.data.tokenizers import train_sentencepiece
 
 DOCUMENTS = "".join(json.dumps({"text": f"document {i} of the corpus"}) + "\n" for i in range(9))

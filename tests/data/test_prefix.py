@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_m1.data.prefix import (
+from megatron_m1.data.corpora.prefix import (
     check_blend,
     check_prefix,
     fingerprint,

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megatron_m1.data.cuts import LineCut
-from megatron_m1.data.documents import BadDocumentError, Part, document_text
-from megatron_m1.data.find import find_files, find_inputs
-from megatron_m1.data.memory import check_text_files
-from megatron_m1.data.readers import read_batches
+from megatron_m1.data.tokenize.documents import BadDocumentError, Part, document_text
+from megatron_m1.data.tokenize.find import find_files, find_inputs
+from megatron_m1.data.tokenize.memory import check_text_files
+from megatron_m1.data.tokenize.readers import read_batches
+from megatron_m1.data.tokenizers.cuts import LineCut
 
 TEXTS = ["plain", "two\nlines\n", "naïve 🙂 \u2028 text", "  spaces  ", "x" * 3_000_000, "\ttab\r\n", "end"]
 

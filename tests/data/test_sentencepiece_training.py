@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from megatron_m1.convert.tokenizer import ready_tokenizer
-from megatron_m1.data import tokenizers
+from megatron_m1.data.tokenizers import load as tokenizers
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
-from megatron_m1.data.train_tokenizer import train_tokenizer
+from megatron_m1.data.tokenizers.train import train_tokenizer
 from tests.data.test_tokenizers import TEXTS
 
 LINES = [*TEXTS[:3], "the quick  brown fox   jumps, 2024", "\tindented\tby tabs", "中文 測試 中文測試"] * 30
@@ -147,7 +147,7 @@ def test_parts_of_a_long_line_are_the_line(text: str) -> None:
 
 def test_few_large_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thinned, they are still more than none."""
-    monkeypatch.setattr("megatron_m1.data.train_tokenizer.TRAINING_BYTES", 1000)
+    monkeypatch.setattr("megatron_m1.data.tokenizers.train.TRAINING_BYTES", 1000)
     (tmp_path / "a.txt").write_text(words(["zulu", "yankee"], 3000))
     train_tokenizer([tmp_path / "a.txt"], tmp_path / "t.model", vocab_size=280)
     assert len(load_tokenizer(tmp_path / "t.model").encode("zulu yankee")) <= 3

@@ -25,14 +25,14 @@ import torch
 import transformers
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from megatron_m1.data.cuts import LineCut
-from megatron_m1.data.encode import EncodedBatch, token_dtype
-from megatron_m1.data.files import file_lock
-from megatron_m1.data.prefix import check_prefix, open_tokens
-from megatron_m1.data.token_files import TokenWriter
+from megatron_m1.data.corpora.prefix import check_prefix, open_tokens
 from megatron_m1.data.tokenize import tokenize_corpus
+from megatron_m1.data.tokenize.encode import EncodedBatch, token_dtype
+from megatron_m1.data.tokenize.token_files import TokenWriter
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
-from megatron_m1.data.train_tokenizer import train_tokenizer
+from megatron_m1.data.tokenizers.cuts import LineCut
+from megatron_m1.data.tokenizers.train import train_tokenizer
+from megatron_m1.files import file_lock
 from tests.data.test_tokenizers import hugging_face_folder
 
 SENTENCE = "The quick brown fox jumps over the lazy dog number {}.\n"
@@ -352,8 +352,8 @@ def test_tokenising_imports_no_torch(tmp_path: Path, model: Path, kind: str) -> 
         "from megatron_m1.data.tokenize import tokenize_corpus\ntokenize_corpus(['a.jsonl'], 'out', path, workers=1)"
     )
     worker = (
-        "from megatron_m1.data.encode import encode_batch_in_worker\n"
-        "from megatron_m1.data.documents import RawBatch\n"
+        "from megatron_m1.data.tokenize.encode import encode_batch_in_worker\n"
+        "from megatron_m1.data.tokenize.documents import RawBatch\n"
         "encode_batch_in_worker(Path(path), RawBatch(Path('a'), 'text', [b'some text'], 9), 'text', True)"
     )
     for lines, refused in (

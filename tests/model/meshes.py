@@ -10,13 +10,13 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from megatron_m1 import mesh
 from megatron_m1.config import Config, ModelConfig
+from megatron_m1.config.resolve import resolve
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.parallel.segments import ModelCost
-from megatron_m1.training.build import build_trainer
+from megatron_m1.runtime import mesh
 from megatron_m1.training.step import Trainer, train_step
-from megatron_m1.validate import resolve
+from megatron_m1.training.trainer import build_trainer
 
 PACKS = [
     [0, 1, 20, 37, 50],

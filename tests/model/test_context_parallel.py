@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from megatron_m1.config import Config
+from megatron_m1.config.resolve import padded_pack_tokens
 from megatron_m1.data.packed import PackedSample
-from megatron_m1.packed import PackedBatchParams
+from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.training.microbatch import make_micro_batch
 from megatron_m1.training.step import StepResult, evaluate, shared_micro_batches, train_step
-from megatron_m1.validate import padded_pack_tokens
 from tests.harness import WorkerPool
 from tests.model.meshes import assemble, gradients_and_trace, my_share, packs, run_config, start
 from tests.model.test_mesh_parity import GRADIENT_TOLERANCE

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_m1.config import Config
-from megatron_m1.packed import PackedBatchParams
+from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.training.step import evaluate, train_step
 from tests.harness import WorkerPool

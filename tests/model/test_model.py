@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from megatron_m1 import cpu, mesh
 from megatron_m1.config import Config
-from megatron_m1.counts import model_counts
-from megatron_m1.initialise import Matrix, deepnorm_gain, fill
-from megatron_m1.presets import PRESETS, preset
-from megatron_m1.validate import resolve
+from megatron_m1.config.presets import PRESETS, preset
+from megatron_m1.config.resolve import resolve
+from megatron_m1.model.initialise import Matrix, deepnorm_gain, fill
+from megatron_m1.plan.parameters import model_counts
+from megatron_m1.runtime import cpu, mesh
 from tests.harness import WorkerPool
 
 M1_PARAMETERS = 456_089_655_296
@@ -23,8 +23,8 @@ TRAIN_STATE_BYTES = 18
 
 def meta_parameters(rank: int, world_size: int, name: str) -> tuple[int, int, list[str]]:
     """Build a preset without memory: parameters, those in fp32, kinds of its layers."""
-    from megatron_m1.engine import engine_config
-    from megatron_m1.model import build_chunk
+    from megatron_m1.layers.engine import engine_config
+    from megatron_m1.model.build import build_chunk
 
     config = Config()
     config.model = preset(name)

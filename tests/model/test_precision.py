@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import Config
-from megatron_m1.config_io import config_text
-from megatron_m1.training.checkpoint import Checkpoints
+from megatron_m1.config.io import config_text
 from megatron_m1.training.step import Trainer, evaluate, train_step
 from tests.harness import WorkerPool
 from tests.model.meshes import my_share, packs, run_config, start

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from megatron_m1 import mesh
 from megatron_m1.config import Config, ModelConfig
-from megatron_m1.packed import PackedBatchParams
+from megatron_m1.config.resolve import resolve
+from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
-from megatron_m1.training.build import build_chunks
-from megatron_m1.validate import resolve
+from megatron_m1.runtime import mesh
+from megatron_m1.training.trainer import build_chunks
 from tests.harness import WorkerPool
 from tests.model.weights import expected
 from tests.reference.transformers_minimax import build, partial_rotary

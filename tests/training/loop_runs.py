@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_m1 import mesh
 from megatron_m1.config import Config
-from megatron_m1.config_io import parse_config
+from megatron_m1.config.io import parse_config
+from megatron_m1.config.resolve import resolve
+from megatron_m1.runtime import mesh
 from megatron_m1.training.loop import Run, pretrain
 from megatron_m1.training.steps_guard import NonFiniteError
-from megatron_m1.validate import resolve
 
 STEPS = 12
 PACKS_IN_A_PASS = 16

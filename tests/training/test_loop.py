@@ -16,8 +16,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_m1.config_io import parse_config
-from megatron_m1.training.checkpoint import CheckpointError
+from megatron_m1.checkpoint.store import CheckpointError
+from megatron_m1.config.io import parse_config
 from megatron_m1.training.loop import changed_fields
 from megatron_m1.training.run_folder import sole_writer
 from tests.harness import WorkerPool

@@ -103,7 +103,7 @@ def test_killed_in_mid_run_and_resumed(
 
 
 def test_a_signal_to_the_launcher_saves_and_leaves_nothing_else_to_say(start: Callable[..., Job]) -> None:
-    """SIGUSR1; tests/test_launch.py sends SIGTERM the same way."""
+    """SIGUSR1; tests/launch/test_launch.py sends SIGTERM the same way."""
     job = start()
     job.trains(4)
     job.launcher.send_signal(signal.SIGUSR1)

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_m1.training.metrics import MetricsLog
 from megatron_m1.training.record_file import RecordFile
-from tests.training.checkpoint_runs import file_size_limit
+from tests.checkpoint.checkpoint_runs import file_size_limit
 
 
 def record(number: int) -> bytes:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_m1.training.checkpoint_write import refusal
-from tests.training.checkpoint_runs import file_size_limit
+from megatron_m1.checkpoint.write import refusal
+from tests.checkpoint.checkpoint_runs import file_size_limit
 
 
 @pytest.mark.parametrize("numbers", [10, 10_000, 100_000])

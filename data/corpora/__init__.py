@@ -1,0 +1,1 @@
+"""Tokenised corpora on disk: what their files say, and whether their ids fit."""

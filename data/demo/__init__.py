@@ -1,0 +1,1 @@
+"""The embedded corpus: text that every machine has, for a first run without a download."""

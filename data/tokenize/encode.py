@@ -1,0 +1,99 @@
+"""What a tokenising process does to a batch. Without torch or megatron-core, so that the process starts at once."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_m1.data.tokenize.documents import BadDocumentError, Part, RawBatch, SkipReason, decoded, utf8_size
+from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    """Documents of a batch as ids, in their order; or one part of a document."""
+
+    tokens: npt.NDArray[np.integer[Any]]
+    """All ids end to end [tokens]."""
+    lengths: npt.NDArray[np.int32]
+    """Ids of each document [documents]."""
+    text_bytes: int
+    """UTF-8 bytes of the documents that were kept."""
+    skipped: Counter[str]
+    """Documents left out, by reason."""
+    part: Part = Part.WHOLE
+    is_blank: bool = False
+    """Of a part: it holds nothing but white space."""
+
+
+def token_dtype(vocab_size: int) -> type[np.integer[Any]]:
+    """The dtype of token files that megatron-core takes for a vocabulary."""
+    return np.uint16 if vocab_size < 65500 else np.int32
+
+
+def encode_batch(tokenizer: Tokenizer, batch: RawBatch, *, text_key: str, append_eod: bool) -> EncodedBatch:
+    """Parse and tokenise the documents of a batch; bad ones are counted, not raised.
+
+    A part of a document comes without an end mark, and is only left out if it is no text: what is said of a whole
+    document is for the one to say who has all its parts.
+    """
+    texts: list[str] = []
+    skipped: Counter[str] = Counter()
+    is_whole = batch.part is Part.WHOLE
+    for payload in batch.payloads:
+        try:
+            text = decoded(batch.kind, payload, text_key=text_key)
+        except BadDocumentError as bad:
+            skipped[bad.reason.value] += 1
+            continue
+        if is_whole and (not text or text.isspace()):
+            skipped[SkipReason.EMPTY.value] += 1
+        else:
+            texts.append(text)
+    documents = tokenizer.encode_batch(texts)
+    if is_whole:
+        kept = [text for text, ids in zip(texts, documents, strict=True) if ids]
+        skipped[SkipReason.EMPTY.value] += len(texts) - len(kept)
+        texts, documents = kept, [ids for ids in documents if ids]
+    ends = [tokenizer.eod] if append_eod and is_whole else []
+    lengths = np.array([len(ids) + len(ends) for ids in documents], dtype=np.int32)
+    tokens = np.empty(int(lengths.sum(dtype=np.int64)), dtype=token_dtype(tokenizer.vocab_size))
+    start = 0
+    for ids in documents:
+        tokens[start : start + len(ids)] = ids
+        start += len(ids) + len(ends)
+        tokens[start - len(ends) : start] = ends
+    is_blank = not is_whole and all(not text or text.isspace() for text in texts)
+    return EncodedBatch(tokens, lengths, sum(map(utf8_size, texts)), +skipped, batch.part, is_blank)
+
+
+def encode_batch_in_worker(tokenizer_path: Path, batch: RawBatch, text_key: str, append_eod: bool) -> EncodedBatch:
+    """:func:`encode_batch` in a worker process, which loads the tokenizer at its first batch and keeps it."""
+    return encode_batch(_loaded(tokenizer_path), batch, text_key=text_key, append_eod=append_eod)
+
+
+@functools.cache
+def _loaded(path: Path) -> Tokenizer:
+    return load_tokenizer(path)
+
+
+def prepare_worker() -> None:
+    """Run at the start of a worker process: it ends when its parent is killed, and takes one core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()

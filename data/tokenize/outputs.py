@@ -1,0 +1,69 @@
+"""What ``tokenize`` may write: never over a file that it reads, nor over one that it did not make."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from megatron_m1.data.corpora.prefix import bin_path, idx_path, is_sidecar, sidecar_path
+from megatron_m1.files import refuse_overwriting
+
+WORKING_MARK = ".tokenize"
+"""A file in the working folder, which tells it from somebody's folder of the same name."""
+
+
+def working_path(prefix: str) -> Path:
+    """Folder in which the output of ``prefix`` is written until it is whole."""
+    return Path(f"{prefix}.partial")
+
+
+def check_outputs(prefix: str, files: Sequence[Path], tokenizer: Path) -> None:
+    """Check that the output of ``tokenize`` replaces nothing but an earlier output.
+
+    Args:
+        prefix: of the output.
+        files: the documents' files.
+        tokenizer: a file or a folder; need not exist yet.
+
+    Raises:
+        ValueError: a file that would be written or removed is one that is read, or none that ``tokenize`` made.
+    """
+    outputs = [bin_path(prefix), idx_path(prefix), sidecar_path(prefix)]
+    read = [*files, tokenizer, *(tokenizer.rglob("*") if tokenizer.is_dir() else ())]
+    refuse_overwriting([*outputs, working_path(prefix)], read)
+    there = [path for path in outputs if os.path.lexists(path)]
+    # The sidecar is the first that is put in place: with a kill in between the rest is still known by it.
+    if there and not is_sidecar(sidecar_path(prefix)):
+        raise ValueError(
+            f"{there[0]} is there, and not by megatron-m1 tokenize ({sidecar_path(prefix)} would say so): move it, or "
+            "choose another output"
+        )
+
+
+@contextmanager
+def working_folder(prefix: str) -> Iterator[Path]:
+    """A fresh folder beside the output for the length of the block; what a killed run left there is removed.
+
+    Raises:
+        ValueError: something of this name is there that ``tokenize`` did not make.
+    """
+    folder = working_path(prefix)
+    if os.path.lexists(folder):
+        if folder.is_symlink() or not folder.is_dir() or (any(folder.iterdir()) and not _is_ours(folder)):
+            raise ValueError(f"{folder} is there, and not by megatron-m1 tokenize: move it, or choose another output")
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        (folder / WORKING_MARK).touch()
+        yield folder
+    finally:
+        # What ended the block is what there is to say.
+        with suppress(OSError):
+            shutil.rmtree(folder)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / WORKING_MARK).is_file()

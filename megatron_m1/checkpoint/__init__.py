@@ -1,0 +1,1 @@
+"""Checkpoints: their folders, what they hold, how they are written and read."""

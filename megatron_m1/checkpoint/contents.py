@@ -1,0 +1,167 @@
+"""What lies in a checkpoint folder, read from its metadata: no tensor is loaded."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_m1.checkpoint.folder import MANIFEST, first_fault, read_manifest
+from megatron_m1.config import Config
+from megatron_m1.config.io import load_config
+from megatron_m1.plan.parameters import model_counts
+
+COMMIT_MARK = "metadata.json"
+"""Written last by dist_checkpointing: without it the checkpoint is not complete."""
+
+DATA_SUFFIX = ".distcp"
+"""Of the files that hold tensors."""
+OPTIMIZER_PREFIX = "optimizer."
+"""What the optimizer's tensors begin with."""
+
+MODEL_SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "num_query_groups",
+    "attention_period",
+    "moe_ffn_hidden_size",
+    "num_moe_experts",
+    "vocab_size",
+)
+"""Fields of ``model`` that a checkpoint and the run that continues it must share."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint, as all ranks together hold it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class CheckpointContents:
+    """A checkpoint's configuration, its place in the run, and its tensors."""
+
+    folder: Path
+    config: Config
+    step: int
+    tensors: list[StoredTensor]
+    bytes_on_disk: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on up to this checkpoint, padding of packs included."""
+        return self.step * self.config.train.global_batch_size * self.config.data.seq_length
+
+
+def complete_checkpoints(run_folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    found = [mark.parent for mark in sorted(run_folder.glob(f"checkpoints/step_*/{COMMIT_MARK}"))]
+    return [folder for folder in found if re.fullmatch(r"step_\d+", folder.name)]
+
+
+def check_shape(
+    wanted: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    checkpoint: Path,
+    *,
+    fix: str = "restore it, or give another run.folder",
+) -> None:
+    """Check that a model can take a checkpoint's tensors.
+
+    Args:
+        wanted: fields of ``model`` of this run.
+        saved: those of the checkpoint's configuration.
+        checkpoint: its folder, for the message.
+        fix: what the user can do, for the message.
+
+    Raises:
+        ValueError: one of ``MODEL_SHAPE`` differs.
+    """
+    for field in MODEL_SHAPE:
+        if saved[field] != wanted[field]:
+            raise ValueError(f"model.{field} is {wanted[field]}, but checkpoint {checkpoint} has {saved[field]}: {fix}")
+
+
+def read_checkpoint(folder: Path) -> CheckpointContents:
+    """Read what a checkpoint holds, and check that every file is there and as long as the metadata say.
+
+    Args:
+        folder: ``<run.folder>/checkpoints/step_<number>``.
+
+    Raises:
+        ValueError: it is no checkpoint, is incomplete, or is damaged; one line.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"checkpoint {folder} is no folder")
+    match = re.fullmatch(r"step_(\d+)", folder.resolve().name)
+    if match is None:
+        raise ValueError(f"{folder} is no checkpoint: its name must be step_<number>")
+    if not (folder / COMMIT_MARK).is_file():
+        raise ValueError(f"checkpoint {folder} is incomplete: {COMMIT_MARK} is missing, the save did not finish")
+    _check_small_files(folder)
+    tensors = _stored_tensors(folder)
+    return CheckpointContents(
+        folder=folder,
+        config=load_config(folder / "config.yaml"),
+        step=int(match[1]),
+        tensors=tensors,
+        bytes_on_disk=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+    )
+
+
+def _check_small_files(folder: Path) -> None:
+    """Compare all files but the tensors' with their hashes, before anything in them is believed.
+
+    The tensors' are compared by those who read them: of a large model that takes many minutes.
+    """
+    if not (folder / MANIFEST).exists():
+        return  # whoever loads it insists
+    try:
+        expected = read_manifest(folder)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
+    fault = first_fault(folder, {name: digest for name, digest in expected.items() if not name.endswith(DATA_SUFFIX)})
+    if fault is not None:
+        raise ValueError(f"checkpoint {folder} is damaged: {fault}")
+
+
+def _stored_tensors(folder: Path) -> list[StoredTensor]:
+    # torch takes seconds to import, which what needs no checkpoint should not wait for.
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    from megatron_m1.checkpoint.metadata import read_metadata
+
+    tensors = []
+    for name, stored in sorted(read_metadata(folder).state_dict_metadata.items()):
+        if isinstance(stored, TensorStorageMetadata):
+            dtype, shape = stored.properties.dtype, tuple(stored.size)
+            tensors.append(StoredTensor(name, shape, str(dtype)[6:], math.prod(shape) * dtype.itemsize))
+    return tensors
+
+
+def check_model_size(contents: CheckpointContents) -> None:
+    """Refuse a configuration of another size than the tensors: before a model of that size is made.
+
+    Raises:
+        ValueError: they differ; one line.
+    """
+    model, tensors = contents.config.model, contents.tensors
+    held = sum(math.prod(t.shape) for t in tensors if not t.name.startswith(OPTIMIZER_PREFIX))
+    # Layers are counted one by one.
+    described = model_counts(model).total if 0 < model.num_layers <= len(tensors) else None
+    if described != held:
+        raise ValueError(
+            f"checkpoint {contents.folder} is damaged: its tensors have {held:,} parameters, "
+            + "the model of its config.yaml "
+            + ("more layers than there are tensors" if described is None else f"{described:,}")
+        )

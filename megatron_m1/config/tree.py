@@ -1,0 +1,233 @@
+"""The configuration tree of a run: one dataclass per concern, every field with its unit.
+
+Field names are Megatron's where Megatron has one. ``docs in the field`` is what ``--help`` prints. A field whose
+default is ``None`` is derived by ``megatron_m1.config.resolve`` from the others. Presets
+(``megatron_m1.config.presets``) are instances of ``ModelConfig``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+PATH = {"path": True}
+"""Metadata of a field that holds paths: ``~`` and ``$VARIABLES`` in it are expanded when it is read."""
+
+
+@dataclass
+class ModelConfig:
+    """Shape and numerics of the model. The defaults are MiniMax-M1 (456B)."""
+
+    num_layers: int = 80
+    """Transformer layers, a multiple of attention_period."""
+    hidden_size: int = 6144
+    """Width of the residual stream."""
+    num_attention_heads: int = 64
+    """Query heads; lightning layers have as many key and value heads."""
+    kv_channels: int = 128
+    """Width of one head."""
+    num_query_groups: int = 8
+    """Key/value heads of the softmax layers (GQA)."""
+    attention_period: int = 8
+    """Every attention_period-th layer is softmax attention, the others are lightning attention."""
+    moe_ffn_hidden_size: int = 9216
+    """Inner width of one expert (SwiGLU)."""
+    num_moe_experts: int = 32
+    """Experts in every layer."""
+    moe_router_topk: int = 2
+    """Experts per token."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the load-balancing loss (MiniMax-01 paper, section 4.2), in Megatron's convention (1 at balance)."""
+    moe_expert_capacity_factor: float | None = None
+    """Tokens kept per expert, as a multiple of the balanced share; none drops no token."""
+    moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
+    """How tokens travel to experts on other ranks."""
+    vocab_size: int = 200_064
+    """Rows of the embedding and of the untied head, a multiple of tensor_model_parallel_size."""
+    max_position_embeddings: int | None = None
+    """Tokens of the longest sequence that the model is meant for, as a converted folder will say; none, or less than
+    data.seq_length, means data.seq_length. Rotary positions have no limit."""
+    rotary_base: float = 10_000.0
+    """RoPE base of the softmax layers; 1e7 in the released checkpoints."""
+    rotary_percent: float = 0.5
+    """Share of each softmax head that is rotated (its first dimensions)."""
+    layernorm_epsilon: float = 1e-5
+    """Epsilon of the block norms and of the final norm."""
+    lightning_norm_epsilon: float = 1e-6
+    """Epsilon of the RMSNorm inside a lightning layer."""
+    residual_alpha: float | None = None
+    """Factor on the (normalised) residual; none means DeepNorm's (2 num_layers)^(1/4)."""
+    residual_beta: float = 1.0
+    """Factor on the sub-layer's output."""
+    lm_head_precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32: weights, forward and backward of the head in FP32 with TF32 off. bf16: what M1's pre-training used."""
+    lm_head_chunk_mib: float = 256.0
+    """MiB of logits that exist at a time on a rank: loss and gradient are computed for so many tokens together. Logits
+    that don't all fit are made twice."""
+    lightning_backend: Literal["auto", "naive", "chunk", "triton"] = "auto"
+    """Form of lightning attention and of its gated norm; auto takes the fastest that the device has."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Linear, norm and expert modules: auto takes transformer-engine when it is installed and a GPU is there."""
+    fp8: Literal["e4m3", "hybrid"] | None = None
+    """FP8 matrix products; needs transformer_impl transformer_engine."""
+
+
+@dataclass
+class ParallelConfig:
+    """The mesh. tensor x context x pipeline sizes must divide the world; what is left is data parallel."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer's matrices and heads."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per stage (interleaved 1F1B); none means one."""
+    pipeline_model_parallel_layout: str | None = None
+    """Layers by stage in Megatron's notation, e.g. "Et*3|t*5L": E embedding, t layer, L head and loss; none splits
+    evenly."""
+    context_parallel_size: int = 1
+    """Ranks that share one packed sequence."""
+    expert_model_parallel_size: int = 1
+    """Ranks over which the experts are spread."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share one expert's matrices; none means 1."""
+    sequence_parallel: bool | None = None
+    """Split activations outside the matrices over the tensor ranks; none turns it on when there are any."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs overlap_grad_reduce."""
+    distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
+    """auto is nccl with GPUs and gloo without."""
+    distributed_timeout_seconds: float = 600.0
+    """A collective that hangs for so long ends the run and names the rank and the step."""
+
+
+@dataclass
+class DataConfig:
+    """Where tokens come from and how they are packed."""
+
+    embedded_corpus: str | None = field(default=None, metadata=PATH)
+    """Folder of the embedded corpus (Python's own sources and documentation), built there when it is missing; train,
+    validation and tokenizer are taken from it when they are empty. none uses only what they name."""
+    train: list[str] = field(default_factory=list, metadata=PATH)
+    """Blend of tokenised corpora: .bin/.idx prefixes, each optionally preceded by its weight, e.g. [0.7, code, 0.3,
+    prose]."""
+    validation: list[str] = field(default_factory=list, metadata=PATH)
+    """Held-out blend, same form; empty means no validation."""
+    allow_shared_validation: bool = False
+    """Let data.validation name a corpus that data.train names as well; otherwise that is refused."""
+    tokenizer: str = field(default="", metadata=PATH)
+    """A SentencePiece .model file or a Hugging Face tokenizer folder."""
+    seq_length: int = 8192
+    """Tokens of one pack; one micro-batch is one pack."""
+    reset_at_documents: bool = True
+    """Attention, state and positions restart at every document; false lets them flow through the pack."""
+    cache_folder: str | None = field(default=None, metadata=PATH)
+    """Where sample indices are cached; none means <run.folder>/data_cache."""
+    train_samples: int | None = None
+    """Packs in one pass over the shuffled data, fixed for the life of a run; none means max_steps x
+    global_batch_size."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and the learning-rate schedule, which counts tokens."""
+
+    lr: float = 2e-4
+    """Peak learning rate."""
+    min_lr: float = 2e-5
+    """Final learning rate."""
+    lr_warmup_tokens: int = 0
+    """Tokens of linear warm-up."""
+    lr_constant_tokens: int = 0
+    """Tokens at the peak after the warm-up."""
+    lr_decay_tokens: int = 0
+    """Tokens of decay from the peak to min_lr after that; 0 stays at the peak."""
+    lr_decay_style: Literal["linear", "cosine", "exponential"] = "cosine"
+    """Shape of the decay."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment. Our default: M1 publishes 1e-15 for its RL stage only."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, not applied to norms."""
+    clip_grad: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off. Our default: M1 publishes
+    none."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    max_steps: int = 1000
+    """Optimizer steps of the whole run."""
+    global_batch_size: int = 8
+    """Packs per optimizer step over the whole mesh."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Parameters and matrix products; auto is bf16 on a GPU and fp32 on a CPU."""
+    seed: int = 1234
+    """Seed of the initial weights and of the data order."""
+    recompute_granularity: Literal["full", "selective"] | None = None
+    """full recomputes whole layers, selective the modules of recompute_modules; none keeps all activations."""
+    recompute_num_layers: int = 1
+    """With full: layers per recomputed chunk."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """With selective: any of core_attn, moe."""
+    eval_interval: int = 0
+    """Steps between validations; 0 validates only at the end."""
+    eval_samples: int = 16
+    """Packs per validation."""
+    max_skipped_steps: int = 5
+    """Steps in a row with a non-finite loss or gradient (each is skipped) after which the run stops."""
+    profile_step_start: int | None = None
+    """First step of the profiler window; none profiles nothing."""
+    profile_step_end: int | None = None
+    """Step after the last of the profiler window."""
+
+
+@dataclass
+class RunConfig:
+    """Folder, checkpoints, logs."""
+
+    folder: str = field(default="runs/m1", metadata=PATH)
+    """Everything of the run goes here: config, checkpoints, metrics.jsonl, TensorBoard, profiles."""
+    init_from: str | None = field(default=None, metadata=PATH)
+    """Weights that a new run starts from, and whose model it takes (set by --init-from): hf:FOLDER is a Hugging Face
+    folder, anything else a checkpoint or a run; none draws them."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint of the folder; false refuses a folder that has one."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0 saves only at the end."""
+    save_interval_minutes: float = 0.0
+    """Minutes between checkpoints, besides save_interval; 0 is off."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; 0 keeps all."""
+    async_save: bool = False
+    """Write checkpoints in the background while training goes on; the last one is waited for."""
+    max_failed_saves: int = 3
+    """Saves in a row that can't be written (each is tried twice, and the older checkpoints stay) after which the run
+    stops."""
+    log_interval: int = 1
+    """Steps between console lines (metrics.jsonl has every step)."""
+    tensorboard: bool = True
+    """Write TensorBoard events to <folder>/tensorboard."""
+    wandb_project: str | None = None
+    """Weights & Biases project; none is off. Needs the wandb package."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    preset: str = "tiny"
+    """Model preset whose values `model` starts from: tiny, m1-mid, m1-456b."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)

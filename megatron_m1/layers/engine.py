@@ -1,0 +1,128 @@
+"""megatron-core's TransformerConfig for our model: the stock fields, plus the few that M1 adds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_m1.config import Config
+
+
+@dataclass
+class EngineConfig(TransformerConfig):
+    """What every module of the model reads. Built by ``engine_config``; one per pipeline chunk."""
+
+    attention_period: int = 8
+    """Every so many layers, one is softmax attention."""
+    lightning_norm_epsilon: float = 1e-6
+    """Epsilon of the norm inside a lightning layer."""
+    lightning_backend: str = "auto"
+    """Form of lightning attention."""
+    residual_alpha: float = 1.0
+    """Factor on the normalised residual."""
+    residual_beta: float = 1.0
+    """Factor on the sub-layer's output."""
+    rotary_percent: float = 0.5
+    """Share of each softmax head that is rotated."""
+    rotary_base: float = 10_000.0
+    """RoPE base."""
+    lm_head_precision: str = "fp32"
+    """fp32 or bf16."""
+    lm_head_chunk_bytes: int = 2**28
+    """Memory for the logits of the tokens whose loss is computed at a time."""
+
+    def is_softmax_layer(self, index: int) -> bool:
+        """Whether layer ``index`` (from 0, over the whole model) is softmax attention."""
+        return (index + 1) % self.attention_period == 0
+
+
+def _leave_uninitialised(weight: Tensor) -> Tensor:
+    # initialise.py fills every parameter by its global name, so that no mesh changes the initial weights;
+    # megatron-core's own call still has to happen because it marks tensor-parallel parameters.
+    return weight
+
+
+def engine_config(config: Config, *, dtype: torch.dtype, on_meta: bool = False) -> EngineConfig:
+    """Translate a resolved ``Config`` (no derived field is None) into what megatron-core's modules read.
+
+    Args:
+        config: the run's configuration after ``resolve.resolve``.
+        dtype: parameters and activations, ``torch.bfloat16`` or ``torch.float32``.
+        on_meta: allocate on the surrounding default device (``with torch.device("meta")``) instead of the GPU.
+    """
+    model, parallel, train = config.model, config.parallel, config.train
+    virtual = parallel.virtual_pipeline_model_parallel_size
+    selective = train.recompute_granularity == "selective"
+    transformer_engine = model.transformer_impl == "transformer_engine"
+    alpha = model.residual_alpha if model.residual_alpha is not None else (2.0 * model.num_layers) ** 0.25
+    return EngineConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        ffn_hidden_size=model.moe_ffn_hidden_size,
+        num_moe_experts=model.num_moe_experts,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_router_topk=model.moe_router_topk,
+        moe_router_dtype="fp32",
+        moe_router_pre_softmax=False,
+        moe_router_load_balancing_type="aux_loss",
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_expert_capacity_factor=model.moe_expert_capacity_factor,
+        moe_token_dispatcher_type=model.moe_token_dispatcher_type,
+        moe_grouped_gemm=transformer_engine,
+        moe_permute_fusion=transformer_engine,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        activation_func=torch.nn.functional.silu,
+        gated_linear_unit=True,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_activation_fusion=transformer_engine,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+        embedding_init_method=_leave_uninitialised,
+        use_cpu_initialization=on_meta,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp8=model.fp8,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        sequence_parallel=bool(parallel.sequence_parallel),
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual,
+        pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or 1,
+        # Interleaved stages train silently wrong with batched P2P.
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        recompute_granularity=train.recompute_granularity,
+        recompute_method="uniform" if train.recompute_granularity == "full" else None,
+        recompute_num_layers=train.recompute_num_layers if train.recompute_granularity == "full" else None,
+        recompute_modules=list(train.recompute_modules) if selective else None,
+        # Lightning and softmax layers have different shapes under one key (the spelling is megatron-core's).
+        hetereogenous_dist_checkpoint=True,
+        attention_period=model.attention_period,
+        lightning_norm_epsilon=model.lightning_norm_epsilon,
+        lightning_backend=model.lightning_backend,
+        residual_alpha=alpha,
+        residual_beta=model.residual_beta,
+        rotary_percent=model.rotary_percent,
+        rotary_base=model.rotary_base,
+        lm_head_precision=model.lm_head_precision,
+        lm_head_chunk_bytes=math.ceil(model.lm_head_chunk_mib * 2**20),
+    )

@@ -1,0 +1,1 @@
+"""The model: layers put together on megatron-core, and their first weights."""

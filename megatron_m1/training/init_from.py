@@ -1,0 +1,68 @@
+"""Where a new run's weights come from, if not from chance: a Hugging Face folder, a checkpoint, another run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from torch import distributed as dist
+
+from megatron_m1.checkpoint.contents import COMMIT_MARK, check_shape
+from megatron_m1.checkpoint.folder import CONFIG, STATE
+from megatron_m1.checkpoint.store import load_model
+from megatron_m1.config import Config
+from megatron_m1.config.io import load_config
+from megatron_m1.config.paths import HUGGING_FACE
+from megatron_m1.convert.hub_folder import open_hub_folder
+from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
+from megatron_m1.convert.sources import find_checkpoint
+from megatron_m1.convert.work import Ranks, stamps
+from megatron_m1.training.step import Trainer
+
+IMPORTED = "initial"
+"""Folder of the run in which such a one lies as a checkpoint."""
+
+
+def load_initial(trainer: Trainer, config: Config) -> Path:
+    """Overwrite the parameters with those of ``run.init_from``. Collective.
+
+    A Hugging Face folder is first written as a checkpoint, ``<run.folder>/initial``, by all ranks together. For a model
+    that takes longer than ``parallel.distributed_timeout_seconds``, run ``megatron-m1 convert from-hf`` before.
+
+    Args:
+        trainer: new, on any mesh.
+        config: the run's.
+
+    Returns:
+        The checkpoint that was read.
+
+    Raises:
+        ConversionError: the checkpoint can't be written.
+        ValueError: it is damaged or of another shape.
+    """
+    init_from = config.run.init_from
+    assert init_from is not None
+    checkpoint = _imported(config) if init_from.startswith(HUGGING_FACE) else find_checkpoint(Path(init_from))
+    saved = load_config(checkpoint / CONFIG).model
+    check_shape(vars(config.model), vars(saved), checkpoint, fix="give the model that shape, or start from others")
+    load_model(trainer, checkpoint)
+    return checkpoint
+
+
+def _imported(config: Config) -> Path:
+    assert config.run.init_from is not None
+    source = Path(config.run.init_from.removeprefix(HUGGING_FACE))
+    out = Path(config.run.folder) / IMPORTED
+    ranks = Ranks(dist.get_rank(), dist.get_world_size())
+    # One rank looks, so that none sees what another has only just written.
+    is_there = ranks.gather((out / CHECKPOINT / COMMIT_MARK).is_file())[0]
+    if not is_there:
+        return load_hf(open_hub_folder(source), out, LoadOptions(), ranks)
+    known = json.loads((out / CHECKPOINT / STATE).read_text(encoding="utf-8"))
+    if known["source"] != str(source.resolve()):
+        raise ValueError(
+            f"{out} was made of {known['source']}, run.init_from is {source}: remove it, or choose another run.folder"
+        )
+    if known.get("source_files") != stamps(source):
+        raise ValueError(f"{source} has changed since {out} was made of it: remove this, or choose another run.folder")
+    return out / CHECKPOINT

@@ -1,0 +1,228 @@
+"""What a run needs from the file system, checked before any worker starts: data, tokenizer, run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_m1.checkpoint.contents import check_shape, complete_checkpoints
+from megatron_m1.config import Config
+from megatron_m1.config.io import load_config
+from megatron_m1.cores import usable_cores
+from megatron_m1.data.corpora.ids import check_token_ids, unread_bytes
+from megatron_m1.data.corpora.prefix import (
+    PrefixSummary,
+    check_blend,
+    parse_blend,
+    repeated_corpora,
+    shared_corpora,
+    sidecar_path,
+)
+from megatron_m1.data.demo.corpus import PreparedCorpus, find_corpus, prepare_corpus
+from megatron_m1.data.tokenizers import load_tokenizer
+from megatron_m1.training.run_folder import check_run_folder
+
+PLAN_READS_BYTES = 1 << 30
+"""Of corpora that a dry run reads to check their ids: about a second."""
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the checked data hold."""
+
+    train: list[PrefixSummary]
+    validation: list[PrefixSummary]
+    tokenizer_vocab_size: int
+    notes: list[str]
+    """Lines that the user should read."""
+
+
+def check_data(config: Config, *, only_plan: bool = False) -> DataSummary:
+    """Check the tokenizer and every corpus of both blends against each other and against the model's embedding.
+
+    Args:
+        config: resolved.
+        only_plan: leave nothing in the cache folder, and don't read more than ``PLAN_READS_BYTES`` of tokens.
+
+    Raises:
+        ValueError: with one line that names the file or value and the fix.
+    """
+    data = config.data
+    if not data.train:
+        raise ValueError("data.train is empty: name tokenised prefixes, or give data.embedded_corpus a folder")
+    if not data.tokenizer:
+        raise ValueError("data.tokenizer is empty: name the tokenizer that made data.train")
+    try:
+        tokenizer = load_tokenizer(data.tokenizer)
+    except OSError as error:
+        raise ValueError(f"data.tokenizer = {data.tokenizer} can't be read: {error.strerror or error}") from error
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} tokens, but model.vocab_size = "
+            f"{config.model.vocab_size}: set model.vocab_size to at least {tokenizer.vocab_size}"
+        )
+    summaries: dict[str, list[PrefixSummary]] = {"data.train": [], "data.validation": []}
+    notes = []
+    for name, blend in (("data.train", data.train), ("data.validation", data.validation)):
+        if blend:
+            with _named(name):
+                summaries[name] = check_blend(blend, tokenizer_digest=tokenizer.digest())
+                notes += _repeated_notes(name, blend)
+                notes += _check_ids(config, blend, tokenizer.vocab_size, only_plan=only_plan)
+    if data.validation and not data.allow_shared_validation:
+        _refuse_shared(data.train, data.validation)
+    train, validation = summaries.values()
+    unverified = [summary.prefix for summary in (*train, *validation) if summary.tokenizer_digest is None]
+    notes = [*(f"note: {note}" for note in tokenizer.notes), *notes, *_unverified_notes(unverified)]
+    return DataSummary(train, validation, tokenizer.vocab_size, notes)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the field's name before what is wrong with its value."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{name}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _check_ids(config: Config, blend: Sequence[str], vocab_size: int, *, only_plan: bool) -> list[str]:
+    """Check that the embedding has a row for every id; return what a plan leaves to the run."""
+    assert config.data.cache_folder is not None
+    cache, notes = Path(config.data.cache_folder), []
+    unread = {prefix: unread_bytes([prefix], cache) for prefix in parse_blend(blend)[0]}
+    if only_plan and sum(unread.values()) > PLAN_READS_BYTES:
+        left = [prefix for prefix, size in unread.items() if size]
+        total = sum(unread.values()) / 1e9
+        notes = [f"note: the ids of {', '.join(left)} ({total:,.1f} GB) are checked when the run starts"]
+        unread = {prefix: 0 for prefix, size in unread.items() if not size}
+    check_token_ids(list(unread), vocab_size=vocab_size, cache_folder=cache, remember=not only_plan)
+    return notes
+
+
+def _repeated_notes(name: str, blend: Sequence[str]) -> list[str]:
+    return [
+        f"note: {name} names {first} again" + (f" as {prefix}" if prefix != first else "") + ": taken as one corpus "
+        "with the sum of the weights"
+        for prefix, first in repeated_corpora(blend)
+    ]
+
+
+def _unverified_notes(prefixes: Sequence[str]) -> list[str]:
+    """Warn of corpora that don't say which tokenizer made them, as other Megatron tools write them."""
+    if not prefixes:
+        return []
+    first = sidecar_path(prefixes[0])
+    taken = ", which is something else" if first.exists() else ""
+    others = f" (and {len(prefixes) - 1} more)" if prefixes[1:] else ""
+    return [
+        f"warning: no sidecar {first}{taken}{others}: that data.tokenizer made this corpus can't be checked; "
+        "tokenise it again, or make sure"
+    ]
+
+
+def _refuse_shared(train: Sequence[str], validation: Sequence[str]) -> None:
+    for held_out, trained in shared_corpora(validation, train):
+        same = trained if held_out == trained else f"{trained} (the same or a copy)"
+        raise ValueError(
+            f"data.validation names {held_out}, and data.train {same}: name held-out corpora, or say "
+            "data.allow_shared_validation true"
+        )
+
+
+def check_folders(config: Config) -> None:
+    """Check that the run's folder and the index cache can be made and written; nothing is left behind.
+
+    Raises:
+        ValueError: one can't be written, the run folder has files that no run wrote, it holds checkpoints and
+            ``run.resume`` is false, or its newest one is of a model of another shape.
+    """
+    run = config.run
+    _check_writable("run.folder", Path(run.folder))
+    check_run_folder(config)
+    if config.data.cache_folder is not None:
+        _check_writable("data.cache_folder", Path(config.data.cache_folder))
+    if config.data.embedded_corpus is not None and find_embedded_corpus(config) is None:
+        _check_writable("data.embedded_corpus", Path(config.data.embedded_corpus))
+    if not run.resume and any(Path(run.folder).glob("checkpoints/step_*")):
+        raise ValueError(
+            f"run.folder = {run.folder} holds checkpoints and run.resume is false: choose another folder, or resume"
+        )
+    newest = newest_checkpoint(config)
+    if newest is not None:
+        try:
+            saved = load_config(newest / "config.yaml").model
+        except ValueError:
+            return  # a damaged one is passed over when it is loaded
+        check_shape(vars(config.model), vars(saved), newest)
+
+
+def newest_checkpoint(config: Config) -> Path | None:
+    """Return the newest complete checkpoint of the run folder, from which the run goes on, if there is one."""
+    return next(reversed(complete_checkpoints(Path(config.run.folder))), None)
+
+
+def _check_writable(name: str, folder: Path) -> None:
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    try:
+        # Permission bits don't tell: root ignores them, and a file system may be read-only or full.
+        with tempfile.TemporaryDirectory(prefix=".megatron-m1-", dir=existing) as probe:
+            Path(probe, "probe").write_bytes(b"probe")
+    except OSError as error:
+        # Some file systems on which nothing can be made, such as /proc, answer that the folder itself is not there.
+        reason = "no file can be made in it" if error.errno == errno.ENOENT else error.strerror
+        raise ValueError(f"{name} = {folder} can't be written: {existing}: {reason}; choose another folder") from error
+
+
+def find_embedded_corpus(config: Config) -> Config | None:
+    """Return the configuration that reads ``data.embedded_corpus``, or None when that one has to be built first.
+
+    Raises:
+        ValueError: its tokenizer is damaged.
+    """
+    if config.data.embedded_corpus is None:
+        return config
+    corpus = find_corpus(config.data.embedded_corpus, vocab_size=config.model.vocab_size)
+    return None if corpus is None else _read_from(config, corpus)
+
+
+def build_embedded_corpus(config: Config, *, note: Callable[[str], None]) -> Config:
+    """Build the embedded corpus if ``data.embedded_corpus`` asks for one, and return the configuration that reads it.
+
+    Every process may call this: one builds, the others wait for it, and a finished corpus is only checked.
+
+    Args:
+        config: resolved.
+        note: shows a line of progress; called in the process that builds.
+
+    Raises:
+        ValueError: the folder can't be written, or this Python has too little text.
+    """
+    folder = config.data.embedded_corpus
+    if folder is None:
+        return config
+    try:
+        corpus = prepare_corpus(folder, vocab_size=config.model.vocab_size, workers=usable_cores(), note=note)
+    except OSError as error:
+        raise ValueError(f"data.embedded_corpus = {folder} can't be written: {error.strerror or error}") from error
+    return _read_from(config, corpus)
+
+
+def _read_from(config: Config, corpus: PreparedCorpus) -> Config:
+    data = dataclasses.replace(
+        config.data,
+        train=config.data.train or corpus.train,
+        validation=config.data.validation or corpus.validation,
+        tokenizer=config.data.tokenizer or str(corpus.tokenizer),
+    )
+    return dataclasses.replace(config, data=data)
