@@ -6,21 +6,34 @@ import pickle
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_m1.checkpoint.metadata import only_tensors, read_metadata
-from megatron_m1.training.step import Trainer
+from megatron_m1.runtime.mesh import Mesh
 
 
-def _metadata(trainer: Trainer) -> dict[str, Any]:
+class Trained(Protocol):
+    """What a checkpoint is made of and loaded into: a rank's share of a model that is being trained."""
+
+    mesh: Mesh
+    chunks: list[DistributedDataParallel]
+    """Pipeline chunks of this rank, as megatron-core wraps them."""
+    optimizer: ChainedOptimizer
+
+    def heartbeat(self) -> None:
+        """Called before what takes long, so that nobody takes it for a hang."""
+
+
+def _metadata(trainer: Trained) -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         # Gather optimizer state in host memory. The other way puts whole gradient buckets on the GPU, and without
@@ -33,7 +46,7 @@ def _metadata(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def model_state(trainer: Trainer) -> dict[str, Any]:
+def model_state(trainer: Trained) -> dict[str, Any]:
     """Sharded state dict of this rank's chunks, by chunk."""
     return {
         f"model{index}": chunk.module.sharded_state_dict(metadata=_metadata(trainer))
@@ -58,7 +71,7 @@ def _adam_step(optimizer: ChainedOptimizer) -> int:
     return int(steps.pop()) if steps else 0
 
 
-def _optimizer_state(trainer: Trainer, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+def _optimizer_state(trainer: Trained, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     # Parameter groups differ between meshes, and their settings come from the configuration: only tensors and the step
     # are kept. On save the first data-parallel rank holds them all, and the others none.
     parts = {}
@@ -77,7 +90,7 @@ def _stays_shared(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-def train_state(trainer: Trainer, *, detached: bool) -> dict[str, Any]:
+def train_state(trainer: Trained, *, detached: bool) -> dict[str, Any]:
     """Everything to save: parameters, optimizer state and the optimizer's step count. Collective.
 
     Args:
@@ -121,12 +134,12 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
             ) from error
 
 
-def _set_model(trainer: Trainer, loaded: dict[str, Any]) -> None:
+def _set_model(trainer: Trained, loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(trainer.chunks):
         chunk.module.load_state_dict(loaded[f"model{index}"])
 
 
-def load_train_state(trainer: Trainer, folder: Path) -> None:
+def load_train_state(trainer: Trained, folder: Path) -> None:
     """Overwrite parameters and optimizer state with what ``folder`` holds. Collective."""
     with torch.no_grad():
         model = model_state(trainer)
@@ -142,7 +155,7 @@ def load_train_state(trainer: Trainer, folder: Path) -> None:
             part.load_state_dict(state)
 
 
-def load_model_state(trainer: Trainer, folder: Path) -> None:
+def load_model_state(trainer: Trained, folder: Path) -> None:
     """Overwrite the parameters, and the optimizer's copies of them, with what ``folder`` holds. Collective."""
     with torch.no_grad():
         _set_model(trainer, _read(model_state(trainer), folder))

@@ -14,10 +14,9 @@ from torch import distributed as dist
 
 from megatron_m1.checkpoint import folder as folders
 from megatron_m1.checkpoint.contents import check_shape
-from megatron_m1.checkpoint.state import load_model_state, load_train_state
+from megatron_m1.checkpoint.state import Trained, load_model_state, load_train_state
 from megatron_m1.checkpoint.write import Write, refusal
 from megatron_m1.runtime.ranks import first_fault, on_rank_zero
-from megatron_m1.training.step import Trainer
 
 ATTEMPTS = 2
 """For a save while training goes on."""
@@ -101,7 +100,7 @@ class Checkpoints:
         self._sharding_checked = False
         _on_rank_zero(lambda: folders.remove_temporary(folder))
 
-    def save(self, trainer: Trainer, state: dict[str, Any], *, is_last: bool = False) -> bool:
+    def save(self, trainer: Trained, state: dict[str, Any], *, is_last: bool = False) -> bool:
         """Save parameters, optimizer state and ``state``; with ``async_save`` only begin to.
 
         A save that is still in flight is finished first. Nothing happens when the step's checkpoint has just been
@@ -153,7 +152,7 @@ class Checkpoints:
         step = folders.step_of(Path(write.temporary.stem))
         return failure is not None and self._is_tried_again(step, failure, is_last=False)
 
-    def _begin(self, trainer: Trainer, state: dict[str, Any], *, in_background: bool) -> str | None:
+    def _begin(self, trainer: Trained, state: dict[str, Any], *, in_background: bool) -> str | None:
         """Start to write; on every rank, what is in the way."""
         texts = {folders.CONFIG: self.config_text, folders.STATE: json.dumps(state, indent=2) + "\n"}
         try:
@@ -234,7 +233,7 @@ class Checkpoints:
         if dist.get_rank() == 0:
             self._note(line)
 
-    def load_newest(self, trainer: Trainer) -> dict[str, Any] | None:
+    def load_newest(self, trainer: Trained) -> dict[str, Any] | None:
         """Load the newest checkpoint that is not damaged, into any mesh.
 
         Damaged ones that are newer are named through ``note`` and renamed to ``<name>.damaged``.
@@ -267,7 +266,7 @@ class Checkpoints:
     def _skip(self, name: str, fault: str, *, last: bool = False) -> None:
         self._say(f"checkpoint {name} is damaged ({fault}): {'none is' if last else 'falling back to the one'} before")
 
-    def _load(self, trainer: Trainer, checkpoint: Path, damaged: list[Path]) -> dict[str, Any]:
+    def _load(self, trainer: Trained, checkpoint: Path, damaged: list[Path]) -> dict[str, Any]:
         model = yaml.safe_load((checkpoint / folders.CONFIG).read_text())["model"]
         check_shape(yaml.safe_load(self.config_text)["model"], model, checkpoint)
         saved = json.loads((checkpoint / folders.STATE).read_text())
@@ -291,7 +290,7 @@ class Checkpoints:
         return state
 
 
-def load_model(trainer: Trainer, checkpoint: Path) -> None:
+def load_model(trainer: Trained, checkpoint: Path) -> None:
     """Overwrite the parameters with those of a checkpoint; optimizer moments and step stay as they are. Collective.
 
     Args:

@@ -24,8 +24,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_m1.checkpoint.folder import file_digests
-from megatron_m1.checkpoint.state import train_state
-from megatron_m1.training.step import Trainer
+from megatron_m1.checkpoint.state import Trained, train_state
 
 
 def _use_plain_queue() -> None:
@@ -60,7 +59,7 @@ class Write:
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Trained,
         temporary: Path,
         texts: dict[str, str],
         *,
