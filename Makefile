@@ -20,7 +20,7 @@ test-fast: install  ## tests without those that take seconds each
 checks: install  ## format, lint, types, import rules
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
-	.venv/bin/mypy -p megatron_m1 -p tests
+	.venv/bin/mypy -p megatron_m1 -p tests -p benchmarks.common
 	$(PYTHON) -m pytest -q tests/test_imports.py
 
 aot: install  ## compile the Triton kernels in every variant that runs, for sm_80, sm_90 and sm_100 (no GPU needed)

@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the tests count what goes through process groups
+sys.path.insert(0, str(ROOT))  # for benchmarks.common
 
+from benchmarks.common.context_ranks import Case, counted_bytes, predicted_bytes  # noqa: E402
 from megatron_m1.config.presets import m1_456b  # noqa: E402
 from megatron_m1.parallel.layout import SequenceLayout  # noqa: E402
 from megatron_m1.parallel.segments import ModelCost  # noqa: E402
 from megatron_m1.parallel.traffic import attention_pairs, ring_memory, ring_traffic, state_traffic  # noqa: E402
 from megatron_m1.plan.flops import layout_cost  # noqa: E402
-from tests.harness import WorkerPool  # noqa: E402
-from tests.parallel.ranks import Case, counted_bytes, predicted_bytes  # noqa: E402
+from megatron_m1.runtime.pool import WorkerPool  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = m1_456b()
@@ -256,7 +256,7 @@ def count() -> tuple[list[Row], list[dict[str, Any]]]:
 
 def measure() -> list[dict[str, Any]]:
     """Bytes that go through real process groups, and those of the plans; they have to be equal."""
-    pool, found = WorkerPool(), []
+    pool, found = WorkerPool(preloaded=["megatron_m1.training.loop"]), []
     only_pairs = ModelCost(0.0, 1.0, 0.0)
     try:
         for ranks in MEASURED_RANKS:

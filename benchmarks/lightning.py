@@ -30,10 +30,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the tests know what error is allowed
+sys.path.insert(0, str(ROOT))  # for benchmarks.common
 
+from benchmarks.common.kernel_check import check_kernels, check_timed  # noqa: E402
 from megatron_m1.kernels.lightning import layer_slopes, lightning_attention, silu_lightning_attention  # noqa: E402
-from tests.kernels.kernel_check import check_kernels, check_timed  # noqa: E402
 
 HEADS, WIDTH = 64, 128
 CHECKED_LENGTHS = [1, 63, 700, 65, 1, 1171]

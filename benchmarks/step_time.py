@@ -24,17 +24,17 @@ from torch import Tensor
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the tests know where transformers keeps each weight
+sys.path.insert(0, str(ROOT))  # for benchmarks.common
 
-from megatron_m1 import mesh  # noqa: E402
+from benchmarks.common.transformers_weights import expected  # noqa: E402
 from megatron_m1.config import Config, DataConfig, ModelConfig, OptimizerConfig  # noqa: E402
 from megatron_m1.config.resolve import resolve  # noqa: E402
 from megatron_m1.data.packed import PackedSample  # noqa: E402
 from megatron_m1.layers.pack import PackedBatchParams  # noqa: E402
 from megatron_m1.parallel.layout import SequenceLayout  # noqa: E402
+from megatron_m1.runtime import mesh  # noqa: E402
 from megatron_m1.training.step import Trainer, compute_gradients, train_step  # noqa: E402
 from megatron_m1.training.trainer import build_trainer  # noqa: E402
-from tests.model.weights import expected  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 THREADS = 2

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.harness import WorkerPool, nan_filled_empty
+from benchmarks.common.poison import nan_filled_empty
+from megatron_m1.runtime.pool import WorkerPool
 
 # Triton's kernels run under its interpreter, which must be chosen before anything imports triton, here and in workers.
 os.environ["TRITON_INTERPRET"] = "1"
@@ -23,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def workers() -> Iterator[WorkerPool]:
     """Worker processes shared by all tests: ``workers.run(function, *arguments, world_size=2)``."""
-    pool = WorkerPool()
+    pool = WorkerPool(preloaded=["megatron_m1.training.loop"])
     yield pool
     pool.close()
 

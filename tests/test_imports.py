@@ -49,6 +49,7 @@ RULES = [
     Rule("megatron_m1", ("triton", "examples", "tests", "benchmarks")),
     Rule("megatron_m1", GPU_EXTRAS, exempt="providers.py"),
     Rule("tests/reference", ("megatron", "megatron_m1", "triton", *GPU_EXTRAS)),
+    Rule("benchmarks", ("tests",)),
     *(Rule(folder, GPU_EXTRAS) for folder in BARE_ROOMS),
     *(Rule(folder, BARE_ROOMS) for folder in (*BARE_ROOMS, "megatron_m1", "tests", "benchmarks")),
 ]

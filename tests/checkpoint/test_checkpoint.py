@@ -20,9 +20,9 @@ from megatron_m1.checkpoint.folder import checkpoint_folders, remove_old, step_o
 from megatron_m1.checkpoint.store import CheckpointError
 from megatron_m1.config import Config
 from megatron_m1.config.io import load_config
+from megatron_m1.runtime.pool import WorkerPool
 from tests.checkpoint import checkpoint_runs as runs
 from tests.checkpoint.checkpoint_runs import run_config
-from tests.harness import WorkerPool
 
 MESH_TOLERANCE = 1e-6
 """Relative; meshes sum the same fp32 numbers in another order, and the loss is a mean over 160 tokens."""

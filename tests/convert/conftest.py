@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from megatron_m1.runtime.pool import WorkerPool
 from tests.convert import runs
 from tests.convert.folders import convert
 from tests.convert.killed import SHARD
-from tests.harness import WorkerPool
 from tests.reference.transformers_minimax import build
 
 

@@ -9,9 +9,9 @@ import torch
 
 from megatron_m1.cli import run
 from megatron_m1.generate.sampler import Sampling, choose
+from megatron_m1.runtime.pool import WorkerPool
 from tests.convert import runs
 from tests.convert.conftest import Run
-from tests.harness import WorkerPool
 
 TOLERANCE = 2e-5
 """Of fp32 logits, relative to the largest: eight layers' sums in another order; 1e-6 is usual."""

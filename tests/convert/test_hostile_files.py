@@ -24,10 +24,10 @@ import yaml
 from megatron_m1 import cli
 from megatron_m1.checkpoint import folder as folders
 from megatron_m1.checkpoint.metadata import only_tensors, read_metadata
+from megatron_m1.runtime.pool import WorkerPool
 from tests.checkpoint.checkpoint_runs import open_checkpoints
 from tests.convert import runs
 from tests.convert.conftest import Run
-from tests.harness import WorkerPool
 from tests.model.meshes import start
 from tests.reference.transformers_minimax import build
 

@@ -17,11 +17,11 @@ from torch.nn.functional import cross_entropy
 
 from megatron_m1.checkpoint.contents import read_checkpoint
 from megatron_m1.data.tokenizers import load_tokenizer
+from megatron_m1.runtime.pool import WorkerPool
 from tests.convert import runs
 from tests.convert.folders import convert
 from tests.convert.test_generate import prompts_of
 from tests.convert.test_transformers import load
-from tests.harness import WorkerPool
 from tests.reference.transformers_minimax import build
 from tests.training.conftest import tiny_corpus  # noqa: F401
 from tests.training.loop_runs import records

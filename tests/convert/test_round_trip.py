@@ -13,17 +13,17 @@ from torch import distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from benchmarks.common.transformers_weights import expected
 from megatron_m1.checkpoint.contents import read_checkpoint
 from megatron_m1.checkpoint.folder import first_fault, read_manifest
 from megatron_m1.config.io import load_config
 from megatron_m1.convert.hub_folder import open_hub_folder
 from megatron_m1.convert.our_checkpoint import open_checkpoint
 from megatron_m1.convert.work import started_ranks
+from megatron_m1.runtime.pool import WorkerPool
 from tests.convert import runs
 from tests.convert.conftest import Run
 from tests.convert.folders import convert, prints, weights
-from tests.harness import WorkerPool
-from tests.model.weights import expected
 from tests.reference.transformers_minimax import build
 
 IMPORTED = Path("checkpoints") / "step_00000000"

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM, MiniMaxForCausalLM
 
 from megatron_m1.generate.sampler import Sampling
 from megatron_m1.runtime import cpu
+from megatron_m1.runtime.pool import WorkerPool
 from tests.convert import runs
 from tests.convert.conftest import Run
 from tests.convert.folders import convert
 from tests.convert.test_generate import prompts_of
-from tests.harness import WorkerPool
 from tests.reference.transformers_minimax import partial_rotary
 
 TOLERANCE = 1e-4

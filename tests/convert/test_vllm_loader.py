@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_m1.runtime.pool import WorkerPool
 from tests.convert import runs
 from tests.convert.conftest import Run
 from tests.convert.folders import convert
 from tests.convert.test_generate import prompts_of
-from tests.harness import WorkerPool
 from tests.reference import vllm_loader
 
 TOLERANCE = 1e-4

@@ -15,8 +15,8 @@ import torch
 from megatron_m1.data.corpora.ids import check_token_ids, unread_bytes
 from megatron_m1.data.corpora.prefix import fingerprint
 from megatron_m1.data.packed import build_packed_dataset
+from megatron_m1.runtime.pool import WorkerPool
 from tests.data.corpora import FakeTokenizer, unique_documents, write_corpus
-from tests.harness import WorkerPool
 from tests.harness.preload import with_bad_sector
 
 HEADER = struct.Struct("<9sQBQQ")

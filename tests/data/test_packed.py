@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
+from megatron_m1.runtime.pool import WorkerPool
 from tests.checkpoint.checkpoint_runs import file_size_limit
 from tests.data.corpora import FakeTokenizer, unique_documents, write_corpus
-from tests.harness import WorkerPool
 
 LENGTHS = [1, 5, 1, 1, 13, 2, 31, 7, 7, 1, 3, 40, 6, 9, 1, 22, 4, 16]
 

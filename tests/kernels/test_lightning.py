@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common.lightning_cases import KEY_DIM, VALUE_DIM, Case, assert_close, make_case, run
+from benchmarks.common.tolerances import rounded
 from megatron_m1.kernels.lightning import (
     choose_backend,
     layer_slopes,
@@ -19,8 +21,6 @@ from megatron_m1.kernels.lightning import (
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
 from megatron_m1.layers.caches import Caches
-from tests.kernels.lightning_cases import KEY_DIM, VALUE_DIM, Case, assert_close, make_case, run
-from tests.kernels.tolerances import rounded
 from tests.reference.dense_lightning import dense_lightning_attention
 
 SINGLE = [[length] for length in (1, 63, 64, 65, 500, 1000)]

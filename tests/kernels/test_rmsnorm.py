@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common.tolerances import KERNEL_DTYPES, rounded
 from megatron_m1.kernels.rmsnorm import gated_rms_norm, rms_norm
 from megatron_m1.kernels.rmsnorm.fused import FusedRmsNorm
-from tests.kernels.tolerances import KERNEL_DTYPES, rounded
 
 TOKENS, HEADS, HEAD_DIM = 70, 3, 20
 WIDTH = HEADS * HEAD_DIM

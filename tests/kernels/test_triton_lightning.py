@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.common.kernel_check import check_kernels, check_timed, shares, silu_shares
+from benchmarks.common.lightning_cases import EXTREME, Case, assert_close, make_case, run
+from benchmarks.common.tolerances import KERNEL_DTYPES, rounded
 from megatron_m1.kernels.lightning import triton_launch, triton_tune
 from megatron_m1.kernels.lightning.triton_attention import triton_lightning_attention
-from tests.kernels.kernel_check import check_kernels, check_timed, shares, silu_shares
-from tests.kernels.lightning_cases import EXTREME, Case, assert_close, make_case, run
-from tests.kernels.tolerances import KERNEL_DTYPES, rounded
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("nan_memory")

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common.kernel_check import silu_shares
+from benchmarks.common.lightning_cases import EXTREME, assert_close
+from benchmarks.common.tolerances import rounded
 from megatron_m1.kernels.lightning import (
     lightning_attention,
     lightning_attention_selected,
@@ -20,9 +23,6 @@ from megatron_m1.kernels.lightning import (
 from megatron_m1.kernels.lightning.segments import Segment, plan_walk, segment_tokens
 from megatron_m1.kernels.lightning.triton_attention import triton_lightning_state, triton_silu_attention
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
-from tests.kernels.kernel_check import silu_shares
-from tests.kernels.lightning_cases import EXTREME, assert_close
-from tests.kernels.tolerances import rounded
 
 BOUNDS = [0, 70, 71, 200]
 SLOPES = EXTREME[:2]

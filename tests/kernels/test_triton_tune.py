@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks.common.lightning_cases import assert_close
+from benchmarks.common.tolerances import rounded
 from megatron_m1.kernels.lightning.segments import Segment
 from megatron_m1.kernels.lightning.triton_config import NO_SILU, Silu
 from megatron_m1.kernels.lightning.triton_launch import Walk
 from megatron_m1.kernels.lightning.triton_tune import Kind, fastest, tuned_walk
-from tests.kernels.lightning_cases import assert_close
-from tests.kernels.tolerances import rounded
 
 CPU = torch.device("cpu")
 KINDS = {

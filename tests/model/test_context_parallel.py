@@ -24,18 +24,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common.context_ranks import PAIRS_ONLY
+from benchmarks.common.packs import bounds_of, named_packs
 from megatron_m1.config import Config
 from megatron_m1.config.resolve import padded_pack_tokens
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
+from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.microbatch import make_micro_batch
 from megatron_m1.training.step import StepResult, evaluate, shared_micro_batches, train_step
-from tests.harness import WorkerPool
 from tests.model.meshes import assemble, gradients_and_trace, my_share, packs, run_config, start
 from tests.model.test_mesh_parity import GRADIENT_TOLERANCE
-from tests.parallel.packs import bounds_of, named_packs
-from tests.parallel.ranks import PAIRS_ONLY
 
 CP = "context_parallel_size"
 EP = "expert_model_parallel_size"
@@ -209,8 +209,8 @@ def test_virtual_chunks_share_one_layout(workers: WorkerPool) -> None:
 
 def bf16_states(rank: int, world_size: int) -> tuple[torch.dtype, Tensor, Tensor]:
     """dtype of the states that enter this rank, and their values from bf16 inputs and from the same ones in fp32."""
+    from benchmarks.common.context_ranks import Case
     from megatron_m1.parallel.lasp import lasp_attention
-    from tests.parallel.ranks import Case
 
     case = Case([0, 64], dtype=torch.bfloat16)
     layout = case.layout(rank, world_size)

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from megatron_m1.config import Config
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
+from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.step import evaluate, train_step
-from tests.harness import WorkerPool
 from tests.model.meshes import PACKS, packs, run_config, start
 
 LENGTH = PACKS[0][-1]

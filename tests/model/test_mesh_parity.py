@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.harness import WorkerPool
+from megatron_m1.runtime.pool import WorkerPool
 from tests.model.meshes import assemble, gradients_and_trace, router_gradient, run_config
 
 GRADIENT_TOLERANCE = 2e-6

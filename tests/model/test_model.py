@@ -14,7 +14,7 @@ from megatron_m1.config.resolve import resolve
 from megatron_m1.model.initialise import Matrix, deepnorm_gain, fill
 from megatron_m1.plan.parameters import model_counts
 from megatron_m1.runtime import cpu, mesh
-from tests.harness import WorkerPool
+from megatron_m1.runtime.pool import WorkerPool
 
 M1_PARAMETERS = 456_089_655_296
 TRAIN_STATE_BYTES = 18

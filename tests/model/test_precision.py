@@ -11,8 +11,8 @@ import torch
 from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import Config
 from megatron_m1.config.io import config_text
+from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.step import Trainer, evaluate, train_step
-from tests.harness import WorkerPool
 from tests.model.meshes import my_share, packs, run_config, start
 
 FP32_WEIGHTS = ("mlp.router.weight", "output_layer.weight")

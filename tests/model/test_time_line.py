@@ -9,8 +9,8 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_m1.config import Config
+from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.step import train_step
-from tests.harness import WorkerPool
 from tests.model.meshes import my_share, packs, run_config, start
 
 CP = "context_parallel_size"

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from benchmarks.common.transformers_weights import expected
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.resolve import resolve
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.runtime import mesh
+from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.trainer import build_chunks
-from tests.harness import WorkerPool
-from tests.model.weights import expected
 from tests.reference.transformers_minimax import build, partial_rotary
 
 TOLERANCE = 1e-4

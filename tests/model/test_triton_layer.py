@@ -12,7 +12,7 @@ from megatron_m1.kernels.lightning import triton_attention
 from megatron_m1.kernels.rmsnorm import triton_norm
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
-from tests.harness import WorkerPool
+from megatron_m1.runtime.pool import WorkerPool
 from tests.model.meshes import PACKS, run_config, start
 
 TOLERANCE = 1e-5

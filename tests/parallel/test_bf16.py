@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from benchmarks.common.context_ranks import Case, cases_for, lasp_results, ring_results, whole
 from megatron_m1.kernels.lightning import lightning_attention
 from megatron_m1.parallel.block_attention import Block, attend, attend_backward
-from tests.harness import WorkerPool
-from tests.parallel.ranks import Case, cases_for, lasp_results, ring_results, whole
+from megatron_m1.runtime.pool import WorkerPool
 from tests.parallel.test_ring_attention import dense_attention
 
 RANKS = 5

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common.context_ranks import Case, cases_for, lasp_results, whole
+from benchmarks.common.tolerances import rounded
 from megatron_m1.kernels.lightning import lightning_attention
-from tests.harness import WorkerPool
-from tests.kernels.tolerances import rounded
-from tests.parallel.ranks import Case, cases_for, lasp_results, whole
+from megatron_m1.runtime.pool import WorkerPool
 
 TOLERANCE = 1e-12
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks.common.context_ranks import PAIRS_ONLY, Case, lasp_results, ring_results, whole
+from benchmarks.common.packs import packs_and_ranks
 from megatron_m1.kernels.lightning import lightning_attention
-from tests.harness import WorkerPool
-from tests.parallel.packs import packs_and_ranks
-from tests.parallel.ranks import PAIRS_ONLY, Case, lasp_results, ring_results, whole
+from megatron_m1.runtime.pool import WorkerPool
 from tests.parallel.test_ring_attention import TOLERANCE, dense_attention
 
 

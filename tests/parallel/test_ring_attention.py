@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.harness import WorkerPool
-from tests.parallel.ranks import cases_for, ring_results, whole
+from benchmarks.common.context_ranks import cases_for, ring_results, whole
+from megatron_m1.runtime.pool import WorkerPool
 
 TOLERANCE = 1e-12
 

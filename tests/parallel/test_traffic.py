@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.common.context_ranks import Case, cases_for, counted_bytes, predicted_bytes
 from megatron_m1.parallel.traffic import attention_pairs
-from tests.harness import WorkerPool
-from tests.parallel.ranks import Case, cases_for, counted_bytes, predicted_bytes
+from megatron_m1.runtime.pool import WorkerPool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

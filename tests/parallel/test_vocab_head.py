@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_m1.parallel.vocab_head import vocab_logits, vocab_parallel_loss
-from tests.harness import WorkerPool
+from megatron_m1.runtime.pool import WorkerPool
 
 FACTOR = 2.0
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_m1.launch import FORWARDED, SAME_PRESS_SECONDS, SECOND_INTERRUPT
 from megatron_m1.runtime.interrupt import Interrupt, any_rank
-from tests.harness import WorkerPool
+from megatron_m1.runtime.pool import WorkerPool
 
 SIGNAL_STEP = 3
 

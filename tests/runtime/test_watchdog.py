@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_m1.config import ParallelConfig
+from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.runtime.watchdog import (
     HUNG_EXIT_CODE,
     CollectiveError,
@@ -22,7 +23,6 @@ from megatron_m1.runtime.watchdog import (
     is_collective_error,
     process_group_timeout,
 )
-from tests.harness import WorkerPool
 from tests.runtime import hanging_rank, stopped_rank
 
 TIMEOUT = 2.0

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.harness import WorkerPool
+from megatron_m1.runtime.pool import WorkerPool
 from tests.training import loop_runs as runs
 from tests.training.loop_runs import Setting
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.harness import WorkerPool
-from tests.harness.messages import pickled_exception
+from megatron_m1.runtime.pool import WorkerPool
+from megatron_m1.runtime.pool.messages import pickled_exception
 
 
 def rank_sum(rank: int, world_size: int, factor: float) -> tuple[int, torch.Tensor]:

@@ -32,6 +32,7 @@ class Case:
 
     @property
     def cu_seqlens(self) -> list[int]:
+        """Bounds of the documents."""
         return [0, *itertools.accumulate(self.lengths)]
 
     def to(self, what: torch.dtype | torch.device) -> Case:

@@ -18,16 +18,16 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from tests.harness.messages import Answer, Call, pickled_exception
+from megatron_m1.runtime.pool.messages import Answer, Call, pickled_exception
 
 STACK_SIGNAL = signal.SIGUSR2
-"""Asks a worker for its stacks; SIGTERM and SIGUSR1 stay free for the code under test."""
+"""Asks a worker for its stacks; SIGTERM and SIGUSR1 stay free for what the function does with them."""
 GROUP_TIMEOUT_MARGIN = 60.0
 """Seconds by which the group's own time-out exceeds the call's, so that a hang is reported by the pool, with stacks."""
 
 
 def serve(connection: Connection, rank: int, stack_path: str) -> None:
-    """Answer calls as ``rank`` until the test process closes its end of ``connection``.
+    """Answer calls as ``rank`` until the calling process closes its end of ``connection``.
 
     Args:
         connection: receives ``(sys.path, pickled Call)``, sends a pickled ``Answer``.

@@ -5,14 +5,14 @@ Errors are root mean squares over a head, relative to the norm of what is right.
 
 Two rules. ``rounded`` is for forms that round nothing but results: torch's forms in any dtype, the kernels in float32,
 the norm, the decode step. ``floor`` is for the Triton kernels in any dtype, beside twice the error of the naive form
-whose operands are rounded to the inputs' dtype (``tests/reference/rounded_lightning.py``).
+whose operands are rounded to the inputs' dtype (``benchmarks/common/rounded_lightning.py``).
 """
 
 from __future__ import annotations
 
 import torch
 
-from tests.kernels.lightning_cases import KEY_DIM, VALUE_DIM
+from benchmarks.common.lightning_cases import KEY_DIM, VALUE_DIM
 
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """u: what rounding to nearest is off by at most, relative to the number."""

@@ -1,4 +1,4 @@
-"""What the test process and its workers say to each other, pickled by module name."""
+"""What the calling process and its workers say to each other, pickled by module name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 RELEASE = b"release"
-"""The test process lets a worker leave the process group of the call that it answered."""
+"""The calling process lets a worker leave the process group of the call that it answered."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Call:
     arguments: tuple[Any, ...]
     world_size: int
     store_port: int
-    """Port on this machine of the TCPStore that the test process serves for this call alone."""
+    """Port on this machine of the TCPStore that the calling process serves for this call alone."""
     timeout: float
-    """Seconds after which the test process gives the call up."""
+    """Seconds after which the calling process gives the call up."""
     process_group: bool
     """Whether the worker initialises (and destroys) the default gloo group around the function."""
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.common.lightning_cases import Case, error_by_head, make_case, run
+from benchmarks.common.rounded_lightning import rounded_lightning_attention
+from benchmarks.common.tolerances import KERNEL_DTYPES, floor, rounded
 from megatron_m1.kernels.lightning import (
     layer_slopes,
     lightning_attention_step,
@@ -15,9 +18,6 @@ from megatron_m1.kernels.lightning import (
     silu_lightning_attention,
 )
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
-from tests.kernels.lightning_cases import Case, error_by_head, make_case, run
-from tests.kernels.tolerances import KERNEL_DTYPES, floor, rounded
-from tests.reference.rounded_lightning import rounded_lightning_attention
 
 
 def shares(case: Case, truth: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A pool of worker processes that are kept between tests.
+"""A pool of worker processes that are kept between calls.
 
 Importing torch and megatron-core costs ten seconds of processor time, so that it is done once, in a server from which
 the workers are forked.
@@ -13,7 +13,7 @@ import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -21,19 +21,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from tests.harness.messages import RELEASE, Answer, Call
-from tests.harness.worker import STACK_SIGNAL, serve
+from megatron_m1.runtime.pool.messages import RELEASE, Answer, Call
+from megatron_m1.runtime.pool.worker import STACK_SIGNAL, serve
 
 MAX_WORLD_SIZE = 8
-PRELOADED = ["megatron_m1.training.loop"]
-"""Imported once, before the workers are forked."""
 FAILURE_GRACE = 5.0
 """Seconds that the other ranks have for their own answer after one rank failed; most wait in a collective for it."""
 MOST_THREADS = 40
 """Threads with which a worker is replaced by a fresh one after a call.
 
 gloo runs three threads a group, a hundred wake-ups a second each, and some groups of megatron-core's outlive their
-destruction: a worker that kept them would slow down all later tests. A fork costs a tenth of a second.
+destruction: a worker that kept them would slow down all later calls. A fork costs a tenth of a second.
 """
 STACK_WAIT = 3.0
 """Seconds for a stuck worker to write its stacks."""
@@ -81,10 +79,14 @@ class Worker:
 
 
 class WorkerPool:
-    """Runs functions on ranks. Workers start when a call first needs them; worker i is rank i of every call."""
+    """Runs functions on ranks. Workers start when a call first needs them; worker i is rank i of every call.
 
-    def __init__(self) -> None:
-        multiprocessing.set_forkserver_preload(PRELOADED)
+    Args:
+        preloaded: modules that are imported once, before the workers are forked.
+    """
+
+    def __init__(self, preloaded: Sequence[str]) -> None:
+        multiprocessing.set_forkserver_preload(list(preloaded))
         self._workers: list[Worker] = []
         self._folder = tempfile.TemporaryDirectory(prefix="megatron_m1_workers_")
 
