@@ -7,6 +7,7 @@ import fcntl
 import functools
 import logging
 import os
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -138,14 +139,60 @@ def _identity(path: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def partial_path(path: Path) -> Path:
+    """Where this process writes a file before it gets its name: hidden, beside it, and nobody else's."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a file that is written its name, over an older one: bytes first, so that no crash leaves a torn one."""
+    sync(partial)
+    partial.replace(path)
+    sync(path.absolute().parent)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a kill leaves the old file or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(path)
+        partial.write_bytes(content)
+        put_in_place(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def refusal(error: BaseException, folder: Path) -> str:
+    """What the operating system said when a write to ``folder`` failed, in a line, also where a library hides it.
+
+    torch's writer, in C++, meets a full disk as an offset that it did not expect.
+    """
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.errno is not None:
+            return f"{os.strerror(link.errno)} ({link.filename2 or link.filename or folder})"
+    try:
+        if os.statvfs(folder).f_bavail == 0:
+            return f"{os.strerror(errno.ENOSPC)} ({folder})"
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 20))
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as found:
+        return f"{found.strerror} ({folder})"
+    return f"{next(iter(str(error).splitlines()), type(error).__name__)} ({folder})"
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__

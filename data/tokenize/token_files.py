@@ -7,7 +7,6 @@ need. The tests compare the files with that builder's, byte by byte.
 from __future__ import annotations
 
 import json
-import os
 import struct
 from array import array
 from collections import Counter
@@ -21,7 +20,7 @@ from megatron_m1.data.corpora.prefix import bin_path, idx_path, sidecar_path
 from megatron_m1.data.tokenize.documents import Part, SkipReason
 from megatron_m1.data.tokenize.encode import EncodedBatch, token_dtype
 from megatron_m1.data.tokenizers import Tokenizer
-from megatron_m1.files import write_atomically
+from megatron_m1.files import put_in_place, write_atomically
 
 _MAKERS = ("megatron-m1", "tokenizers", "transformers", "sentencepiece")
 """Packages of which a version may decide the ids."""
@@ -97,8 +96,6 @@ class TokenWriter:
 
     def commit(self, prefix: str) -> None:
         """Replace an older output. The .idx makes a corpus of the files: the old one goes first, the new comes last."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
         self._stream.close()
         self._write_index()
         sidecar = {
@@ -114,8 +111,8 @@ class TokenWriter:
         idx_path(prefix).unlink(missing_ok=True)
         # By the sidecar the files are known as ours, so that the command may replace them after a kill.
         write_atomically(sidecar_path(prefix), json.dumps(sidecar, indent=1).encode())
-        self._bin.replace(bin_path(prefix))
-        self._idx.replace(idx_path(prefix))
+        put_in_place(self._bin, bin_path(prefix))
+        put_in_place(self._idx, idx_path(prefix))
 
     def _write_index(self) -> None:
         lengths = np.frombuffer(self._lengths, dtype=np.int32)
@@ -127,8 +124,6 @@ class TokenWriter:
             stream.write(struct.pack("<QBQQ", 1, _DTYPE_CODES[self._dtype], lengths.size, lengths.size + 1))
             for values in (lengths, offsets, np.arange(lengths.size + 1, dtype=np.int64)):
                 stream.write(values)
-            stream.flush()
-            os.fsync(stream.fileno())
 
 
 class _OpenDocument:

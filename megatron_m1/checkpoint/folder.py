@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_m1.files import put_in_place, sync
+
 TRACKER = "latest"
 MANIFEST = "integrity.json"
 STATE = "state.json"
@@ -112,9 +114,7 @@ def move_tracker(checkpoint: Path) -> None:
     """Let ``latest`` name ``checkpoint``."""
     part = checkpoint.with_name(TRACKER + TEMPORARY)
     part.write_text(checkpoint.name + "\n")
-    sync(part)
-    part.replace(checkpoint.with_name(TRACKER))
-    sync(checkpoint.parent)
+    put_in_place(part, checkpoint.with_name(TRACKER))
 
 
 def remove_old(root: Path, keep: int) -> None:
@@ -184,12 +184,3 @@ def _clear(path: Path) -> None:
         path.unlink()
     elif path.exists():
         shutil.rmtree(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

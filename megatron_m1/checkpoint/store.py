@@ -15,7 +15,8 @@ from torch import distributed as dist
 from megatron_m1.checkpoint import folder as folders
 from megatron_m1.checkpoint.contents import check_shape
 from megatron_m1.checkpoint.state import Trained, load_model_state, load_train_state
-from megatron_m1.checkpoint.write import Write, refusal
+from megatron_m1.checkpoint.write import Write
+from megatron_m1.files import refusal
 from megatron_m1.runtime.ranks import first_fault, on_rank_zero
 
 ATTEMPTS = 2

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import queue
-import tempfile
 import threading
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_m1.checkpoint.folder import file_digests
 from megatron_m1.checkpoint.state import Trained, train_state
+from megatron_m1.files import refusal
 
 
 def _use_plain_queue() -> None:
@@ -136,31 +133,3 @@ class Write:
         except (OSError, RuntimeError) as error:
             return refusal(error, self.temporary)
         return None
-
-
-def refusal(error: BaseException, folder: Path) -> str:
-    """What the operating system said when a write to ``folder`` failed, in a line, also where a library hides it.
-
-    torch's writer, in C++, meets a full disk as an offset that it did not expect.
-    """
-    for link in _chain(error):
-        if isinstance(link, OSError) and link.errno is not None:
-            return f"{os.strerror(link.errno)} ({link.filename2 or link.filename or folder})"
-    try:
-        if os.statvfs(folder).f_bavail == 0:
-            return f"{os.strerror(errno.ENOSPC)} ({folder})"
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(bytes(1 << 20))
-            probe.flush()
-            os.fsync(probe.fileno())
-    except OSError as found:
-        return f"{found.strerror} ({folder})"
-    return f"{next(iter(str(error).splitlines()), type(error).__name__)} ({folder})"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__

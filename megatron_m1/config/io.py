@@ -9,7 +9,6 @@ import argparse
 import dataclasses
 import difflib
 import functools
-import os
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ import yaml
 from megatron_m1.config.paths import expand
 from megatron_m1.config.presets import preset
 from megatron_m1.config.tree import PATH, Config, ModelConfig
+from megatron_m1.files import write_atomically
 
 NONE_WORDS = ("none", "None", "null", "~")
 
@@ -143,10 +143,7 @@ def config_text(config: Config) -> str:
 
 def write_config(config: Config, path: str | Path) -> None:
     """Write ``config`` as YAML, atomically: the file is complete or is not there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(config_text(config), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(Path(path), config_text(config).encode())
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

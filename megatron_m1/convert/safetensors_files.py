@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_m1.files import partial_path, put_in_place
+
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _LENGTH = struct.Struct("<Q")
@@ -84,13 +86,13 @@ class StreamedFile:
     """A safetensors file that is written tensor by tensor. A context manager; under its name it is whole (not synced).
 
     Args:
-        path: the file; until the end ``<path>.part``.
+        path: the file; until the end its ``files.partial_path``.
         entries: all tensors, in the order in which they will come.
     """
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
         self._path = path
-        self._part = path.with_name(path.name + ".part")
+        self._part = partial_path(path)
         self._waiting = list(reversed(entries))
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         start = 0
@@ -117,7 +119,7 @@ class StreamedFile:
         finally:
             self._file.close()
         if kind is None:
-            self._part.replace(self._path)
+            put_in_place(self._part, self._path)
 
     def _write(self, data: bytes | memoryview) -> None:
         view = memoryview(data)

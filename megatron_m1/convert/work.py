@@ -27,8 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_m1.checkpoint.folder import sync
-from megatron_m1.files import file_lock, refuse_overwriting, write_atomically
+from megatron_m1.files import file_lock, refuse_overwriting, sync, write_atomically
 
 PARTIAL = ".partial"
 LOCK = ".lock"

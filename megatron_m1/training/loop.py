@@ -12,10 +12,9 @@ from typing import Any
 
 from megatron_m1.checkpoint.folder import CONFIG, folder_name
 from megatron_m1.checkpoint.store import CheckpointError, Checkpoints
-from megatron_m1.checkpoint.write import refusal
 from megatron_m1.config import Config
 from megatron_m1.config.io import config_text, load_config, write_config
-from megatron_m1.files import write_atomically
+from megatron_m1.files import refusal, write_atomically
 from megatron_m1.runtime import mesh as rank_grid
 from megatron_m1.runtime.interrupt import Interrupt, any_rank
 from megatron_m1.runtime.ranks import on_rank_zero

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_m1.checkpoint.write import refusal
+from megatron_m1.files import partial_path, put_in_place, refusal
 
 
 class ProfilerWindow:
@@ -73,11 +72,11 @@ class ProfilerWindow:
         profiler, self._profiler = self._profiler, None
         profiler.stop()
         target = self._folder / f"steps_{self._first}_to_{self._last}_rank_{self._rank}.json"
-        part = target.with_suffix(".part.json")
+        part = partial_path(target)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(part))
-            os.replace(part, target)
+            put_in_place(part, target)
         except (OSError, RuntimeError) as error:
             # On one rank alone: the others would wait for it.
             self._note(f"{target} can't be written: {refusal(error, self._folder)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_m1.checkpoint.write import refusal
+from megatron_m1.files import refusal
 from tests.checkpoint.checkpoint_runs import file_size_limit
 
 
