@@ -15,7 +15,7 @@ def expand(text: str) -> str:
     """Return the path that ``text`` means; ``$$`` is a dollar sign, and what follows ``hf:`` is a path.
 
     Raises:
-        ValueError: a variable is not set, a user does not exist, or a ``$`` belongs to no name. One line.
+        ValueError: a variable is not set or empty, a user does not exist, or a ``$`` belongs to no name. One line.
     """
     if text.startswith(HUGGING_FACE):
         return HUGGING_FACE + expand(text.removeprefix(HUGGING_FACE))
@@ -27,9 +27,10 @@ def expand(text: str) -> str:
             raise ValueError(f"{text!r}: there is no user {head[1:]}; for a file of that name write ./{head}")
         home, below = home + slash, rest
     try:
-        return home + string.Template(below).substitute(os.environ)
+        # An empty one would move what stands behind it to the root of the file system.
+        return home + string.Template(below).substitute({name: value for name, value in os.environ.items() if value})
     except KeyError as error:
-        raise ValueError(f"{text!r}: the environment variable {error.args[0]} is not set") from error
+        raise ValueError(f"{text!r}: the environment variable {error.args[0]} is not set, or empty") from error
     except ValueError as error:
         raise ValueError(f"{text!r}: a $ stands before no name of a variable; write $$ for a dollar sign") from error
 

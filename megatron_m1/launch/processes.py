@@ -142,14 +142,14 @@ class _Signals:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
+        workers = psutil.Process(self._agent.pid).children() if self._agent.poll() is None else []
         if number == signal.SIGINT:
-            # The workers can't tell a second Ctrl-C from one that they got besides ours.
-            if self._interrupted_at is not None and now - self._interrupted_at > SAME_PRESS_SECONDS:
+            # The workers can't tell a second Ctrl-C from one that they got besides ours. Without any, all is saved.
+            if workers and self._interrupted_at is not None and now - self._interrupted_at > SAME_PRESS_SECONDS:
                 print(SECOND_INTERRUPT, file=sys.stderr, flush=True)
                 self._kill(number)
                 return
             self._interrupted_at = self._interrupted_at or now
-        workers = psutil.Process(self._agent.pid).children() if self._agent.poll() is None else []
         for worker in workers:
             with suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
@@ -161,6 +161,18 @@ class _Signals:
     def _kill(self, number: int) -> None:
         self.status = 128 + number
         self._agent.kill()  # the workers die with it
+
+
+def pause(number: int, frame: FrameType | None) -> None:
+    """Stop this process and all below it until it is continued: Ctrl-Z, which workers in sessions of their own miss."""
+    family = psutil.Process().children(recursive=True)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.suspend()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
 
 
 def start_workers(launch: Launch, program: Sequence[str]) -> int:
@@ -185,6 +197,8 @@ def start_workers(launch: Launch, program: Sequence[str]) -> int:
     for number in heeded:
         signal.signal(number, signals)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, heeded)
+    if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:
+        signal.signal(signal.SIGTSTP, pause)
     status = agent.wait()
     if signals.status is not None and status < 0:
         return signals.status

@@ -342,6 +342,30 @@ def test_a_second_ctrl_c_leaves_at_once(
     assert alive == []
 
 
+def wait_for_status(processes: list[psutil.Process], is_stopped: bool) -> None:
+    """Wait until all of them are stopped, or none is."""
+    deadline = time.monotonic() + 60
+    while any((process.status() == psutil.STATUS_STOPPED) != is_stopped for process in processes):
+        assert time.monotonic() < deadline, [process.status() for process in processes]
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_ctrl_z_stops_the_workers_as_well(
+    two_waiting_workers: tuple[subprocess.Popen[bytes], list[psutil.Process]], tmp_path: Path
+) -> None:
+    launcher, workers = two_waiting_workers
+    family = [psutil.Process(launcher.pid), *workers]
+    for _ in range(2):
+        launcher.send_signal(signal.SIGTSTP)
+        wait_for_status(family, True)
+        launcher.send_signal(signal.SIGCONT)
+        wait_for_status(family, False)
+    launcher.terminate()
+    assert launcher.wait(60) == 0
+    assert sorted(file.name for file in tmp_path.glob("*.saved")) == ["0.saved", "1.saved"]
+
+
 @pytest.mark.slow
 def test_workers_die_with_a_killed_launcher(
     two_waiting_workers: tuple[subprocess.Popen[bytes], list[psutil.Process]], tmp_path: Path
