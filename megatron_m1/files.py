@@ -5,17 +5,23 @@ from __future__ import annotations
 import errno
 import fcntl
 import functools
+import json
 import logging
 import os
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 LOCK_MARK = b"A lock of megatron-m1. Remove it if no process of megatron-m1 is at work here.\n"
 """Content of a lock file, which tells it from somebody's file of the same name."""
 WITHOUT_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 """What a file system says that offers no locks, such as Lustre mounted without ``-o flock``."""
+
+NO_FILE = "no regular file"
+"""What is said of a pipe, a device or a socket among the files of a folder."""
 
 _log = logging.getLogger(__name__)
 
@@ -149,6 +155,53 @@ def put_in_place(partial: Path, path: Path) -> None:
     sync(partial)
     partial.replace(path)
     sync(path.absolute().parent)
+
+
+def regular(path: Path) -> Path:
+    """Return a path that is about to be read, if it is a regular file or a link to one.
+
+    Every file of a folder that comes from elsewhere goes through here or ``check_folder``: opening a named pipe waits
+    for a writer that never comes, and a device may have no end.
+
+    Raises:
+        OSError: it is something else, or can't be looked at; says so in ``strerror``.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, NO_FILE, str(path))
+    return path
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a regular file that holds one JSON object.
+
+    Raises:
+        OSError: it can't be read.
+        ValueError: it holds something else; one line.
+    """
+    try:
+        content = json.loads(regular(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return content
+
+
+def check_folder(folder: Path) -> None:
+    """Check that a folder from elsewhere holds nothing but files and folders: libraries open what they find there.
+
+    Raises:
+        ValueError: a pipe, a device or a socket lies there, or in a folder directly below.
+    """
+    for path in (*folder.glob("*"), *folder.glob("*/*")):
+        # What can't be looked at can't be opened either.
+        with suppress(OSError):
+            mode = path.stat().st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise ValueError(f"{path} can't be read: {NO_FILE}: remove it from the folder")
 
 
 def write_atomically(path: Path, content: bytes) -> None:

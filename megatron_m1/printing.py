@@ -8,12 +8,39 @@ from __future__ import annotations
 
 import io
 import os
+import reprlib
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
+
+
+LONGEST_MESSAGE = 2000
+"""Characters of a message: a file from elsewhere may have a name or a value of megabytes."""
+
+
+class _Short(reprlib.Repr):
+    """Of a list that is its own grandchild many times over, as YAML's aliases make it, no more than a part is spelt."""
+
+    def __init__(self) -> None:
+        super().__init__(maxlevel=2, maxlist=8, maxdict=8, maxstring=120, maxother=120)
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python does not spell numbers of more than 4,300 digits.
+        return repr(x) if x.bit_length() < 256 else f"a number of {x.bit_length():,} bits"
+
+
+shown = _Short().repr
+"""Spell a value that a file from elsewhere has, as ``repr`` does, but not at any length."""
+
+
+def cut(text: str) -> str:
+    """One line of at most ``LONGEST_MESSAGE`` characters, with the beginning and the end of a longer one."""
+    text = " ".join(text.split())
+    half = LONGEST_MESSAGE // 2
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 class _Output(io.FileIO):

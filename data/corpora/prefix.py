@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_m1.files import regular
+
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, dtype code, sequences, documents + 1. Then int32 lengths, int64 offsets, int64 document ends."""
 INDEX_HEADER_BYTES = _INDEX_HEADER.size
@@ -138,10 +140,12 @@ def _read_index_header(path: Path) -> tuple[type[np.integer[Any]], int, int]:
 
 def _read_sidecar(prefix: str, documents: int, tokens: int) -> dict[str, Any]:
     path = sidecar_path(prefix)
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
         sidecar = _sidecar_content(path)
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}; move it") from error
     except ValueError as error:
         raise ValueError(f"{path} is a damaged sidecar ({error}); tokenise the corpus again") from error
     if sidecar is None:
@@ -160,7 +164,7 @@ def _sidecar_content(path: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it was a sidecar, and is torn or damaged.
     """
-    with path.open("rb") as stream:
+    with regular(path).open("rb") as stream:
         content = stream.read(_SIDECAR_BYTES + 1)
     if len(content) > _SIDECAR_BYTES:
         return None

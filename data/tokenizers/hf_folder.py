@@ -10,6 +10,8 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from megatron_m1.files import check_folder
+
 FILE = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
@@ -162,8 +164,9 @@ def read_folder(path: Path) -> TokenizerFolder:
 
     Raises:
         OSError: one can't be read.
-        ValueError: there is none, or one is no JSON object; one line.
+        ValueError: there is none, one is no JSON object, or the folder has something that is no file; one line.
     """
+    check_folder(path)
     names = (*FOLDER_FILES, *OTHER_VOCABULARIES)
     contents = {name: (path / name).read_bytes() for name in names if (path / name).is_file()}
     if not contents:

@@ -16,7 +16,7 @@ from megatron_m1.cores import usable_cores
 from megatron_m1.data.tokenizers.cuts import LineCut
 from megatron_m1.data.tokenizers.hf_tokenizer import HuggingFaceTokenizer
 from megatron_m1.data.tokenizers.token_ids import SentencePieceIds
-from megatron_m1.files import write_atomically
+from megatron_m1.files import regular, write_atomically
 
 _LINE_BYTES = 4192
 """SentencePiece's default of ``max_sentence_length``: it leaves out longer lines."""
@@ -87,7 +87,7 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, path: Path) -> None:
-        content = path.read_bytes()
+        content = regular(path).read_bytes()
         try:
             self._ids = SentencePieceIds(content)
         except RuntimeError as error:

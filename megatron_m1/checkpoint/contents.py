@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_m1.checkpoint.folder import MANIFEST, first_fault, read_manifest
+from megatron_m1.checkpoint.folder import COMMIT_MARK, DATA_SUFFIX, MANIFEST, first_fault, read_manifest
 from megatron_m1.config import Config
 from megatron_m1.config.io import load_config
+from megatron_m1.files import check_folder, read_json_object
 from megatron_m1.plan.parameters import model_counts
+from megatron_m1.printing import shown
 
-COMMIT_MARK = "metadata.json"
-"""Written last by dist_checkpointing: without it the checkpoint is not complete."""
-
-DATA_SUFFIX = ".distcp"
-"""Of the files that hold tensors."""
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+"""What is in ``metadata.json``."""
 OPTIMIZER_PREFIX = "optimizer."
 """What the optimizer's tensors begin with."""
 
@@ -108,7 +107,9 @@ def read_checkpoint(folder: Path) -> CheckpointContents:
         raise ValueError(f"{folder} is no checkpoint: its name must be step_<number>")
     if not (folder / COMMIT_MARK).is_file():
         raise ValueError(f"checkpoint {folder} is incomplete: {COMMIT_MARK} is missing, the save did not finish")
+    check_folder(folder)
     _check_small_files(folder)
+    check_format(folder)
     tensors = _stored_tensors(folder)
     return CheckpointContents(
         folder=folder,
@@ -117,6 +118,26 @@ def read_checkpoint(folder: Path) -> CheckpointContents:
         tensors=tensors,
         bytes_on_disk=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
     )
+
+
+def check_format(folder: Path) -> None:
+    """Check that ``metadata.json``, which megatron-core reads, names the format that it and we write.
+
+    Raises:
+        ValueError: it names another, or can't be read; one line.
+    """
+    try:
+        found = read_json_object(folder / COMMIT_MARK)
+    except OSError as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {COMMIT_MARK} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
+    for key, value in FORMAT.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"checkpoint {folder} is of another format: {COMMIT_MARK} has {key} = {shown(found.get(key))}, not "
+                f"{value!r}"
+            )
 
 
 def _check_small_files(folder: Path) -> None:

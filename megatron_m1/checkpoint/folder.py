@@ -15,8 +15,10 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from megatron_m1.files import put_in_place, sync
+from megatron_m1.files import put_in_place, read_json_object, sync
+from megatron_m1.printing import shown
 
 TRACKER = "latest"
 MANIFEST = "integrity.json"
@@ -24,6 +26,12 @@ STATE = "state.json"
 CONFIG = "config.yaml"
 TEMPORARY = ".tmp"
 DAMAGED = ".damaged"
+METADATA = ".metadata"
+"""Where every tensor lies; a pickle."""
+COMMIT_MARK = "metadata.json"
+"""Written last by dist_checkpointing: without it the checkpoint is not complete."""
+DATA_SUFFIX = ".distcp"
+"""Of the files that hold tensors."""
 
 
 def folder_name(step: int) -> str:
@@ -143,7 +151,7 @@ def read_manifest(checkpoint: Path) -> dict[str, str]:
     """sha256 of every file of a checkpoint, by name, as it was saved.
 
     Raises:
-        ValueError: the manifest is missing or torn; says which.
+        ValueError: the manifest is missing or torn, or leaves out a file that a reader believes; says which.
     """
     path = checkpoint / MANIFEST
     if not path.is_file():
@@ -154,8 +162,29 @@ def read_manifest(checkpoint: Path) -> dict[str, str]:
         raise ValueError(f"{MANIFEST} can't be read") from error
     strange = next((name for name in files if Path(name).name != name or name == ".."), None)
     if strange is not None:
-        raise ValueError(f"{MANIFEST} names {strange!r}, which is not in the checkpoint's folder")
+        raise ValueError(f"{MANIFEST} names {shown(strange)}, which is not in the checkpoint's folder")
+    data = sorted(path.name for path in checkpoint.glob(f"*{DATA_SUFFIX}"))
+    missing = next((name for name in (CONFIG, STATE, METADATA, COMMIT_MARK, *data) if name not in files), None)
+    if missing is not None:
+        raise ValueError(f"{MANIFEST} does not name {missing}")
     return files
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """Read what a checkpoint says of its place in a run.
+
+    Raises:
+        ValueError: it can't be read, is no JSON object, or tells of another step; one line.
+    """
+    try:
+        state = read_json_object(checkpoint / STATE)
+    except OSError as error:
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {STATE} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {error}") from error
+    if state.get("step") != step_of(checkpoint):
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {STATE} is of step {shown(state.get('step'))}")
+    return state
 
 
 def first_fault(checkpoint: Path, expected: dict[str, str]) -> str | None:

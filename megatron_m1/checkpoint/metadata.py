@@ -27,7 +27,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-FILE = ".metadata"
+from megatron_m1.checkpoint.folder import DATA_SUFFIX
+from megatron_m1.checkpoint.folder import METADATA as FILE
+from megatron_m1.checkpoint.pickle_sizes import check_sizes
+from megatron_m1.files import regular
+from megatron_m1.printing import shown
+
 ALLOWED = {
     "collections": {"OrderedDict"},
     # The folder that was written to, which nobody reads. Python 3.13 has the class in another module.
@@ -49,6 +54,22 @@ ALLOWED = {
     "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
 }
 """Module -> names that a checkpoint's metadata are made of, besides torch's dtypes."""
+UNREADABLE = (
+    OSError,
+    EOFError,
+    pickle.UnpicklingError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What unpickling torn, flipped or odd bytes raises, here and in torch."""
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _FORCE_NOT = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -81,26 +102,14 @@ def read_metadata(folder: Path) -> Metadata:
             line.
     """
     try:
-        metadata = _Unpickler(io.BytesIO((folder / FILE).read_bytes())).load()
+        content = regular(folder / FILE).read_bytes()
+        check_sizes(content)
+        metadata = _Unpickler(io.BytesIO(content)).load()
         lengths = _lengths(metadata)
         _check_tensors(metadata)
     except RefusedError as error:
         raise ValueError(f"checkpoint {folder} is refused: {FILE}: {error}") from error
-    except (
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-        AttributeError,
-        ImportError,
-        LookupError,
-        MemoryError,
-        OverflowError,
-        RecursionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # These are what unpickling torn or flipped bytes raises.
+    except UNREADABLE as error:
         raise ValueError(f"checkpoint {folder} is damaged: {FILE} can't be read ({type(error).__name__})") from error
     for name, (end, total) in sorted(lengths.items()):
         path = folder / name
@@ -120,13 +129,20 @@ def _lengths(metadata: Any) -> dict[str, tuple[int, int]]:
     for index, storage in (metadata.storage_data or {}).items():
         if not isinstance(index, MetadataIndex) or not isinstance(storage, _StorageInfo):
             raise TypeError("no place in a file")
-        if not is_plain_name(storage.relative_path):
-            raise RefusedError(f"it names the file {storage.relative_path!r}, which is not in the checkpoint's folder")
-        if min(storage.offset, storage.length) < 0:
+        name = storage.relative_path
+        if not is_plain_name(name):
+            raise RefusedError(f"it names the file {shown(name)}, which is not in the checkpoint's folder")
+        if not name.endswith(DATA_SUFFIX):
+            raise RefusedError(f"it names the file {shown(name)}, which is no {DATA_SUFFIX} file")
+        if not _is_size(storage.offset) or not _is_size(storage.length):
             raise ValueError("a place before the file")
-        end, total = lengths.get(storage.relative_path, (0, 0))
-        lengths[storage.relative_path] = (max(end, storage.offset + storage.length), total + storage.length)
+        end, total = lengths.get(name, (0, 0))
+        lengths[name] = (max(end, storage.offset + storage.length), total + storage.length)
     return lengths
+
+
+def _is_size(size: object) -> bool:
+    return type(size) is int and 0 <= size < 1 << 63
 
 
 def _check_tensors(metadata: Metadata) -> None:
@@ -140,8 +156,11 @@ def _check_tensors(metadata: Metadata) -> None:
         if not isinstance(name, str) or not isinstance(tensor, TensorStorageMetadata):
             raise TypeError("no tensor")
         shapes = [tuple(tensor.size), *(tuple(chunk.sizes) for chunk in tensor.chunks)]
-        if any(not isinstance(size, int) or size < 0 for shape in shapes for size in shape):
+        places = [tuple(chunk.offsets) for chunk in tensor.chunks]
+        if any(not _is_size(size) for shape in (*shapes, *places) for size in shape):
             raise ValueError("a tensor of a negative size")
+        if {len(shape) for shape in (*shapes, *places)} != {len(shapes[0])}:
+            raise ValueError("pieces of another rank than their tensor")
         whole, *pieces = (math.prod(shape) for shape in shapes)
         itemsize = tensor.properties.dtype.itemsize
         if sum(pieces) != whole or whole * itemsize > sum(stored.get(name, ())):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import re
 import warnings
@@ -11,14 +13,22 @@ from typing import Any, Protocol
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.safe_globals import SafeUnpickler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_m1.checkpoint.metadata import only_tensors, read_metadata
+from megatron_m1.checkpoint.contents import check_format
+from megatron_m1.checkpoint.metadata import UNREADABLE, only_tensors, read_metadata
+from megatron_m1.checkpoint.pickle_sizes import check_sizes
+from megatron_m1.files import check_folder
+from megatron_m1.printing import shown
 from megatron_m1.runtime.mesh import Mesh
+from megatron_m1.runtime.ranks import first_fault
 
 
 class Trained(Protocol):
@@ -111,44 +121,97 @@ def train_state(trainer: Trained, *, detached: bool) -> dict[str, Any]:
     return {**model, **optimizer, "optimizer_step": _adam_step(trainer.optimizer)}
 
 
+def _fault(folder: Path, error: BaseException) -> str:
+    """Say why a checkpoint can't be loaded."""
+    failures = error.failures.values() if isinstance(error, CheckpointException) else []
+    causes = [cause for cause, _ in failures] or [error]
+    for cause in causes:
+        wanted_name = re.search(r"GLOBAL (\S+)", str(cause)) if isinstance(cause, pickle.UnpicklingError) else None
+        if wanted_name is not None:
+            return (
+                f"checkpoint {folder} is refused: a data file wants {wanted_name[1]}, which is no part of a "
+                "checkpoint: do not use this file"
+            )
+    return f"checkpoint {folder} can't be loaded ({type(causes[0]).__name__}: {causes[0]})"
+
+
 def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Load what is wanted; what is wrong with the checkpoint is a ValueError on every rank. Collective."""
     # Every rank reads for itself: megatron-core's parallel load holds all of the optimizer state on the GPU. A tensor
     # asked for must be there; megatron-core 0.19 has stricter checks, but they fail with torch 2.15, whose
     # TensorProperties have one more field.
     with warnings.catch_warnings():
         # About arguments that megatron-core passes to torch.
         warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-        # megatron-core unpickles it by itself: only what has been found harmless.
+        # megatron-core opens and unpickles these by itself: only what has been found harmless.
+        check_folder(folder)
+        check_format(folder)
         read_metadata(folder)
+        if os.path.lexists(folder / COMMON_STATE_FNAME):
+            raise ValueError(f"checkpoint {folder} is refused: {COMMON_STATE_FNAME} is no part of a checkpoint of ours")
+        loaded: dict[str, Any] = {}
+        fault = None
         try:
             with only_tensors():
-                return dist_checkpointing.load(wanted, str(folder))
-        except CheckpointException as error:
-            causes = [str(cause) for cause, _ in error.failures.values() if isinstance(cause, pickle.UnpicklingError)]
-            if not causes:
-                raise
-            wanted_name = re.search(r"GLOBAL (\S+)", causes[0])
-            raise ValueError(
-                f"checkpoint {folder} is refused: a data file wants {wanted_name[1] if wanted_name else 'code'}, which "
-                "is no part of a checkpoint: do not use this file"
-            ) from error
+                loaded = dist_checkpointing.load(wanted, str(folder))
+        except (*UNREADABLE, CheckpointException, CheckpointingException) as error:
+            fault = _fault(folder, error)
+    fault = first_fault(fault)
+    if fault is not None:
+        raise ValueError(fault)
+    return loaded
 
 
-def _set_model(trainer: Trained, loaded: dict[str, Any]) -> None:
-    for index, chunk in enumerate(trainer.chunks):
-        chunk.module.load_state_dict(loaded[f"model{index}"])
+def _check_extra_states(state: dict[str, Any], folder: Path) -> None:
+    """Refuse extra states that would run something: transformer-engine unpickles them without a question.
+
+    Raises:
+        ValueError: one is no state of its layers.
+    """
+    for name, extra in state.items():
+        if "_extra_state" in name and isinstance(extra, torch.Tensor) and extra.numel():
+            try:
+                content = extra.detach().cpu().numpy().tobytes()
+                check_sizes(content)
+                SafeUnpickler(io.BytesIO(content)).load()
+            except UNREADABLE as error:
+                raise ValueError(f"checkpoint {folder} is refused: {name} is no state of a layer ({error})") from error
+
+
+def _set_model(trainer: Trained, loaded: dict[str, Any], folder: Path) -> None:
+    states = [loaded[f"model{index}"] for index in range(len(trainer.chunks))]
+    for state in states:
+        _check_extra_states(state, folder)
+    for chunk, state in zip(trainer.chunks, states, strict=True):
+        try:
+            with only_tensors():
+                chunk.module.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"checkpoint {folder} is not of this model: {error}") from error
+
+
+def _stored_step(loaded: dict[str, Any], folder: Path) -> int:
+    step = loaded.get("optimizer_step")
+    if type(step) is not int or not 0 <= step < 1 << 63:
+        raise ValueError(f"checkpoint {folder} is damaged: its optimizer_step is {shown(step)}")
+    return step
 
 
 def load_train_state(trainer: Trained, folder: Path) -> None:
-    """Overwrite parameters and optimizer state with what ``folder`` holds. Collective."""
+    """Overwrite parameters and optimizer state with what ``folder`` holds. Collective.
+
+    Raises:
+        ValueError: it can't be loaded, or is refused; one line.
+    """
     with torch.no_grad():
         model = model_state(trainer)
         loaded = _read({**model, **_optimizer_state(trainer, model, is_loading=True)}, folder)
-        _set_model(trainer, loaded)
+        step = _stored_step(loaded, folder)
+        _set_model(trainer, loaded, folder)
         for index, part in enumerate(trainer.optimizer.chained_optimizers):
             state = part.state_dict()
             for group in state["optimizer"]["param_groups"]:
-                group["step"] = loaded["optimizer_step"]
+                group["step"] = step
             # Nothing was asked for a part without parameters: the experts' on a stage without layers.
             state["param_state"] = loaded.get(f"optimizer{index}", {})
             state["param_state_sharding_type"] = "fully_reshardable"
@@ -156,7 +219,11 @@ def load_train_state(trainer: Trained, folder: Path) -> None:
 
 
 def load_model_state(trainer: Trained, folder: Path) -> None:
-    """Overwrite the parameters, and the optimizer's copies of them, with what ``folder`` holds. Collective."""
+    """Overwrite the parameters, and the optimizer's copies of them, with what ``folder`` holds. Collective.
+
+    Raises:
+        ValueError: as of ``load_train_state``.
+    """
     with torch.no_grad():
-        _set_model(trainer, _read(model_state(trainer), folder))
+        _set_model(trainer, _read(model_state(trainer), folder), folder)
         trainer.optimizer.reload_model_params()

@@ -16,6 +16,7 @@ from megatron_m1.checkpoint import folder as folders
 from megatron_m1.checkpoint.contents import check_shape
 from megatron_m1.checkpoint.state import Trained, load_model_state, load_train_state
 from megatron_m1.checkpoint.write import Write
+from megatron_m1.config.io import load_config
 from megatron_m1.files import refusal
 from megatron_m1.runtime.ranks import first_fault, on_rank_zero
 
@@ -268,9 +269,9 @@ class Checkpoints:
         self._say(f"checkpoint {name} is damaged ({fault}): {'none is' if last else 'falling back to the one'} before")
 
     def _load(self, trainer: Trained, checkpoint: Path, damaged: list[Path]) -> dict[str, Any]:
-        model = yaml.safe_load((checkpoint / folders.CONFIG).read_text())["model"]
+        model = vars(load_config(checkpoint / folders.CONFIG).model)
         check_shape(yaml.safe_load(self.config_text)["model"], model, checkpoint)
-        saved = json.loads((checkpoint / folders.STATE).read_text())
+        saved = folders.read_state(checkpoint)
         if saved.get("weights_only"):
             raise ValueError(
                 f"checkpoint {checkpoint} holds imported weights and no optimizer state: give it to --init-from, and "
@@ -278,17 +279,15 @@ class Checkpoints:
             )
         load_train_state(trainer, checkpoint)
 
-        def settle() -> dict[str, Any]:
+        def settle() -> None:
             for path in damaged:
                 folders.set_aside(path)
             if folders.tracked_step(self._folder) != folders.step_of(checkpoint):
                 folders.move_tracker(checkpoint)
-            state: dict[str, Any] = json.loads((checkpoint / folders.STATE).read_text())
-            return state
 
-        state = _on_rank_zero(settle)
+        _on_rank_zero(settle)
         self._current_step = folders.step_of(checkpoint)
-        return state
+        return saved
 
 
 def load_model(trainer: Trained, checkpoint: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import functools
 import re
@@ -21,23 +22,39 @@ import yaml
 from megatron_m1.config.paths import expand
 from megatron_m1.config.presets import preset
 from megatron_m1.config.tree import PATH, Config, ModelConfig
-from megatron_m1.files import write_atomically
+from megatron_m1.files import regular, write_atomically
+from megatron_m1.printing import shown
 
+_LONGEST_NAME = 120
+_INTEGER_BITS = 63
 NONE_WORDS = ("none", "None", "null", "~")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML's safe loader, which by itself lets a key that comes twice overwrite the first in silence."""
+    """YAML's safe loader, which by itself lets a key that comes twice overwrite the first in silence.
+
+    Nor does it say where a value stands that is none, such as the date 2001-99-99.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+            kind = node.tag.rpartition(":")[2]
+            problem = f"{shown(node.value)} is no {kind}" if isinstance(node, yaml.ScalarNode) else f"no {kind}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            # One that merges other mappings ("<<") may be of exponential size, and groups share no fields.
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, "this is no name of a field", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} is there twice: keep one", key.start_mark
+                    None, None, f"{shown(key.value)} is there twice: keep one", key.start_mark
                 )
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+            seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -90,6 +107,7 @@ def nearest(name: str, candidates: Sequence[str]) -> str | None:
 
 def unknown(kind: str, name: str, candidates: Sequence[str], *, prefix: str = "") -> ValueError:
     """Make the error for an unknown ``name``, with the nearest of ``candidates`` as the fix."""
+    name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
     suggestion = nearest(name, candidates)
     fix = f"did you mean {prefix}{suggestion}?" if suggestion else "--help lists what there is"
     return ValueError(f"unknown {kind} {prefix}{name}: {fix}")
@@ -131,8 +149,12 @@ def load_config(path: str | Path) -> Config:
     """Read a configuration that ``write_config`` wrote (any YAML of the tree will do); its paths are as they stand.
 
     Raises:
-        ValueError: as ``parse_config``.
+        ValueError: as ``parse_config``; or it is no regular file, which a configuration on the command line may be.
     """
+    try:
+        regular(Path(path))
+    except OSError as error:
+        raise ValueError(f"config file {path} can't be read: {error.strerror}") from error
     return parse_config([path], [], expand_paths=False)
 
 
@@ -153,21 +175,29 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
         ValueError: the file can't be read, is no YAML mapping, or has an unknown key.
     """
     try:
-        content = yaml.load(Path(file).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-    except RecursionError as error:
-        raise ValueError(f"config file {file} is nested too deeply") from error
+        return _flatten(parse_yaml(Path(file).read_text(encoding="utf-8")), "")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ValueError(f"config file {file} can't be read: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"config file {file}: {error}") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML of plain values, in whose mappings no key comes twice.
+
+    Raises:
+        ValueError: it is none, or is nested too deeply; one line.
+    """
+    try:
+        return yaml.load(text, Loader=_UniqueKeyLoader)
+    except RecursionError as error:
+        raise ValueError("no valid YAML: nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = str(getattr(error, "problem", None) or "a character that YAML does not allow")
-        raise ValueError(f"config file {file} is no valid YAML{place}: {problem}") from error
-    try:
-        return _flatten(content, "")
-    except ValueError as error:
-        raise ValueError(f"config file {file}: {error}") from error
+        raise ValueError(f"no valid YAML{place}: {problem}") from error
 
 
 def _flatten(content: Any, prefix: str) -> dict[str, Any]:
@@ -178,17 +208,44 @@ def _flatten(content: Any, prefix: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, Mapping):
         where = f"{prefix.rstrip('.')} must hold fields" if prefix else "the top level must hold groups"
-        raise ValueError(f"{where} as 'name: value', not {content!r}")
+        raise ValueError(f"{where} as 'name: value', not {shown(content)}")
     flat: dict[str, Any] = {}
     for key, value in content.items():
-        path = f"{prefix}{key}"
+        path = f"{prefix}{key if isinstance(key, str) else shown(key)}"
         if path in groups:
             flat |= _flatten(value, f"{path}.")
         elif path in known:
+            _check_plain(path, value, known[path])
             flat[path] = value
         else:
             raise unknown("key", path, [*known, *groups])
     return flat
+
+
+def _check_plain(path: str, value: Any, annotation: Any) -> None:
+    """No field holds more than a list of numbers or texts; aliases within lists may stand for lists without end.
+
+    Raises:
+        ValueError: the value is of another kind, or a number that no machine's integer holds.
+    """
+    items = value if isinstance(value, list) else [value]
+    # A path may look like a date.
+    if not all(item is None or isinstance(item, (str, int, float, datetime.date)) for item in items):
+        raise ValueError(f"{path} = {shown(value)} is not {describe(annotation)}")
+    if any(isinstance(item, int) and item.bit_length() > _INTEGER_BITS for item in items):
+        raise ValueError(f"{path} = {shown(value)} is too large")
+
+
+def _check_text(path: str, text: str, annotation: Any) -> None:
+    """Check a text that is to be read as a number or the like, by a reader which takes YAML's values for granted.
+
+    Raises:
+        ValueError: it is no value.
+    """
+    try:
+        parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} = {shown(text)} is not {describe(annotation)}") from error
 
 
 def read_flags(flags: Sequence[str], command_options: Sequence[str] = ()) -> dict[str, Any]:
@@ -244,8 +301,8 @@ def _normalise(value: Any, annotation: Any) -> Any:
     if isinstance(value, str):
         text = value.strip()
         try:
-            value = yaml.safe_load(text) if text.startswith("[") else [part for part in text.split(",") if part]
-        except yaml.YAMLError:
+            value = parse_yaml(text) if text.startswith("[") else [part for part in text.split(",") if part]
+        except ValueError:
             return value
     return [str(item) for item in value] if isinstance(value, list) else value
 
@@ -254,21 +311,32 @@ def _typed(values: Mapping[str, Any], base: Config) -> Config:
     """Lay ``values`` (by dotted path) over ``base`` and check every type."""
     known = field_types()
     tree = dataclasses.asdict(base)
+    # A text needs no check, and the one that checks would look for YAML in it.
+    texts: dict[str, str] = {}
     for path, raw in values.items():
         value = _normalise(raw, known[path])
+        if isinstance(value, str):
+            if str in _alternatives(known[path]):
+                texts[path] = value
+                continue
+            _check_text(path, value, known[path])
         if value is None and type(None) not in _alternatives(known[path]):
             raise ValueError(f"{path} has no value; it takes {describe(known[path])}")
         group, _, name = path.rpartition(".")
         (tree[group] if group else tree)[name] = value
     parser = _type_checker()
     try:
-        return Config(**vars(parser.instantiate(parser.parse_object(tree))))
+        config = Config(**vars(parser.instantiate(parser.parse_object(tree))))
     except argparse.ArgumentError as error:
         match = re.search(r'Parser key "([\w.]+)"', str(error))
         if match is None or match.group(1) not in values:
             raise ValueError(str(error).replace("\n", " ")) from error
         path = match.group(1)
-        raise ValueError(f"{path} = {values[path]!r} is not {describe(known[path])}") from error
+        raise ValueError(f"{path} = {shown(values[path])} is not {describe(known[path])}") from error
+    for path, text in texts.items():
+        group, _, name = path.rpartition(".")
+        setattr(getattr(config, group) if group else config, name, text)
+    return config
 
 
 def _expanded(config: Config, given: Mapping[str, Any]) -> Config:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_m1.checkpoint.folder import first_fault, read_manifest
 from megatron_m1.convert.families.minimax_m1.buffers import buffer_entries, native_buffers
-from megatron_m1.convert.families.minimax_m1.config import CONFIG, hub_config, native_config, read_json_object
+from megatron_m1.convert.families.minimax_m1.config import CONFIG, hub_config, native_config
 from megatron_m1.convert.families.minimax_m1.weights import Unit, cast, is_softmax_layer, rotary_dim, to_hub, units
 from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
@@ -23,7 +23,7 @@ from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_siz
 from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
 from megatron_m1.convert.work import Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
 from megatron_m1.data.tokenizers.hf_folder import GENERATION
-from megatron_m1.files import write_atomically
+from megatron_m1.files import read_json_object, write_atomically
 
 REMOTE_FILES = ("configuration_minimax_m1.py", "modeling_minimax_m1.py")
 """The hub's own code; written by others, so only copied where the caller has it."""

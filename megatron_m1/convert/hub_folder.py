@@ -16,6 +16,8 @@ from megatron_m1.config import ModelConfig
 from megatron_m1.convert.families.minimax_m1.config import has_native_heads, model_from_hf, read_hf_config
 from megatron_m1.convert.families.minimax_m1.weights import Unit, check_names, is_native_buffer, to_ours, units
 from megatron_m1.convert.safetensors_files import Entry, read_header
+from megatron_m1.files import check_folder, regular
+from megatron_m1.printing import shown
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -99,6 +101,7 @@ def open_hub_folder(folder: Path, *, headers: bool = True) -> HubFolder:
         ValueError: a file is missing or damaged, a name, a shape or the total size is not what config.json implies, or
             config.json describes what this model can't be; one line.
     """
+    check_folder(folder)
     config = read_hf_config(folder)
     try:
         model = model_from_hf(config)
@@ -142,13 +145,13 @@ def _read_index(folder: Path) -> tuple[dict[str, str], Any]:
             raise ValueError(f"{folder} has neither {INDEX} nor {SINGLE}: give a Hugging Face model folder")
         return dict.fromkeys(read_header(folder / SINGLE), SINGLE), None
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = json.loads(regular(path).read_text(encoding="utf-8"))
         if "weight_map" not in index:
             raise ValueError("it has no weight_map")
         files = {str(name): str(file) for name, file in index["weight_map"].items()}
         strange = next((file for file in files.values() if Path(file).name != file or file == ".."), None)
         if strange is not None:
-            raise ValueError(f"it names the file {strange!r}, which is not in the folder")
+            raise ValueError(f"it names the file {shown(strange)}, which is not in the folder")
         return files, index.get("metadata", {}).get("total_size")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} can't be read: {error}") from error

@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_m1.checkpoint import folder as folders
-from megatron_m1.checkpoint.contents import COMMIT_MARK
+from megatron_m1.checkpoint.contents import FORMAT
 from megatron_m1.config import Config
 from megatron_m1.config.io import config_text
 from megatron_m1.convert.export import same_bits
 from megatron_m1.convert.families.minimax_m1.weights import Unit, cast
 from megatron_m1.convert.hub_folder import HubFolder
-from megatron_m1.convert.our_checkpoint import BACKEND, LateWriter, open_checkpoint
+from megatron_m1.convert.our_checkpoint import LateWriter, open_checkpoint
 from megatron_m1.convert.tokenizer import TOKENIZER, copy_tokenizer
 from megatron_m1.convert.work import ConversionError, Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
 
@@ -89,6 +89,8 @@ class _Loading:
 
     def results(self, number: int, places: list[list[int]]) -> list[WriteResult]:
         name = self.writer.name(number)
+        if any(type(place) is not int for pair in places for place in pair):
+            raise TypeError("no place in a file")
         return [
             WriteResult(index=item.index, size_in_bytes=length, storage_data=_StorageInfo(name, offset, length))
             for item, (offset, length) in zip(self.writer.items(number), places, strict=True)
@@ -105,7 +107,11 @@ class _Loading:
         # Nothing in a Hugging Face folder says what its weights should be: some could be the old ones, some the new.
         if stamps(self.source.folder) != self.source_files:
             raise ValueError(f"{self.source.folder} has changed while it was read: run again, it begins anew")
-        self.writer.finish([self.results(number, entry["value"]) for number, entry in enumerate(entries)])
+        try:
+            results = [self.results(number, entry["value"]) for number, entry in enumerate(entries)]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.work.path} has a damaged journal: remove it and run again") from error
+        self.writer.finish(results)
         config = self.config()
         tokenizer = self.work.path / TOKENIZER
         if copy_tokenizer(self.source.folder, tokenizer):
@@ -115,7 +121,7 @@ class _Loading:
         texts = {
             folders.CONFIG: config_text(config),
             folders.STATE: json.dumps(state, indent=2) + "\n",
-            COMMIT_MARK: BACKEND,
+            folders.COMMIT_MARK: json.dumps(FORMAT),
         }
         digests = {self.writer.name(number): entry["after"] for number, entry in enumerate(entries)}
         folders.seal(self.folder, texts, digests)

@@ -43,15 +43,13 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_m1.checkpoint.contents import OPTIMIZER_PREFIX, CheckpointContents, check_model_size, read_checkpoint
-from megatron_m1.checkpoint.metadata import MetadataReader
+from megatron_m1.checkpoint.metadata import UNREADABLE, MetadataReader
 from megatron_m1.config import ModelConfig
 from megatron_m1.convert.families.minimax_m1.weights import Unit, check_names, units
 from megatron_m1.convert.safetensors_files import PIECE
 
 COMMON = "common_state/shard_0_1"
 """Where megatron-core keeps what is no tensor."""
-BACKEND = '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
-"""Content of megatron-core's metadata.json, the commit mark."""
 
 
 class _IntoOne(DefaultLoadPlanner):
@@ -112,8 +110,7 @@ class OurCheckpoint:
             raise ValueError(f"checkpoint {self.folder} is damaged: {unit.ours} is not stored completely")
         try:
             self._reader.read_data(LoadPlan(items), _IntoOne(target))
-        # What torch.load raises for bytes that are no tensor (any more).
-        except (OSError, RuntimeError, EOFError, KeyError, ValueError, AssertionError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"checkpoint {self.folder} is damaged: {unit.ours} can't be read ({error})") from error
         return target
 

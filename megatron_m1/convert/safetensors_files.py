@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_m1.files import partial_path, put_in_place
+from megatron_m1.files import partial_path, put_in_place, regular
+from megatron_m1.printing import shown
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -53,7 +54,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             overlap or leave gaps.
     """
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             prefix = file.read(_LENGTH.size)
             length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else _LARGEST_HEADER + 1
             text = file.read(length) if length <= _LARGEST_HEADER else b""
@@ -74,7 +75,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     end = 0
     for name in sorted(entries, key=lambda name: places[name]):
         if min(entries[name].shape, default=0) < 0 or places[name] != (end, end + entries[name].size):
-            raise ValueError(f"{path} is damaged: its header puts {name} at bytes {list(places[name])} of the data")
+            raise ValueError(
+                f"{path} is damaged: its header puts {name} at bytes {shown(list(places[name]))} of the data"
+            )
         end += entries[name].size
     expected = _LENGTH.size + length + end
     if there != expected:

@@ -37,7 +37,7 @@ def open_any(path: Path) -> OurCheckpoint | HubFolder:
     Raises:
         ValueError: it is none of these, or is damaged.
     """
-    if (path / CONFIG).is_file():
+    if (path / CONFIG).exists():
         return open_hub_folder(path)
     return open_checkpoint(find_checkpoint(path))
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_m1.convert.families.minimax_m1.config import read_json_object
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.data.tokenizers.hf_folder import FOLDER_FILES, GENERATION, OTHER_VOCABULARIES
+from megatron_m1.files import read_json_object, regular
 
 SPACE = "\u2581"
 """SentencePiece's space, in models that escape spaces."""
@@ -120,7 +120,7 @@ def from_sentencepiece(path: Path) -> Any:
     from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    model = proto.ModelProto.FromString(path.read_bytes())
+    model = proto.ModelProto.FromString(regular(path).read_bytes())
     _check(model, path)
     vocabulary = {piece.piece: index for index, piece in enumerate(model.pieces)}
     unknown = model.pieces[model.trainer_spec.unk_id].piece

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from megatron_m1.files import file_lock, refuse_overwriting, sync, write_atomically
+from megatron_m1.files import file_lock, read_json_object, refuse_overwriting, sync, write_atomically
 
 PARTIAL = ".partial"
 LOCK = ".lock"
@@ -206,7 +206,7 @@ class WorkFolder:
         is_ours = not self.path.is_symlink() and (known.is_file() or self._is_empty())
         if os.path.lexists(self.path) and not is_ours:
             raise ValueError(f"{self.path} is there, and not by a conversion: move it, or choose another OUT")
-        if not known.is_file() or known.read_text(encoding="utf-8") != self._text:
+        if not known.is_file() or known.read_bytes() != self._text.encode():
             self._clear()
             self.path.mkdir(exist_ok=True)
             write_atomically(known, self._text.encode())
@@ -225,12 +225,12 @@ class WorkFolder:
                 path.unlink()
 
     def entry(self, file: Path) -> Any:
-        """What was recorded when ``file`` was finished; None if it is not, or has another size now."""
-        path = self._journal / f"{file.name}.json"
-        if not path.is_file() or not file.is_file():
-            return None
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        return entry["of"] if entry["size"] == file.stat().st_size else None
+        """What was recorded when ``file`` was finished; None if it is not, or has another size, or nothing tells."""
+        with suppress(OSError, ValueError):
+            entry = read_json_object(self._journal / f"{file.name}.json")
+            if isinstance(entry.get("of"), dict) and entry["of"].keys() == {"value", "after"}:
+                return entry["of"] if entry.get("size") == file.stat().st_size else None
+        return None
 
     def record(self, file: Path, value: Any) -> None:
         """Note that ``file`` is finished."""

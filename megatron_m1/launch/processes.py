@@ -25,6 +25,7 @@ import psutil
 
 from megatron_m1.cores import usable_cores
 from megatron_m1.launch.slurm import number_of, read_step
+from megatron_m1.printing import cut
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Signals that mean: save and exit cleanly. A hang-up that is ignored at the start (``nohup``) stays ignored."""
@@ -266,7 +267,7 @@ def report_once(error: Exception, *, name_silent_ranks: bool = False, patience: 
 
 
 def _print_error(error: Exception, addition: str = "") -> None:
-    print("megatron-m1: error:", " ".join(str(error).split()) + addition, file=sys.stderr, flush=True)
+    print("megatron-m1: error:", cut(str(error)) + addition, file=sys.stderr, flush=True)
 
 
 def _report_first(error: Exception, world: int, *, name_silent_ranks: bool, patience: float) -> None:

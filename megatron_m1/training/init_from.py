@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from torch import distributed as dist
 
-from megatron_m1.checkpoint.contents import COMMIT_MARK, check_shape
-from megatron_m1.checkpoint.folder import CONFIG, STATE
+from megatron_m1.checkpoint.contents import check_shape
+from megatron_m1.checkpoint.folder import COMMIT_MARK, CONFIG, read_state
 from megatron_m1.checkpoint.store import load_model
 from megatron_m1.config import Config
 from megatron_m1.config.io import load_config
@@ -17,6 +16,7 @@ from megatron_m1.convert.hub_folder import open_hub_folder
 from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
 from megatron_m1.convert.sources import find_checkpoint
 from megatron_m1.convert.work import Ranks, stamps
+from megatron_m1.printing import shown
 from megatron_m1.training.step import Trainer
 
 IMPORTED = "initial"
@@ -58,10 +58,11 @@ def _imported(config: Config) -> Path:
     is_there = ranks.gather((out / CHECKPOINT / COMMIT_MARK).is_file())[0]
     if not is_there:
         return load_hf(open_hub_folder(source), out, LoadOptions(), ranks)
-    known = json.loads((out / CHECKPOINT / STATE).read_text(encoding="utf-8"))
-    if known["source"] != str(source.resolve()):
+    known = read_state(out / CHECKPOINT)
+    if known.get("source") != str(source.resolve()):
         raise ValueError(
-            f"{out} was made of {known['source']}, run.init_from is {source}: remove it, or choose another run.folder"
+            f"{out} was made of {shown(known.get('source'))}, run.init_from is {source}: remove it, or choose another "
+            "run.folder"
         )
     if known.get("source_files") != stamps(source):
         raise ValueError(f"{source} has changed since {out} was made of it: remove this, or choose another run.folder")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_m1.checkpoint.folder import CONFIG, folder_name
+from megatron_m1.checkpoint.folder import CONFIG, STATE, folder_name
 from megatron_m1.checkpoint.store import CheckpointError, Checkpoints
 from megatron_m1.config import Config
 from megatron_m1.config.io import config_text, load_config, write_config
 from megatron_m1.files import refusal, write_atomically
+from megatron_m1.printing import shown
 from megatron_m1.runtime import mesh as rank_grid
 from megatron_m1.runtime.interrupt import Interrupt, any_rank
 from megatron_m1.runtime.ranks import on_rank_zero
@@ -42,6 +43,22 @@ class Progress:
     """Packs in one pass, as the run began: their order depends on it."""
     skipped_total: int = 0
     skipped_in_row: int = 0
+
+
+def stored_progress(state: Mapping[str, Any]) -> Progress:
+    """Read what a checkpoint's ``state.json`` says.
+
+    Raises:
+        ValueError: it has other names than a run's, or a value that is no count.
+    """
+    names = {field.name for field in fields(Progress)}
+    if state.keys() != names:
+        odd = ", ".join(shown(name) for name in sorted(state.keys() ^ names)[:4])
+        raise ValueError(f"{STATE} of the checkpoint lacks, or has besides what a run has: {odd}")
+    for name, value in state.items():
+        if type(value) is not int or not 0 <= value < 1 << 63:
+            raise ValueError(f"{STATE} of the checkpoint has {name} = {shown(value)}, which is no count")
+    return Progress(**state)
 
 
 STREAM_FIELDS = {"data.train", "data.seq_length", "data.reset_at_documents", "train.seed", "train.global_batch_size"}
@@ -110,7 +127,7 @@ class Run:
                 initial = load_initial(self.trainer, self.config)
                 self.note(f"starting from the weights of {initial}")
             return Progress(train_samples=samples)
-        progress = Progress(**state)
+        progress = stored_progress(state)
         self.note(f"resumed from step {progress.step} ({progress.tokens:,} tokens)")
         self._note_changes(progress)
         return progress

@@ -24,7 +24,8 @@ import yaml
 
 from megatron_m1.checkpoint.contents import complete_checkpoints
 from megatron_m1.config import Config
-from megatron_m1.files import WITHOUT_LOCKS, is_file_at, refuse_overwriting, warn_without_locks
+from megatron_m1.config.io import parse_yaml
+from megatron_m1.files import WITHOUT_LOCKS, is_file_at, refuse_overwriting, regular, warn_without_locks
 
 LOCK = "run.lock"
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
@@ -56,6 +57,10 @@ def check_run_folder(config: Config) -> None:
         strange = None
     else:
         strange = next((name for name in WRITTEN if os.path.lexists(folder / name)), None)
+    if strange is None:
+        # A pipe or a folder of that name.
+        names = (name for name in (*WRITTEN, LOCK) if (folder / name).exists())
+        strange = next((name for name in names if not (folder / name).is_file()), None)
     if strange is not None:
         raise ValueError(
             f"run.folder = {folder} has a {strange} that no run has written: move it, or choose another folder"
@@ -65,9 +70,9 @@ def check_run_folder(config: Config) -> None:
 def _is_written_by_a_run(path: Path) -> bool:
     """Whether a config.yaml is as ``write_config`` writes it, of whatever version: people write comments, and less."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+        text = regular(path).read_text(encoding="utf-8")
+        content = parse_yaml(text)
+    except (OSError, ValueError):
         return False
     if not isinstance(content, dict) or list(content) != _GROUPS:
         return False

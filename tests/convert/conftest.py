@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,14 @@ def full_rotary_run(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("rotary")
     config = runs.config_of({}, rotary_percent=1.0)
     return Run(folder, workers.run(runs.train_and_save, config, folder, world_size=1))
+
+
+@pytest.fixture
+def checkpoint(fp32_run: Run, tmp_path: Path) -> Path:
+    """A copy of a run's checkpoint, alone in a run folder."""
+    target = tmp_path / "run" / "checkpoints" / fp32_run.checkpoint.name
+    shutil.copytree(fp32_run.checkpoint, target)
+    return target
 
 
 @pytest.fixture(scope="session")

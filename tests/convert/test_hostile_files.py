@@ -5,7 +5,6 @@ Each hostile pickle would write a marker file. Every reader must refuse it in on
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -23,23 +22,12 @@ import yaml
 
 from megatron_m1 import cli
 from megatron_m1.checkpoint import folder as folders
-from megatron_m1.checkpoint.metadata import only_tensors, read_metadata
+from megatron_m1.checkpoint.metadata import only_tensors
+from megatron_m1.convert.work import Ranks, WorkFolder
 from megatron_m1.runtime.pool import WorkerPool
-from tests.checkpoint.checkpoint_runs import open_checkpoints
-from tests.convert import runs
-from tests.convert.conftest import Run
-from tests.model.meshes import start
+from tests.checkpoint.checkpoint_runs import file_size_limit
+from tests.convert.hostile import Shell, change_metadata, commands, refused, replace_object, resume, seal
 from tests.reference.transformers_minimax import build
-
-
-class _Shell:
-    """Unpickled, it runs a command."""
-
-    def __init__(self, marker: Path) -> None:
-        self._marker = marker
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (f"touch {self._marker}",)
 
 
 @pytest.fixture(scope="module")
@@ -51,41 +39,6 @@ def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def checkpoint(fp32_run: Run, tmp_path: Path) -> Path:
-    """A copy of a run's checkpoint, alone in a run folder."""
-    target = tmp_path / "run" / "checkpoints" / fp32_run.checkpoint.name
-    shutil.copytree(fp32_run.checkpoint, target)
-    return target
-
-
-def seal(checkpoint: Path) -> None:
-    """Give a checkpoint the hashes of what it has: integrity alone is no protection."""
-    names = [path.name for path in checkpoint.iterdir() if path.name != folders.MANIFEST]
-    files = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in names}
-    (checkpoint / folders.MANIFEST).write_text(json.dumps({"algorithm": "sha256", "files": files}))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    """Run a command that must end with status 2 and one line."""
-    capsys.readouterr()
-    assert cli.exit_status(lambda: cli.run([str(word) for word in words])) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("\n") == 1 and err.startswith("megatron-m1: error: "), err
-    return err
-
-
-def commands(checkpoint: Path, tmp_path: Path) -> list[list[object]]:
-    run = checkpoint.parents[1]
-    start = ["pretrain", "--init-from", run, "--run.folder", tmp_path / "new", "--dry-run", "--data.train", "x"]
-    return [
-        ["inspect", checkpoint],
-        ["convert", "to-hf", run, tmp_path / "out"],
-        ["generate", run, "--prompt", "a"],
-        start,
-    ]
-
-
 @pytest.mark.parametrize("sealed", [True, False])
 def test_a_pickle_in_the_metadata_is_not_run(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], sealed: bool
@@ -93,7 +46,7 @@ def test_a_pickle_in_the_metadata_is_not_run(
     marker = tmp_path / "marker"
     metadata = checkpoint / ".metadata"
     whole = pickle.loads(metadata.read_bytes())
-    whole.planner_data = _Shell(marker)
+    whole.planner_data = Shell(marker)
     metadata.write_bytes(pickle.dumps(whole))
     if sealed:
         seal(checkpoint)
@@ -103,37 +56,15 @@ def test_a_pickle_in_the_metadata_is_not_run(
     assert not marker.exists()
 
 
-def resume(rank: int, world_size: int, folder: Path) -> str:
-    """Load the run's newest checkpoint as training does; what it says when it can't."""
-    try:
-        config = runs.config_of({})
-        trainer = start(config, world_size)
-        open_checkpoints(folder / "checkpoints", config).load_newest(trainer)
-    except (ValueError, RuntimeError) as error:
-        return f"{error} / {error.__cause__}"
-    return "loaded"
-
-
 def test_resuming_runs_no_pickle(checkpoint: Path, tmp_path: Path, workers: WorkerPool) -> None:
     """Neither in the metadata nor in what a data file has besides tensors, which megatron-core unpickles."""
     marker = tmp_path / "marker"
     run = checkpoint.parents[1]
     assert workers.run(resume, run, world_size=1) == ["loaded"]
-    metadata = read_metadata(checkpoint)
-    (index,) = (index for index in metadata.storage_data if index.fqn.startswith("common_state/"))
-    payload = io.BytesIO()
-    torch.save({"optimizer_step": 1, "more": _Shell(marker)}, payload)
-    (checkpoint / "__9_0.distcp").write_bytes(payload.getvalue())
-    metadata.storage_data[index] = replace(
-        metadata.storage_data[index], relative_path="__9_0.distcp", offset=0, length=len(payload.getvalue())
-    )
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    seal(checkpoint)
+    replace_object(checkpoint, "common_state/", {"optimizer_step": 1, "more": Shell(marker)})
     assert "a data file wants posix.system, which is no part" in workers.run(resume, run, world_size=1)[0]
     assert not marker.exists()
-    metadata.planner_data = _Shell(marker)
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    seal(checkpoint)
+    change_metadata(checkpoint, lambda metadata: setattr(metadata, "planner_data", Shell(marker)))
     assert "posix.system" in workers.run(resume, run, world_size=1)[0]
     assert not marker.exists()
 
@@ -141,19 +72,12 @@ def test_resuming_runs_no_pickle(checkpoint: Path, tmp_path: Path, workers: Work
 def test_the_switch_of_torch_still_works(tmp_path: Path) -> None:
     """``only_tensors`` relies on it, also where the environment says otherwise."""
     stream = io.BytesIO()
-    torch.save(_Shell(tmp_path / "marker"), stream)
+    torch.save(Shell(tmp_path / "marker"), stream)
     stream.seek(0)
     before = dict(os.environ)
     with only_tensors(), pytest.raises(pickle.UnpicklingError):
         torch.load(stream, weights_only=False)
     assert dict(os.environ) == before and not (tmp_path / "marker").exists()
-
-
-def change_metadata(checkpoint: Path, change: Callable[[Any], None]) -> None:
-    metadata = read_metadata(checkpoint)
-    change(metadata)
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    seal(checkpoint)
 
 
 def _larger(metadata: Any) -> None:
@@ -244,7 +168,7 @@ def test_pickled_weights_are_never_read(
     folder, marker = tmp_path / "hub", tmp_path / "marker"
     folder.mkdir()
     shutil.copy(native_folder / "config.json", folder)
-    torch.save(_Shell(marker), folder / "pytorch_model.bin")
+    torch.save(Shell(marker), folder / "pytorch_model.bin")
     assert "has neither model.safetensors.index.json" in refused(capsys, "convert", "from-hf", folder, tmp_path / "out")
     assert not marker.exists()
 
@@ -272,3 +196,64 @@ def test_nothing_is_removed_through_a_link(tmp_path: Path) -> None:
     folders.remove_old(root, 1)
     assert (elsewhere / "kept").read_text() == "kept"
     assert sorted(path.name for path in root.iterdir()) == ["step_00000006"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+def test_a_pipe_in_a_hub_folder(
+    native_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(native_folder, folder)
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    start = ["pretrain", "--init-from", f"hf:{folder}", "--run.folder", tmp_path / "new", "--dry-run"]
+    for words in (
+        ["convert", "from-hf", folder, tmp_path / "out"],
+        ["generate", folder, "--prompt", "a"],
+        [*start, "--data.train", "x"],
+    ):
+        assert f"{folder / name} can't be read: no regular file" in refused(capsys, *words)
+
+
+@pytest.mark.parametrize("size", [1 << 62, 10**4000], ids=["wide", "long"])
+def test_headers_of_huge_numbers(
+    native_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int
+) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(native_folder, folder)
+    text = json.dumps({"a" * 5000: {"dtype": "F32", "shape": [size, size], "data_offsets": [0, size]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    error = refused(capsys, "convert", "from-hf", folder, tmp_path / "out")
+    assert "model.safetensors is damaged: its header puts aaa" in error and len(error) < 3000
+
+
+@pytest.mark.parametrize("text", ["", "[", "5", '{"size": 1}', "\xff"])
+def test_a_torn_journal_is_no_record(tmp_path: Path, text: str) -> None:
+    """What a crash of the machine has left: the file is written again."""
+    with WorkFolder(tmp_path / "out", {}, Ranks()) as work:
+        (work.path / "a").write_text("four")
+        work.record(work.path / "a", {"value": None, "after": None})
+        assert work.entry(work.path / "a") == {"value": None, "after": None}
+        (work.path / "journal" / "a.json").write_bytes(text.encode("latin-1"))
+        assert work.entry(work.path / "a") is None
+        (work.path / "conversion.json").write_bytes(text.encode("latin-1"))
+    with WorkFolder(tmp_path / "out", {}, Ranks()) as work:
+        assert not (work.path / "a").exists()
+
+
+@pytest.mark.parametrize("places", [None, [[0, "x"]], [[0]], 5, []])
+def test_a_journal_of_other_places(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], places: object
+) -> None:
+    words = ["convert", "from-hf", str(hub / "hub"), str(tmp_path / "out")]
+    with file_size_limit(45_000):
+        assert cli.run(words) == 1
+    obstacle = tmp_path / "out.partial/checkpoints/latest"
+    obstacle.mkdir()
+    assert cli.run(words) == 1  # with all data written
+    obstacle.rmdir()
+    entry = next((tmp_path / "out.partial/journal").glob("*.json"))
+    content = json.loads(entry.read_text())
+    content["of"]["value"] = places
+    entry.write_text(json.dumps(content))
+    assert "out.partial has a damaged journal: remove it and run again" in refused(capsys, *words)

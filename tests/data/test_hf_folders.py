@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -336,3 +338,20 @@ print(sys.stdin.read())
     assert lines[0] == "1" and lines[-3:] == ["y", "y", "y"]
     assert "its tokenizer is code of its own (tokenization_x.X), which is never run" in lines[1]
     assert len(lines) == 6 and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "vocab.json", "templates/chat.jinja", "x.model"]
+)
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    """Also one that only transformers would open."""
+    folder = tmp_path / "folder"
+    (folder / "templates").mkdir(parents=True)
+    byte_level().save(str(folder / "tokenizer.json"))
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} can't be read: no regular file: remove it"):
+        load_tokenizer(folder)
+    if name.endswith(".model"):
+        with pytest.raises(OSError, match="no regular file"):
+            load_tokenizer(folder / name)

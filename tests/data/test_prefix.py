@@ -42,6 +42,19 @@ def test_missing_file(prefix: str, suffix: str) -> None:
         check_prefix(prefix)
 
 
+@pytest.mark.parametrize("suffix", [".bin", ".idx", ".json"])
+def test_pipes_and_devices_are_not_read(prefix: str, tmp_path: Path, suffix: str) -> None:
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        path = Path(prefix + suffix)
+        path.unlink(missing_ok=True)
+        make(path)
+        with pytest.raises(
+            (ValueError, FileNotFoundError), match=rf"corpus\.v1\{suffix} (does not exist|can't be read)"
+        ):
+            check_prefix(prefix)
+        assert not is_sidecar(path)
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_any_truncation(prefix: str, suffix: str) -> None:
     size = os.path.getsize(prefix + suffix)

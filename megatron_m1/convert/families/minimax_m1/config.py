@@ -6,7 +6,6 @@ names: a reader that misses ``postnorm``, ``rotary_dim`` or the residual factors
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_m1.config import ModelConfig
 from megatron_m1.config.resolve import check_model
 from megatron_m1.convert.families.minimax_m1 import rotary
 from megatron_m1.convert.families.minimax_m1.weights import is_softmax_layer, rotary_dim
+from megatron_m1.files import read_json_object
 
 CONFIG = "config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -193,22 +193,6 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
         return read_json_object(path)
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error.strerror}; give a Hugging Face model folder") from error
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object.
-
-    Raises:
-        OSError: it can't be read.
-        ValueError: it holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is no JSON object")
-    return content
 
 
 def model_from_hf(config: Mapping[str, Any]) -> ModelConfig:
