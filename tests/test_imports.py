@@ -70,7 +70,7 @@ FLOORS = (
 )
 """The rooms inside ``megatron_m1``, from the ground up: a file imports its own room and lower floors.
 
-One room has two floors: kinds of layers read the tree of configuration, and its rules (``config.resolve``) ask the kinds.
+One room has two floors: kinds of layers read the tree of configuration, whose rules (``config.resolve``) ask them.
 """
 
 

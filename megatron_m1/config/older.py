@@ -28,8 +28,7 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     text = str(given)
     period = int(text) if text.isascii() and text.isdecimal() and len(text) <= len(str(LONGEST_PERIOD)) else 0
     if not 1 <= period <= LONGEST_PERIOD:
-        raise ValueError(
-            f"{ATTENTION_PERIOD} = {given!r}: it must be an integer from 1 to {LONGEST_PERIOD:,}, or give {MIXERS} instead"
-        )
+        limits = f"an integer from 1 to {LONGEST_PERIOD:,}"
+        raise ValueError(f"{ATTENTION_PERIOD} = {given!r}: it must be {limits}, or give {MIXERS} instead")
     rest = {path: value for path, value in values.items() if path != ATTENTION_PERIOD}
     return rest | {MIXERS: ["lightning"] * (period - 1) + ["softmax"]}

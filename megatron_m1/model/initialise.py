@@ -4,8 +4,8 @@ Every logical matrix (q, k, v and gate apart, w1 and w3 apart, each expert) has 
 seed, its global name and a block of rows. A rank draws the blocks that it holds and keeps its slice, so TP, PP, EP, ETP
 and DP never change a weight. (A GPU and a CPU draw different numbers.)
 
-Source: MiniMax-01 paper, section 4.2 (Xavier for all parameters). The gains are in ``shapes.residual``; which matrix has
-which, every kind of layer says itself.
+Source: MiniMax-01 paper, section 4.2 (Xavier for all parameters). The gains are in ``shapes.residual``; every kind of
+layer says which of its matrices has which.
 """
 
 from __future__ import annotations

@@ -58,9 +58,9 @@ def layout_cost(config: ModelConfig) -> ModelCost:
 def training_flops(model_config: ModelConfig, document_lengths: Iterable[int]) -> int:
     """Return the useful FLOPs of forward and backward over one pack, on all ranks together.
 
-    With T tokens in documents of n_i, hidden size h and vocabulary V, the forward pass is, for every layer, T times what
-    its two kinds say of a token and ``sum_i n_i (n_i + 1) / 2`` times what its mixer says of a pair (``shapes``), and
-    ``T 2 h V`` for the head.
+    With T tokens in documents of n_i, hidden size h and vocabulary V, the forward pass is ``T 2 h V`` for the head and,
+    for every layer, T times what its two kinds say of a token (``shapes``) and ``sum_i n_i (n_i + 1) / 2`` times what
+    its mixer says of a pair.
 
     Args:
         model_config: the model.

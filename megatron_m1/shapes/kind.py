@@ -49,7 +49,10 @@ class Parameter:
 
 
 class LayerShape(ABC):
-    """A kind of sub-layer, of any model: it holds nothing, and reads its sizes from the model's configuration."""
+    """A kind of sub-layer, of any model: it holds nothing, and reads its sizes from the model's configuration.
+
+    Checks are there to be overridden where a kind has something to check.
+    """
 
     @abstractmethod
     def parameters(self, model: ModelConfig) -> list[Parameter]:
@@ -59,21 +62,21 @@ class LayerShape(ABC):
     def flops_per_token(self, model: ModelConfig) -> int:
         """Useful floating-point operations of the forward pass for each token, see ``plan.flops``."""
 
-    def check(self, model: ModelConfig) -> None:
+    def check(self, model: ModelConfig) -> None:  # noqa: B027
         """Check the fields of ``model`` that this kind reads.
 
         Raises:
             ValueError: one line that names the value and the fix.
         """
 
-    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:  # noqa: B027
         """Check that the mesh can cut this kind. Heads and groups are checked for every model.
 
         Raises:
             ValueError: one line that names the value and the fix.
         """
 
-    def check_device(self, model: ModelConfig, *, precision: str, has_gpu: bool) -> None:
+    def check_device(self, model: ModelConfig, *, precision: str, has_gpu: bool) -> None:  # noqa: B027
         """Check that this kind runs on the device, in ``precision`` (fp32 or bf16).
 
         Raises:

@@ -7,7 +7,7 @@ from megatron_m1.shapes.kind import FfnShape, Parameter, check_divides
 
 
 class MixtureOfExperts(FfnShape):
-    """With hidden size h, inner width F and E experts: router [E, h]; of each expert, gate and up [2 F, h], down [h, F].
+    """With hidden size h, inner width F and E experts: router [E, h]; of each, gate and up [2 F, h], down [h, F].
 
     The forward pass is ``topk (3 x 2 h F)`` for the experts and ``2 h E`` for the router.
     """

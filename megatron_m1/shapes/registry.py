@@ -70,8 +70,8 @@ def _each_layer(field: str, names: Sequence[str], known: Mapping[str, LayerShape
     if layers % count:
         fits = max(1, round(layers / count)) * count
         raise ValueError(
-            f"model.num_layers = {layers} is not a multiple of the {count} kinds that model.{field} lists: {fits} would "
-            "be, or list as many kinds as there are layers"
+            f"model.num_layers = {layers} is not a multiple of the {count} kinds that model.{field} lists: {fits} "
+            "would be, or list as many kinds as there are layers"
         )
     return list(names) * (layers // count)
 

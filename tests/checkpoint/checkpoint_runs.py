@@ -41,7 +41,7 @@ class Trace:
 
 def run_config(parallel: dict[str, Any], train: dict[str, Any] | None = None, **model: Any) -> Config:
     """The mesh tests' configuration with four layers, two of each kind."""
-    return meshes.run_config(parallel, train, **({"num_layers": 4, "attention_period": 2} | model))
+    return meshes.run_config(parallel, train, **({"num_layers": 4, "mixers": ["lightning", "softmax"]} | model))
 
 
 def open_checkpoints(
