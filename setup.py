@@ -22,6 +22,7 @@ PACKAGES = [
     "megatron_m1.plan",
     "megatron_m1.runtime",
     "megatron_m1.runtime.pool",
+    "megatron_m1.shapes",
     "megatron_m1.training",
     "megatron_m1.kernels.expert_mlp",
     "megatron_m1.kernels.lightning",

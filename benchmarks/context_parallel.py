@@ -29,6 +29,7 @@ from megatron_m1.parallel.segments import ModelCost  # noqa: E402
 from megatron_m1.parallel.traffic import attention_pairs, ring_memory, ring_traffic, state_traffic  # noqa: E402
 from megatron_m1.plan.flops import layout_cost  # noqa: E402
 from megatron_m1.runtime.pool import WorkerPool  # noqa: E402
+from megatron_m1.shapes.registry import layer_mixers  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 MODEL = m1_456b()
@@ -170,7 +171,7 @@ def ours(kind: str, tokens: int, bounds: list[int], ranks: int) -> tuple[Row, di
 
 def softmax_layers() -> int:
     """Of the whole model."""
-    return MODEL.num_layers // MODEL.attention_period
+    return layer_mixers(MODEL).count("softmax")
 
 
 def whole(pairs: float, tokens: float, cost: ModelCost = COST) -> float:

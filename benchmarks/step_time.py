@@ -33,6 +33,7 @@ from megatron_m1.data.packed import PackedSample  # noqa: E402
 from megatron_m1.layers.pack import PackedBatchParams  # noqa: E402
 from megatron_m1.parallel.layout import SequenceLayout  # noqa: E402
 from megatron_m1.runtime import mesh  # noqa: E402
+from megatron_m1.shapes.registry import layer_mixers  # noqa: E402
 from megatron_m1.training.step import Trainer, compute_gradients, train_step  # noqa: E402
 from megatron_m1.training.trainer import build_trainer  # noqa: E402
 
@@ -52,6 +53,7 @@ MODEL = ModelConfig(
     rotary_percent=1.0,  # transformers rotates whole heads
     residual_alpha=ALPHA,
 )
+LAYER_TYPES = {"lightning": "linear_attention", "softmax": "full_attention"}
 LEARNING_RATE = 1e-4
 ROUNDS, PACK_ROUNDS, LAYER_ROUNDS = 7, 3, 7
 DOCUMENTS = (731, 402, 305, 210, 164, 118, 83, 35)
@@ -63,7 +65,6 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 2e-4
 
 def build_theirs() -> MiniMaxForCausalLM:
     """transformers' model with its own defaults, in training mode."""
-    layers = range(1, MODEL.num_layers + 1)
     config = MiniMaxConfig(
         vocab_size=MODEL.vocab_size,
         hidden_size=MODEL.hidden_size,
@@ -77,7 +78,7 @@ def build_theirs() -> MiniMaxForCausalLM:
         max_position_embeddings=max(LENGTHS),
         rms_norm_eps=MODEL.layernorm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": MODEL.rotary_base},
-        layer_types=["linear_attention" if i % MODEL.attention_period else "full_attention" for i in layers],
+        layer_types=[LAYER_TYPES[kind] for kind in layer_mixers(MODEL)],
         full_attn_alpha_factor=ALPHA,
         linear_attn_alpha_factor=ALPHA,
         mlp_alpha_factor=ALPHA,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megatron_m1.checkpoint.folder import COMMIT_MARK, DATA_SUFFIX, MANIFEST, first_fault, read_manifest
-from megatron_m1.config import Config
+from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.io import load_config
 from megatron_m1.files import check_folder, read_json_object
 from megatron_m1.plan.parameters import model_counts
 from megatron_m1.printing import shown
+from megatron_m1.shapes.registry import layer_ffns, layer_mixers
 
 FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 """What is in ``metadata.json``."""
@@ -27,12 +26,12 @@ MODEL_SHAPE = (
     "num_attention_heads",
     "kv_channels",
     "num_query_groups",
-    "attention_period",
+    "residual",
     "moe_ffn_hidden_size",
     "num_moe_experts",
     "vocab_size",
 )
-"""Fields of ``model`` that a checkpoint and the run that continues it must share."""
+"""Fields of ``model`` that a checkpoint and the run that continues it must share, besides the kinds of its layers."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ def complete_checkpoints(run_folder: Path) -> list[Path]:
 
 
 def check_shape(
-    wanted: Mapping[str, Any],
-    saved: Mapping[str, Any],
+    wanted: ModelConfig,
+    saved: ModelConfig,
     checkpoint: Path,
     *,
     fix: str = "restore it, or give another run.folder",
@@ -78,17 +77,24 @@ def check_shape(
     """Check that a model can take a checkpoint's tensors.
 
     Args:
-        wanted: fields of ``model`` of this run.
-        saved: those of the checkpoint's configuration.
+        wanted: the model of this run.
+        saved: that of the checkpoint's configuration.
         checkpoint: its folder, for the message.
         fix: what the user can do, for the message.
 
     Raises:
-        ValueError: one of ``MODEL_SHAPE`` differs.
+        ValueError: one of ``MODEL_SHAPE`` differs, or the kind of a layer.
     """
-    for field in MODEL_SHAPE:
-        if saved[field] != wanted[field]:
-            raise ValueError(f"model.{field} is {wanted[field]}, but checkpoint {checkpoint} has {saved[field]}: {fix}")
+    for name in MODEL_SHAPE:
+        ours, theirs = getattr(wanted, name), getattr(saved, name)
+        if ours != theirs:
+            raise ValueError(f"model.{name} is {ours}, but checkpoint {checkpoint} has {theirs}: {fix}")
+    for name, kinds in (("mixers", layer_mixers), ("ffns", layer_ffns)):
+        for layer, (ours, theirs) in enumerate(zip(kinds(wanted), kinds(saved), strict=True)):
+            if ours != theirs:
+                raise ValueError(
+                    f"model.{name} makes layer {layer} {ours}, but in checkpoint {checkpoint} it is {theirs}: {fix}"
+                )
 
 
 def read_checkpoint(folder: Path) -> CheckpointContents:

@@ -9,14 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import distributed as dist
 
 from megatron_m1.checkpoint import folder as folders
 from megatron_m1.checkpoint.contents import check_shape
 from megatron_m1.checkpoint.state import Trained, load_model_state, load_train_state
 from megatron_m1.checkpoint.write import Write
-from megatron_m1.config.io import load_config
+from megatron_m1.config.io import config_of_text, load_config
 from megatron_m1.files import refusal
 from megatron_m1.runtime.ranks import first_fault, on_rank_zero
 
@@ -269,8 +268,8 @@ class Checkpoints:
         self._say(f"checkpoint {name} is damaged ({fault}): {'none is' if last else 'falling back to the one'} before")
 
     def _load(self, trainer: Trained, checkpoint: Path, damaged: list[Path]) -> dict[str, Any]:
-        model = vars(load_config(checkpoint / folders.CONFIG).model)
-        check_shape(yaml.safe_load(self.config_text)["model"], model, checkpoint)
+        saved_model = load_config(checkpoint / folders.CONFIG).model
+        check_shape(config_of_text(self.config_text).model, saved_model, checkpoint)
         saved = folders.read_state(checkpoint)
         if saved.get("weights_only"):
             raise ValueError(

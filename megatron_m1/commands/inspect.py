@@ -12,17 +12,9 @@ from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.io import config_text, parse_config
 from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import check_model
-from megatron_m1.plan.parameters import Counts, layer_counts, model_counts
+from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts, model_counts
+from megatron_m1.shapes.registry import layer_mixers
 
-KINDS = {
-    "embedding": "embedding",
-    "lightning_attention": "lightning attention",
-    "softmax_attention": "softmax attention",
-    "router": "router",
-    "experts": "experts",
-    "norms": "norms",
-    "head": "head",
-}
 DESCRIPTION = """\
 Count the parameters of a preset or of a config, or show what a checkpoint or a run folder holds."""
 
@@ -96,7 +88,7 @@ def describe_model(config: Config) -> list[str]:
     counts, active = model_counts(model), model_counts(model, active=True)
     lines = [f"preset {config.preset}: {model.num_layers} layers, hidden {model.hidden_size}", ""]
     lines += [f"{'parameters':<22}{'all':>20}{'active per token':>20}"]
-    lines += [f"{text:<22}{getattr(counts, kind):>20,}{getattr(active, kind):>20,}" for kind, text in KINDS.items()]
+    lines += [f"{group:<22}{count:>20,}{active[group]:>20,}" for group, count in counts.groups.items()]
     lines += [
         f"{'total':<22}{counts.total:>20,}{active.total:>20,}",
         f"{'less embedding, head':<22}{counts.without_vocabulary:>20,}{active.without_vocabulary:>20,}",
@@ -109,19 +101,17 @@ def describe_model(config: Config) -> list[str]:
 
 
 def _layer_table(model: ModelConfig) -> list[str]:
-    lines = [f"{'layer':>5}  {'attention':<10}{'attention':>16}{'router':>12}{'experts':>18}{'norms':>10}{'total':>18}"]
-    for index in range(model.num_layers):
-        counts = layer_counts(model, index)
-        kind = "softmax" if counts.softmax_attention else "lightning"
-        lines.append(
-            f"{index:>5}  {kind:<10}{_attention(counts):>16,}{counts.router:>12,}{counts.experts:>18,}"
-            f"{counts.norms:>10,}{counts.total:>18,}"
-        )
+    mixers, ffns = kind_parameters(model)
+    mixing = {parameter.group for parameter in mixers}
+    # Stacks of experts have many more digits than anything else.
+    widths = {parameter.group: 18 if parameter.split == "expert" else 12 for parameter in ffns}
+    others = "".join(f"{group:>{width}}" for group, width in widths.items())
+    lines = [f"{'layer':>5}  {'attention':<10}{'attention':>16}{others}{NORMS:>10}{'total':>18}"]
+    for index, (kind, counts) in enumerate(zip(layer_mixers(model), layer_counts(model), strict=True)):
+        own = sum(counts[group] for group in mixing)
+        others = "".join(f"{counts[group]:>{width},}" for group, width in widths.items())
+        lines.append(f"{index:>5}  {kind:<10}{own:>16,}{others}{counts[NORMS]:>10,}{counts.total:>18,}")
     return lines
-
-
-def _attention(counts: Counts) -> int:
-    return counts.lightning_attention + counts.softmax_attention
 
 
 def _gib(size: int) -> str:

@@ -105,7 +105,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
         model = initial_model(config)
         config = parse_config(options.config, flags, options.preset, command_options=names, model=model)
         fix = "leave that to the weights, or start from others"
-        check_shape(vars(config.model), vars(model), Path(init_from), fix=fix)
+        check_shape(config.model, model, Path(init_from), fix=fix)
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
     gpus = count_gpus()

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
+from megatron_m1.config.older import OLDER, translate
 from megatron_m1.config.paths import expand
 from megatron_m1.config.presets import preset
 from megatron_m1.config.tree import PATH, Config, ModelConfig
@@ -158,6 +159,17 @@ def load_config(path: str | Path) -> Config:
     return parse_config([path], [], expand_paths=False)
 
 
+def config_of_text(text: str) -> Config:
+    """Read what ``config_text`` returned.
+
+    Raises:
+        ValueError: as ``parse_config``.
+    """
+    values = translate(_flatten(parse_yaml(text), ""))
+    name = str(values.get("preset") or Config().preset)
+    return _typed(values | {"preset": name}, Config(preset=name, model=preset(name)))
+
+
 def config_text(config: Config) -> str:
     """Return ``config`` as the YAML that ``load_config`` reads."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None, width=120)
@@ -169,13 +181,13 @@ def write_config(config: Config, path: str | Path) -> None:
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """Read a YAML file of the tree into dotted paths.
+    """Read a YAML file of the tree into dotted paths, with older settings in today's terms.
 
     Raises:
         ValueError: the file can't be read, is no YAML mapping, or has an unknown key.
     """
     try:
-        return _flatten(parse_yaml(Path(file).read_text(encoding="utf-8")), "")
+        return translate(_flatten(parse_yaml(Path(file).read_text(encoding="utf-8")), ""))
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ValueError(f"config file {file} can't be read: {reason}") from error
@@ -214,8 +226,8 @@ def _flatten(content: Any, prefix: str) -> dict[str, Any]:
         path = f"{prefix}{key if isinstance(key, str) else shown(key)}"
         if path in groups:
             flat |= _flatten(value, f"{path}.")
-        elif path in known:
-            _check_plain(path, value, known[path])
+        elif path in known or path in OLDER:
+            _check_plain(path, value, known.get(path, int))
             flat[path] = value
         else:
             raise unknown("key", path, [*known, *groups])
@@ -251,10 +263,12 @@ def _check_text(path: str, text: str, annotation: Any) -> None:
 def read_flags(flags: Sequence[str], command_options: Sequence[str] = ()) -> dict[str, Any]:
     """Read ``--group.field value`` and ``--group.field=value`` pairs; a yes/no field may stand without a value.
 
+    Older settings are returned in today's terms.
+
     Raises:
         ValueError: an unknown flag (with the nearest one), a flag without a value, or a stray word.
     """
-    known = field_types()
+    known = field_types() | dict.fromkeys(OLDER, int)
     values: dict[str, Any] = {}
     rest = list(flags)
     while rest:
@@ -265,14 +279,14 @@ def read_flags(flags: Sequence[str], command_options: Sequence[str] = ()) -> dic
         if path in _groups():
             raise ValueError(f"--{path} is a group of options: give its fields, such as --{_example(path)}")
         if path not in known:
-            raise unknown("option", path, [*known, *command_options], prefix="--")
+            raise unknown("option", path, [*field_types(), *command_options], prefix="--")
         if not equals:
             follows = bool(rest) and not rest[0].startswith("--")
             if not follows and bool not in _alternatives(known[path]):
                 raise ValueError(f"--{path} needs a value: {describe(known[path])}")
             value = rest.pop(0) if follows else "true"
         values[path] = value
-    return values
+    return translate(values)
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

@@ -10,14 +10,14 @@ import copy
 import dataclasses
 import importlib.util
 import math
-import os
 
 from megatron_m1.config.pipeline import Stages, plan_stages
 from megatron_m1.config.tree import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_m1.shapes.kind import check_divides
+from megatron_m1.shapes.registry import check_layers, check_layers_device, check_layers_split
+from megatron_m1.shapes.residual import residual_alpha
 
 RECOMPUTABLE = ("core_attn", "moe")
-MOST_FLASH_CHANNELS = 256
-"""Of a head, in torch's flash kernel."""
 
 
 def resolve(config: Config, world_size: int, *, has_gpu: bool) -> Config:
@@ -60,7 +60,7 @@ def padded_pack_tokens(config: Config) -> int:
 def _fill_in(config: Config, *, has_gpu: bool) -> None:
     model, parallel, train, data = config.model, config.parallel, config.train, config.data
     if model.residual_alpha is None:
-        model.residual_alpha = (2.0 * model.num_layers) ** 0.25
+        model.residual_alpha = residual_alpha(model)
     if model.transformer_impl == "auto":
         engine_is_there = has_gpu and importlib.util.find_spec("transformer_engine") is not None
         model.transformer_impl = "transformer_engine" if engine_is_there else "local"
@@ -100,7 +100,7 @@ MAX_LAYERS = 100_000
 
 
 def check_model(model: ModelConfig) -> None:
-    """Check the model's own shape.
+    """Check the model's own shape, and what its kinds of layers say of it.
 
     Raises:
         ValueError: with one line that names the value and the fix.
@@ -115,30 +115,7 @@ def check_model(model: ModelConfig) -> None:
     _check_not_negative("model", model, sorted(may_be_zero))
     if model.num_layers > MAX_LAYERS:
         raise ValueError(f"model.num_layers = {model.num_layers}: no more than {MAX_LAYERS:,} are planned one by one")
-    if model.num_layers % model.attention_period:
-        fits = max(1, round(model.num_layers / model.attention_period)) * model.attention_period
-        raise ValueError(
-            f"model.num_layers = {model.num_layers} is not a multiple of model.attention_period = "
-            f"{model.attention_period}: {fits} would be"
-        )
-    if model.num_attention_heads % model.num_query_groups:
-        raise ValueError(
-            f"model.num_attention_heads = {model.num_attention_heads} is not divisible by model.num_query_groups = "
-            f"{model.num_query_groups}: every key/value head serves equally many query heads"
-        )
-    if model.moe_router_topk > model.num_moe_experts:
-        raise ValueError(
-            f"model.moe_router_topk = {model.moe_router_topk} is more than model.num_moe_experts = "
-            f"{model.num_moe_experts}: lower it"
-        )
-    rotated = model.kv_channels * model.rotary_percent
-    even = 2 * round(rotated / 2)
-    # The engine rounds it down.
-    if model.rotary_percent > 1 or not math.isclose(rotated, even) or int(rotated) != even:
-        raise ValueError(
-            f"model.rotary_percent = {model.rotary_percent} of model.kv_channels = {model.kv_channels} rotates "
-            f"{rotated:g} dimensions: it must be an even number up to {model.kv_channels}"
-        )
+    check_layers(model)
 
 
 def check_mesh(parallel: ParallelConfig, world_size: int) -> None:
@@ -179,18 +156,17 @@ def check_split(config: Config) -> None:
         ValueError: with one line that names the value and the fix.
     """
     model, parallel = config.model, config.parallel
-    tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_model_parallel_size
-    expert_tensor = parallel.expert_tensor_parallel_size or 1
-    _check_divides("model.num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tensor)
-    _check_divides("model.vocab_size", model.vocab_size, "tensor_model_parallel_size", tensor)
+    tensor = parallel.tensor_model_parallel_size
+    # megatron-core's own configuration insists on heads and groups that divide, whichever kinds the layers are.
+    check_divides("model.num_attention_heads", model.num_attention_heads, "tensor_model_parallel_size", tensor)
+    check_divides("model.vocab_size", model.vocab_size, "tensor_model_parallel_size", tensor)
     groups = model.num_query_groups
     if groups % tensor and tensor % groups:
         raise ValueError(
             f"model.num_query_groups = {groups} is neither a multiple nor a divisor of "
             f"parallel.tensor_model_parallel_size = {tensor}: change one of them"
         )
-    _check_divides("model.num_moe_experts", model.num_moe_experts, "expert_model_parallel_size", expert)
-    _check_divides("model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, "expert_tensor_parallel_size", expert_tensor)
+    check_layers_split(model, parallel)
     context, tokens = parallel.context_parallel_size, config.data.seq_length
     if context > 1 and tokens < 2 * context:
         raise ValueError(
@@ -201,14 +177,6 @@ def check_split(config: Config) -> None:
         raise ValueError(
             f"parallel.sequence_parallel = false with parallel.tensor_model_parallel_size = {tensor}: experts need it, "
             "leave it out"
-        )
-
-
-def _check_divides(name: str, value: int, size_name: str, size: int) -> None:
-    if value % size:
-        raise ValueError(
-            f"{name} = {value} is not divisible by parallel.{size_name} = {size}: use a size that divides it, such as "
-            f"{math.gcd(value, size)}"
         )
 
 
@@ -308,9 +276,6 @@ def _check_software(config: Config, *, has_gpu: bool) -> None:
     model, parallel = config.model, config.parallel
     if parallel.distributed_backend == "nccl" and not has_gpu:
         raise ValueError("parallel.distributed_backend = nccl needs GPUs, and there are none: use gloo or auto")
-    # Triton's own variable: its interpreter runs kernels on a CPU, which is for tests.
-    if model.lightning_backend == "triton" and not has_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("model.lightning_backend = triton needs GPUs, and there are none: use auto or chunk")
     if model.transformer_impl == "transformer_engine":
         if not has_gpu:
             raise ValueError(
@@ -328,15 +293,6 @@ def _check_software(config: Config, *, has_gpu: bool) -> None:
         )
     if model.fp8 is not None and config.train.precision != "bf16":
         raise ValueError(f"model.fp8 = {model.fp8} needs train.precision bf16, but it is {config.train.precision}")
-    if has_gpu and config.train.precision == "fp32":
-        raise ValueError(
-            "train.precision = fp32 on GPUs: softmax attention is torch's flash kernel there, which takes 16 bits; "
-            "give bf16 or auto"
-        )
-    if has_gpu and (model.kv_channels % 8 or model.kv_channels > MOST_FLASH_CHANNELS):
-        raise ValueError(
-            f"model.kv_channels = {model.kv_channels} on GPUs: torch's flash kernel takes multiples of 8 up to "
-            f"{MOST_FLASH_CHANNELS}"
-        )
+    check_layers_device(model, precision=config.train.precision, has_gpu=has_gpu)
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise ValueError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce: turn it on as well")

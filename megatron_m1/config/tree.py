@@ -19,7 +19,7 @@ class ModelConfig:
     """Shape and numerics of the model. The defaults are MiniMax-M1 (456B)."""
 
     num_layers: int = 80
-    """Transformer layers, a multiple of attention_period."""
+    """Transformer layers, a multiple of the kinds that mixers and ffns list."""
     hidden_size: int = 6144
     """Width of the residual stream."""
     num_attention_heads: int = 64
@@ -28,8 +28,12 @@ class ModelConfig:
     """Width of one head."""
     num_query_groups: int = 8
     """Key/value heads of the softmax layers (GQA)."""
-    attention_period: int = 8
-    """Every attention_period-th layer is softmax attention, the others are lightning attention."""
+    mixers: list[str] = field(default_factory=lambda: ["lightning"] * 7 + ["softmax"])
+    """Kind of each layer's attention (lightning, softmax): one a layer, or fewer that are repeated over the layers."""
+    ffns: list[str] = field(default_factory=lambda: ["moe"])
+    """Kind of each layer's feed-forward network (moe): one a layer, or fewer that are repeated over the layers."""
+    residual: Literal["deepnorm", "prenorm"] = "deepnorm"
+    """What a sub-layer's output is added to: the normalised tensor times alpha, as M1 does, or the norm's input."""
     moe_ffn_hidden_size: int = 9216
     """Inner width of one expert (SwiGLU)."""
     num_moe_experts: int = 32
@@ -56,7 +60,7 @@ class ModelConfig:
     lightning_norm_epsilon: float = 1e-6
     """Epsilon of the RMSNorm inside a lightning layer."""
     residual_alpha: float | None = None
-    """Factor on the (normalised) residual; none means DeepNorm's (2 num_layers)^(1/4)."""
+    """Factor on the residual; none means the scheme's: (2 num_layers)^(1/4) for deepnorm, 1 for prenorm."""
     residual_beta: float = 1.0
     """Factor on the sub-layer's output."""
     lm_head_precision: Literal["fp32", "bf16"] = "fp32"

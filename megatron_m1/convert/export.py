@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 from torch import Tensor
 
 from megatron_m1.checkpoint.folder import first_fault, read_manifest
-from megatron_m1.convert.families.minimax_m1.buffers import buffer_entries, native_buffers
+from megatron_m1.convert.families.minimax_m1.buffers import buffer_entries, buffers_layer, native_buffers
 from megatron_m1.convert.families.minimax_m1.config import CONFIG, hub_config, native_config
-from megatron_m1.convert.families.minimax_m1.weights import Unit, cast, is_softmax_layer, rotary_dim, to_hub, units
+from megatron_m1.convert.families.minimax_m1.weights import Unit, cast, check_spelled, to_hub, units
 from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
@@ -24,6 +25,8 @@ from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
 from megatron_m1.convert.work import Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
 from megatron_m1.data.tokenizers.hf_folder import GENERATION
 from megatron_m1.files import read_json_object, write_atomically
+from megatron_m1.shapes.registry import layer_mixers
+from megatron_m1.shapes.softmax import rotary_dim
 
 REMOTE_FILES = ("configuration_minimax_m1.py", "modeling_minimax_m1.py")
 """The hub's own code; written by others, so only copied where the caller has it."""
@@ -62,12 +65,17 @@ class _Shard:
 
 
 class _Plan:
-    """Which tensor goes to which shard."""
+    """Which tensor goes to which shard.
+
+    Raises:
+        ValueError: the format has no words for the model.
+    """
 
     def __init__(self, source: OurCheckpoint, options: ExportOptions) -> None:
         self.source = source
         self.options = options
         model = source.model
+        check_spelled(model)
         self.native_heads = options.format == "native" and rotary_dim(model) < model.kv_channels
         wanted = units(model, native_heads=self.native_heads)
         groups = group_by_size(wanted, lambda unit: total_size(self.entries(unit)), options.shard_size)
@@ -93,9 +101,7 @@ class _Plan:
 
     def _buffers_layer(self, unit: Unit) -> int | None:
         """Layer whose buffers follow this unit, if any do."""
-        if self.options.format != "native" or not unit.ours.endswith(".linear_qkvg.weight"):
-            return None
-        return int(unit.ours.split(".")[2])
+        return buffers_layer(unit) if self.options.format == "native" else None
 
     def entries(self, unit: Unit) -> list[Entry]:
         """Tensors that are written for a unit."""
@@ -197,10 +203,10 @@ def describe_export(source: OurCheckpoint, options: ExportOptions) -> str:
     """One line: what an export will write."""
     plan = _Plan(source, options)
     count = sum(len(shard.entries) for shard in plan.shards)
+    mixers = Counter(layer_mixers(source.model))
     return (
         f"{count:,} tensors, {plan.total:,} bytes in {len(plan.shards)} files, "
-        f"{sum(not is_softmax_layer(source.model, i) for i in range(source.model.num_layers))} lightning and "
-        f"{sum(is_softmax_layer(source.model, i) for i in range(source.model.num_layers))} softmax layers, "
+        f"{' and '.join(f'{layers} {kind}' for kind, layers in mixers.items())} layers, "
         f"{str(plan.dtype).removeprefix('torch.')}"
     )
 

@@ -13,14 +13,13 @@ from megatron_m1.convert.families.minimax_m1.weights import Unit
 from megatron_m1.convert.hub_folder import HubFolder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
 from megatron_m1.layers.engine import engine_config
+from megatron_m1.layers.moe import parameter_of_expert
 from megatron_m1.model.build import build_chunk
 from megatron_m1.runtime import mesh
 
 
 def _parameter_name(unit: Unit) -> str:
-    if unit.expert is None:
-        return unit.ours
-    return unit.ours.replace(".experts.experts.", f".experts.local_experts.{unit.expert}.")
+    return unit.ours if unit.expert is None else parameter_of_expert(unit.ours, unit.expert)
 
 
 def fill(model: GPTModel, source: OurCheckpoint | HubFolder) -> None:

@@ -1,43 +1,28 @@
-"""megatron-core's TransformerConfig for our model: the stock fields, plus the few that M1 adds."""
+"""megatron-core's TransformerConfig for our model: the stock fields, and beside them our own configuration."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_m1.config import Config
+from megatron_m1.config import Config, ModelConfig
 
 
 @dataclass
 class EngineConfig(TransformerConfig):
     """What every module of the model reads. Built by ``engine_config``; one per pipeline chunk."""
 
-    attention_period: int = 8
-    """Every so many layers, one is softmax attention."""
-    lightning_norm_epsilon: float = 1e-6
-    """Epsilon of the norm inside a lightning layer."""
-    lightning_backend: str = "auto"
-    """Form of lightning attention."""
-    residual_alpha: float = 1.0
-    """Factor on the normalised residual."""
-    residual_beta: float = 1.0
-    """Factor on the sub-layer's output."""
-    rotary_percent: float = 0.5
-    """Share of each softmax head that is rotated."""
-    rotary_base: float = 10_000.0
-    """RoPE base."""
-    lm_head_precision: str = "fp32"
-    """fp32 or bf16."""
-    lm_head_chunk_bytes: int = 2**28
-    """Memory for the logits of the tokens whose loss is computed at a time."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape and numerics of the whole model, as resolved: what is ours is read here, not from a copy of it."""
 
-    def is_softmax_layer(self, index: int) -> bool:
-        """Whether layer ``index`` (from 0, over the whole model) is softmax attention."""
-        return (index + 1) % self.attention_period == 0
+    @property
+    def lm_head_chunk_bytes(self) -> int:
+        """Memory for the logits of the tokens whose loss is computed at a time."""
+        return math.ceil(self.model.lm_head_chunk_mib * 2**20)
 
 
 def _leave_uninitialised(weight: Tensor) -> Tensor:
@@ -58,7 +43,6 @@ def engine_config(config: Config, *, dtype: torch.dtype, on_meta: bool = False) 
     virtual = parallel.virtual_pipeline_model_parallel_size
     selective = train.recompute_granularity == "selective"
     transformer_engine = model.transformer_impl == "transformer_engine"
-    alpha = model.residual_alpha if model.residual_alpha is not None else (2.0 * model.num_layers) ** 0.25
     return EngineConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -116,13 +100,5 @@ def engine_config(config: Config, *, dtype: torch.dtype, on_meta: bool = False) 
         recompute_modules=list(train.recompute_modules) if selective else None,
         # Lightning and softmax layers have different shapes under one key (the spelling is megatron-core's).
         hetereogenous_dist_checkpoint=True,
-        attention_period=model.attention_period,
-        lightning_norm_epsilon=model.lightning_norm_epsilon,
-        lightning_backend=model.lightning_backend,
-        residual_alpha=alpha,
-        residual_beta=model.residual_beta,
-        rotary_percent=model.rotary_percent,
-        rotary_base=model.rotary_base,
-        lm_head_precision=model.lm_head_precision,
-        lm_head_chunk_bytes=math.ceil(model.lm_head_chunk_mib * 2**20),
+        model=model,
     )

@@ -42,7 +42,7 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
             Without labels: [n, 1, vocab / tp] (or vocab) in the weight's dtype; with: fp32 [1, n]. And no bias.
         """
         assert weight is None and (self.sequence_parallel or self.tp_group.size() == 1)
-        ieee_fp32 = self.config.lm_head_precision == "fp32"
+        ieee_fp32 = self.config.model.lm_head_precision == "fp32"
         if labels is not None:
             # [n / tp, 1, hidden] -> [n / tp, hidden]; [1, n] -> [n]
             loss = vocab_parallel_loss(

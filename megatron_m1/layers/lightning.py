@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -17,12 +20,15 @@ from megatron_m1.kernels.lightning import (
     choose_backend,
     layer_slopes,
     lightning_attention,
+    lightning_attention_step,
     silu_lightning_attention,
 )
 from megatron_m1.layers.engine import EngineConfig
+from megatron_m1.layers.kind import LayerKind, Matrix
 from megatron_m1.layers.norm import FullWidthRMSNorm
 from megatron_m1.layers.pack import PackedBatchParams, batch_params, layout_of
 from megatron_m1.parallel.lasp import lasp_attention
+from megatron_m1.shapes.residual import inner_gain, output_gain
 
 PARTS = 4
 """q, k, v and the output gate, interleaved per head in one projection."""
@@ -59,8 +65,66 @@ class _Split(torch.autograd.Function):
         return torch.stack([*raw_grads, grad_gate], dim=2)
 
 
+class LightningCache:
+    """A state a sequence, whose size never changes.
+
+    Args:
+        sequences: how many there are.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self._sequences = sequences
+        self._states: Tensor | None = None
+
+    def attend(
+        self,
+        active: Sequence[int],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slopes: Tensor,
+        cu_seqlens: Sequence[int],
+        backend: str | None,
+    ) -> Tensor:
+        """Lightning attention that goes on from each sequence's state, and keeps the new ones.
+
+        Args:
+            active: the sequence of each document.
+            q, k, v: [n, heads, dim], the documents of the pass.
+            slopes: [heads].
+            cu_seqlens: their bounds.
+            backend: see ``kernels.lightning``.
+
+        Returns:
+            [n, heads, dim] in ``v``'s dtype.
+        """
+        if self._states is None:
+            shape = (self._sequences, q.shape[1], q.shape[2], v.shape[2])
+            self._states = torch.zeros(shape, dtype=torch.float32, device=q.device)
+        before = self._states[active]  # [documents, heads, dim, dim]
+        if q.shape[0] == len(active):
+            output, after = lightning_attention_step(q, k, v, slopes, before, backend=backend)
+        else:
+            output, after = lightning_attention(
+                q,
+                k,
+                v,
+                slopes,
+                cu_seqlens=cu_seqlens,
+                initial_state=before,
+                output_final_state=True,
+                backend=backend,
+            )
+        self._states[active] = after
+        return output
+
+    def nbytes(self) -> int:
+        """Memory of the states."""
+        return 0 if self._states is None else self._states.nbytes
+
+
 class LightningAttention(MegatronModule):
-    """Self-attention of 7 layers in 8: ``out_proj(sigmoid(gate(x)) * norm(lightning(silu(q), silu(k), silu(v))))``.
+    """``out_proj(sigmoid(gate(x)) * norm(lightning(silu(q), silu(k), silu(v))))``.
 
     One projection holds, for each head in turn, its q, k, v and gate rows: tensor parallelism then splits by heads, and
     sequence parallelism gathers the input once. No rotary embedding, no scale, no softmax. Decay slopes depend on the
@@ -93,7 +157,7 @@ class LightningAttention(MegatronModule):
         self.head_dim = config.kv_channels
         self.local_heads = config.num_attention_heads // self.tp_group.size()
         self.recompute = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
-        self.backend = None if config.lightning_backend == "auto" else config.lightning_backend
+        self.backend = None if config.model.lightning_backend == "auto" else config.model.lightning_backend
         self.linear_qkvg = submodules.linear_qkvg(
             config.hidden_size,
             PARTS * width,
@@ -116,7 +180,7 @@ class LightningAttention(MegatronModule):
             is_expert=False,
             tp_group=self.tp_group,
         )
-        self.norm = FullWidthRMSNorm(config, width, config.lightning_norm_epsilon, self.tp_group, self.backend)
+        self.norm = FullWidthRMSNorm(config, width, config.model.lightning_norm_epsilon, self.tp_group, self.backend)
         with torch.device("cpu"):
             slopes = layer_slopes(config.num_attention_heads, layer_number - 1, config.num_layers)
         first = self.tp_group.rank() * self.local_heads
@@ -141,7 +205,8 @@ class LightningAttention(MegatronModule):
         bounds, caches = layout.local_document_bounds, params.caches
         if caches is not None:
             q, k, v, gate = _Split.apply(parts)
-            attended = caches.lightning(self.layer_number, q, k, v, self.slopes, bounds, backend)
+            cache = caches.of_layer(self.layer_number, LightningCache)
+            attended = cache.attend(caches.active, q, k, v, self.slopes, bounds, backend)
         elif not layout.state_plan.is_empty:
             q, k, v, gate = _Split.apply(parts)
             attended = self._across_ranks(q, k, v, params, backend)
@@ -176,3 +241,35 @@ class LightningAttention(MegatronModule):
             core = self._core(qkvg, params)
         output, _ = self.linear_proj(core)
         return output, None
+
+
+class Lightning(LayerKind):
+    """The kind ``lightning``."""
+
+    def spec(self, config: EngineConfig, provider: BackendSpecProvider) -> ModuleSpec:
+        """``LightningAttention`` with the provider's linears."""
+        return ModuleSpec(
+            module=LightningAttention,
+            submodules=LightningAttentionSubmodules(
+                linear_qkvg=provider.column_parallel_linear(), linear_proj=provider.row_parallel_linear()
+            ),
+        )
+
+    def matrices(
+        self, module: LightningAttention, prefix: str, config: EngineConfig, groups: ProcessGroupCollection
+    ) -> Iterator[tuple[Tensor, Matrix]]:
+        """The query, key, value, gate and output matrices."""
+        model = config.model
+        width, hidden = model.num_attention_heads * model.kv_channels, model.hidden_size
+        heads, dim = module.local_heads, module.head_dim
+        offset = module.tp_group.rank() * heads * dim
+        gains = {"q": 1.0, "k": 1.0, "v": inner_gain(model), "gate": 1.0}
+        # [heads * 4 * dim, hidden] -> [heads, 4, dim, hidden]
+        parts = module.linear_qkvg.weight.data.view(heads, PARTS, dim, hidden)
+        for index, (part, gain) in enumerate(gains.items()):
+            matrix = Matrix(f"{prefix}.attention.{part}", width, hidden, first_row=offset, gain=gain)
+            yield parts[:, index], matrix
+        yield (
+            module.linear_proj.weight.data,
+            Matrix(f"{prefix}.attention.out", hidden, width, first_column=offset, gain=output_gain(model)),
+        )

@@ -1,4 +1,4 @@
-"""RMSNorms of M1: the block norm, whose output is also the residual, and the lightning layer's full-width norm."""
+"""RMSNorms of M1: the block norm, and the lightning layer's full-width norm."""
 
 from __future__ import annotations
 
@@ -41,25 +41,6 @@ def parameter_device(config: TransformerConfig) -> Any:
     """Where new parameters are allocated: the default device with ``use_cpu_initialization`` (meta, say), else the
     GPU."""
     return None if config.use_cpu_initialization else torch.cuda.current_device()
-
-
-def _output_and_residual(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> tuple[Tensor, Tensor]:
-    return output, output
-
-
-def residual_norm(build: NormBuilder) -> NormBuilder:
-    """Make the builder of a norm return one that answers ``(y, y)``: M1's residual is the normalised tensor.
-
-    megatron-core's ``TransformerLayer`` takes the second entry as the residual. A forward hook keeps the norm's class
-    and parameter names as they are, whichever implementation builds it.
-    """
-
-    def built(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **named: Any) -> nn.Module:
-        norm = build(config=config, hidden_size=hidden_size, eps=eps, **named)
-        norm.register_forward_hook(_output_and_residual)
-        return norm
-
-    return built
 
 
 class FullWidthRMSNorm(nn.Module):

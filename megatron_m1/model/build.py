@@ -6,15 +6,10 @@ take its place.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
@@ -25,48 +20,25 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_m1.layers.engine import EngineConfig
 from megatron_m1.layers.head import OutputLayer, compute_loss_in_chunks
-from megatron_m1.layers.lightning import LightningAttention, LightningAttentionSubmodules
-from megatron_m1.layers.norm import residual_norm
-from megatron_m1.layers.residual import scaled_residual
-from megatron_m1.layers.router import Router
-from megatron_m1.layers.softmax import PackedCoreAttention
+from megatron_m1.layers.kind import LayerKind
+from megatron_m1.layers.registry import layer_kinds
+from megatron_m1.layers.residual import block_norm, scaled_residual
 from megatron_m1.model.providers import Implementation, spec_provider
 
 
-def _attention_spec(softmax: bool, provider: BackendSpecProvider) -> ModuleSpec:
-    if softmax:
-        return ModuleSpec(
-            module=SelfAttention,
-            params={"attn_mask_type": AttnMaskType.causal},
-            submodules=SelfAttentionSubmodules(
-                linear_qkv=provider.column_parallel_linear(),
-                core_attention=PackedCoreAttention,
-                linear_proj=provider.row_parallel_linear(),
-            ),
-        )
-    return ModuleSpec(
-        module=LightningAttention,
-        submodules=LightningAttentionSubmodules(
-            linear_qkvg=provider.column_parallel_linear(), linear_proj=provider.row_parallel_linear()
-        ),
-    )
-
-
-def layer_spec(config: EngineConfig, index: int, provider: BackendSpecProvider) -> ModuleSpec:
-    """Spec of layer ``index`` (from 0, over the whole model)."""
-    norm = residual_norm(provider.layer_norm(rms_norm=True))
-    add = scaled_residual(config.residual_alpha, config.residual_beta)
+def layer_spec(config: EngineConfig, kinds: tuple[LayerKind, LayerKind], provider: BackendSpecProvider) -> ModuleSpec:
+    """Spec of a layer whose mixer and feed-forward network are of these kinds."""
+    mixer, ffn = kinds
+    norm = block_norm(config.model, provider.layer_norm(rms_norm=True))
+    add = scaled_residual(config.model)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=_attention_spec(config.is_softmax_layer(index), provider),
+            self_attention=mixer.spec(config, provider),
             self_attn_bda=add,
             pre_mlp_layernorm=norm,
-            mlp=partial(
-                MoELayer,
-                submodules=MoESubmodules(experts=provider.grouped_mlp_modules(config.moe_grouped_gemm), router=Router),
-            ),
+            mlp=ffn.spec(config, provider),
             mlp_bda=add,
         ),
     )
@@ -103,7 +75,9 @@ def build_chunk(
     model = GPTModel(
         config,
         TransformerBlockSubmodules(
-            layer_specs=[layer_spec(config, index, provider) for index in range(first, first + count)],
+            layer_specs=[
+                layer_spec(config, kinds, provider) for kinds in layer_kinds(config.model)[first : first + count]
+            ],
             layer_norm=final_norm,
         ),
         vocab_size=vocab_size,
@@ -131,7 +105,7 @@ def _replace_head(model: GPTModel, config: EngineConfig, vocab_size: int) -> Non
         gather_output=False,
         tp_group=model.pg_collection.tp,
     )
-    if config.lm_head_precision == "fp32":
+    if config.model.lm_head_precision == "fp32":
         head.weight.data = head.weight.data.to(torch.float32)
     model.output_layer = head
     model.setup_embeddings_and_output_layer()

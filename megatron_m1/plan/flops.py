@@ -14,10 +14,13 @@ Convention ("useful FLOPs", also called model FLOPs): what the mathematics asks 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 from megatron_m1.config import ModelConfig
 from megatron_m1.parallel.segments import ModelCost
+from megatron_m1.shapes.kind import MixerShape
+from megatron_m1.shapes.registry import FFNS, MIXERS, layer_ffns, layer_mixers
 
 PEAK_BF16_FLOPS = {
     "H100 PCIe": 756e12,
@@ -44,24 +47,20 @@ def layout_cost(config: ModelConfig) -> ModelCost:
 
     The states of one more segment are float32, travel in both directions, and are weighed with ``FLOPS_PER_BYTE``.
     """
-    layers, softmax_layers = config.num_layers, config.num_layers // config.attention_period
-    state_bytes = 2 * 4 * (layers - softmax_layers) * config.num_attention_heads * config.kv_channels**2
+    state_bytes = sum(count * mixer.state_bytes(config) for mixer, count in _mixers(config))
     return ModelCost(
-        3.0 * _forward_flops_per_token(config), 3.0 * _forward_flops_per_pair(config), FLOPS_PER_BYTE * state_bytes
+        3.0 * _forward_flops_per_token(config),
+        3.0 * _forward_flops_per_pair(config),
+        FLOPS_PER_BYTE * 2 * state_bytes,
     )
 
 
 def training_flops(model_config: ModelConfig, document_lengths: Iterable[int]) -> int:
     """Return the useful FLOPs of forward and backward over one pack, on all ranks together.
 
-    With T tokens in documents of n_i, hidden size h, inner attention width A = heads x kv_channels, key/value width
-    G = query groups x kv_channels, the forward pass is, per layer:
-
-    - lightning: ``T (5 x 2 h A)`` for q, k, v, gate and output, and ``T (2 x 2 A kv_channels)`` for the state.
-    - softmax: ``T (2 x 2 h A + 2 x 2 h G)`` for q, output, k and v, and ``sum_i n_i (n_i + 1) / 2 x (2 x 2 A)``.
-    - experts: ``T topk (3 x 2 h F)``; router: ``T 2 h E``.
-
-    and ``T 2 h V`` for the head.
+    With T tokens in documents of n_i, hidden size h and vocabulary V, the forward pass is ``T 2 h V`` for the head and,
+    for every layer, T times what its two kinds say of a token (``shapes``) and ``sum_i n_i (n_i + 1) / 2`` times what
+    its mixer says of a pair.
 
     Args:
         model_config: the model.
@@ -90,31 +89,16 @@ def peak_bf16_flops(device_name: str) -> float | None:
     return None
 
 
+def _mixers(config: ModelConfig) -> list[tuple[MixerShape, int]]:
+    """The kinds of mixers of a model, and how many layers have each."""
+    return [(MIXERS[name], count) for name, count in Counter(layer_mixers(config)).items()]
+
+
 def _forward_flops_per_token(config: ModelConfig) -> int:
-    softmax_layers = config.num_layers // config.attention_period
-    return (
-        (config.num_layers - softmax_layers) * _lightning_flops_per_token(config)
-        + softmax_layers * _softmax_projection_flops_per_token(config)
-        + config.num_layers * _moe_flops_per_token(config)
-        + 2 * config.hidden_size * config.vocab_size
-    )
+    mixers = sum(count * mixer.flops_per_token(config) for mixer, count in _mixers(config))
+    ffns = sum(count * FFNS[name].flops_per_token(config) for name, count in Counter(layer_ffns(config)).items())
+    return mixers + ffns + 2 * config.hidden_size * config.vocab_size
 
 
 def _forward_flops_per_pair(config: ModelConfig) -> int:
-    softmax_layers = config.num_layers // config.attention_period
-    return softmax_layers * 4 * config.num_attention_heads * config.kv_channels
-
-
-def _lightning_flops_per_token(config: ModelConfig) -> int:
-    inner = config.num_attention_heads * config.kv_channels
-    return 10 * config.hidden_size * inner + 4 * inner * config.kv_channels
-
-
-def _softmax_projection_flops_per_token(config: ModelConfig) -> int:
-    inner = config.num_attention_heads * config.kv_channels
-    return 4 * config.hidden_size * (inner + config.num_query_groups * config.kv_channels)
-
-
-def _moe_flops_per_token(config: ModelConfig) -> int:
-    experts = config.moe_router_topk * 6 * config.hidden_size * config.moe_ffn_hidden_size
-    return experts + 2 * config.hidden_size * config.num_moe_experts
+    return sum(count * mixer.flops_per_pair(config) for mixer, count in _mixers(config))

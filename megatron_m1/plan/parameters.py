@@ -2,68 +2,89 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from megatron_m1.config import ModelConfig, ParallelConfig
 from megatron_m1.config.pipeline import Chunk, plan_stages
+from megatron_m1.shapes.kind import Parameter
+from megatron_m1.shapes.registry import FFNS, MIXERS, layer_ffns, layer_mixers
+
+EMBEDDING, NORMS, HEAD = "embedding", "norms", "head"
+"""Groups of what is in every model; the kinds of its layers name the others."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters by kind."""
+    """Parameters by group, in the order in which tables show them."""
 
-    embedding: int = 0
-    lightning_attention: int = 0
-    """qkv, gate and output matrices and the norm inside."""
-    softmax_attention: int = 0
-    router: int = 0
-    experts: int = 0
-    norms: int = 0
-    """The two norms of each layer and the final one."""
-    head: int = 0
+    groups: Mapping[str, int]
+
+    def __getitem__(self, group: str) -> int:
+        return self.groups.get(group, 0)
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self.groups.values())
 
     @property
     def without_vocabulary(self) -> int:
         """All parameters outside the embedding and the head."""
-        return self.total - self.embedding - self.head
+        return self.total - self[EMBEDDING] - self[HEAD]
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+        return Counts({group: self[group] + other[group] for group in {**self.groups, **other.groups}})
 
 
-def layer_counts(model: ModelConfig, index: int, *, experts: int | None = None) -> Counts:
-    """Count layer ``index`` (from 0, over the whole model).
+def _count(parameters: Iterable[Parameter], size: Callable[[Parameter], int]) -> Counts:
+    groups: dict[str, int] = {}
+    for parameter in parameters:
+        groups[parameter.group] = groups.get(parameter.group, 0) + size(parameter)
+    return Counts(groups)
 
-    Args:
-        model: shape of the model.
-        index: which layer.
-        experts: experts to count; None counts all, ``moe_router_topk`` those that one token visits.
-    """
-    hidden, inner = model.hidden_size, model.num_attention_heads * model.kv_channels
-    common = Counts(
-        router=model.num_moe_experts * hidden,
-        experts=(model.num_moe_experts if experts is None else experts) * 3 * hidden * model.moe_ffn_hidden_size,
-        norms=2 * hidden,
-    )
-    if (index + 1) % model.attention_period == 0:
-        key_value = model.num_query_groups * model.kv_channels
-        return common + Counts(softmax_attention=hidden * (inner + 2 * key_value) + inner * hidden)
-    return common + Counts(lightning_attention=hidden * 3 * inner + hidden * inner + inner * hidden + inner)
+
+def _vocabulary(model: ModelConfig, group: str) -> Parameter:
+    return Parameter("weight", (model.vocab_size, model.hidden_size), group, "tensor")
+
+
+def _norm(model: ModelConfig) -> Parameter:
+    return Parameter("weight", (model.hidden_size,), NORMS)
+
+
+def _layers(model: ModelConfig, size: Callable[[Parameter], int]) -> list[Counts]:
+    """Counts of every layer; those of one pair of kinds are counted once."""
+    kinds = list(zip(layer_mixers(model), layer_ffns(model), strict=True))
+    norms = [_norm(model), _norm(model)]
+    counts = {
+        (mixer, ffn): _count([*MIXERS[mixer].parameters(model), *FFNS[ffn].parameters(model), *norms], size)
+        for mixer, ffn in dict.fromkeys(kinds)
+    }
+    return [counts[pair] for pair in kinds]
+
+
+def kind_parameters(model: ModelConfig) -> tuple[list[Parameter], list[Parameter]]:
+    """Parameters of the model's mixers and of its feed-forward networks, every kind once."""
+    mixers = [p for name in dict.fromkeys(layer_mixers(model)) for p in MIXERS[name].parameters(model)]
+    ffns = [p for name in dict.fromkeys(layer_ffns(model)) for p in FFNS[name].parameters(model)]
+    return mixers, ffns
+
+
+def layer_counts(model: ModelConfig) -> list[Counts]:
+    """Count every layer, over the whole model."""
+    return _layers(model, lambda parameter: parameter.total)
 
 
 def model_counts(model: ModelConfig, *, active: bool = False) -> Counts:
     """Count the whole model, or with ``active`` only what one token passes through (its top-k experts)."""
-    experts = model.moe_router_topk if active else None
-    vocabulary = model.vocab_size * model.hidden_size
-    counts = Counts(embedding=vocabulary, norms=model.hidden_size, head=vocabulary)
-    for index in range(model.num_layers):
-        counts += layer_counts(model, index, experts=experts)
-    return counts
+
+    def size(parameter: Parameter) -> int:
+        return parameter.active if active else parameter.total
+
+    outside = [_vocabulary(model, EMBEDDING), _norm(model), _vocabulary(model, HEAD)]
+    mixers, ffns = kind_parameters(model)
+    order = [EMBEDDING, *(p.group for p in [*mixers, *ffns]), NORMS, HEAD]
+    return sum([*_layers(model, size), _count(outside, size)], Counts(dict.fromkeys(order, 0)))
 
 
 def rank_counts(model: ModelConfig, parallel: ParallelConfig) -> list[Counts]:
@@ -76,26 +97,16 @@ def rank_counts(model: ModelConfig, parallel: ParallelConfig) -> list[Counts]:
     Returns:
         One entry a pipeline rank.
     """
+
+    def held(parameter: Parameter) -> int:
+        return parameter.held(parallel)
+
+    layers = _layers(model, held)
+
+    def chunk_counts(chunk: Chunk) -> Counts:
+        outside = [_vocabulary(model, EMBEDDING)] if chunk.has_embedding else []
+        outside += [_norm(model), _vocabulary(model, HEAD)] if chunk.has_head else []
+        return sum((layers[index] for index in chunk.layers), _count(outside, held))
+
     stages = plan_stages(model, parallel)
-    return [sum((_chunk_counts(chunk, model, parallel) for chunk in chunks), Counts()) for chunks in stages.by_rank]
-
-
-def _chunk_counts(chunk: Chunk, model: ModelConfig, parallel: ParallelConfig) -> Counts:
-    tensor = parallel.tensor_model_parallel_size
-    expert_ranks = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1)
-    vocabulary = model.vocab_size // tensor * model.hidden_size
-    counts = Counts(
-        embedding=vocabulary if chunk.has_embedding else 0,
-        head=vocabulary if chunk.has_head else 0,
-        norms=model.hidden_size if chunk.has_head else 0,
-    )
-    for index in chunk.layers:
-        whole = layer_counts(model, index)
-        counts += Counts(
-            lightning_attention=whole.lightning_attention // tensor,
-            softmax_attention=whole.softmax_attention // tensor,
-            router=whole.router,
-            experts=whole.experts // expert_ranks,
-            norms=whole.norms,
-        )
-    return counts
+    return [sum(map(chunk_counts, chunks), Counts({})) for chunks in stages.by_rank]

@@ -44,7 +44,7 @@ def load_initial(trainer: Trainer, config: Config) -> Path:
     assert init_from is not None
     checkpoint = _imported(config) if init_from.startswith(HUGGING_FACE) else find_checkpoint(Path(init_from))
     saved = load_config(checkpoint / CONFIG).model
-    check_shape(vars(config.model), vars(saved), checkpoint, fix="give the model that shape, or start from others")
+    check_shape(config.model, saved, checkpoint, fix="give the model that shape, or start from others")
     load_model(trainer, checkpoint)
     return checkpoint
 

@@ -18,6 +18,7 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_m1.config import Config
+from megatron_m1.layers.registry import sub_layers
 from megatron_m1.training.adam import use_fused_adam
 
 
@@ -29,9 +30,9 @@ def wrap_chunks(chunks: list[GPTModel], config: Config) -> list[DistributedDataP
     checkpoint of one can be loaded by another.
     """
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
-            if ".mlp.experts." in name:
-                parameter.allreduce = False
+        for _, kind, module in sub_layers(chunk):
+            for parameter in kind.expert_parameters(module):
+                parameter.allreduce = False  # type: ignore[attr-defined]
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,

@@ -162,7 +162,7 @@ def check_folders(config: Config) -> None:
             saved = load_config(newest / "config.yaml").model
         except ValueError:
             return  # a damaged one is passed over when it is loaded
-        check_shape(vars(config.model), vars(saved), newest)
+        check_shape(config.model, saved, newest)
 
 
 def newest_checkpoint(config: Config) -> Path | None:

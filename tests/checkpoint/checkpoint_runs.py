@@ -41,7 +41,8 @@ class Trace:
 
 def run_config(parallel: dict[str, Any], train: dict[str, Any] | None = None, **model: Any) -> Config:
     """The mesh tests' configuration with four layers, two of each kind."""
-    return meshes.run_config(parallel, train, **({"num_layers": 4, "attention_period": 2} | model))
+    values: dict[str, Any] = {"num_layers": 4, "mixers": ["lightning", "softmax"]}
+    return meshes.run_config(parallel, train, **(values | model))
 
 
 def open_checkpoints(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_m1.checkpoint import folder as folders
 from megatron_m1.checkpoint.folder import checkpoint_folders, remove_old, step_of
 from megatron_m1.checkpoint.store import CheckpointError
 from megatron_m1.config import Config
@@ -138,6 +140,27 @@ def test_a_checkpoint_of_another_shape_is_refused(workers: WorkerPool, tmp_path:
     workers.run(runs.save_while_training, run_config({}), tmp_path, 1, [1], world_size=1)
     with pytest.raises(ValueError, match=r"^model\.num_moe_experts is 2, but checkpoint .* has 4: restore it"):
         workers.run(runs.resume, run_config({}, num_moe_experts=2), tmp_path, 2, world_size=1)
+    with pytest.raises(
+        ValueError, match=r"^model\.mixers makes layer 0 softmax, but in checkpoint .* it is lightning:"
+    ):
+        workers.run(runs.resume, run_config({}, mixers=["softmax", "lightning"]), tmp_path, 2, world_size=1)
+
+
+def test_a_checkpoint_from_before_there_were_mixers_goes_on(workers: WorkerPool, tmp_path: Path) -> None:
+    """Its config.yaml has a period; the run lists every layer, which is the same model."""
+    (whole,) = workers.run(runs.save_while_training, run_config({}), tmp_path, 2, [1], world_size=1)
+    (checkpoint,) = tmp_path.glob("step_*")
+    config = checkpoint / folders.CONFIG
+    lines = config.read_text().splitlines(keepends=True)
+    lines = [line for line in lines if line.split(":")[0].strip() not in ("ffns", "residual")]
+    lines = ["  attention_period: 2\n" if line.startswith("  mixers:") else line for line in lines]
+    config.write_text("".join(lines))
+    manifest = json.loads((checkpoint / folders.MANIFEST).read_text())
+    manifest["files"][folders.CONFIG] = hashlib.sha256(config.read_bytes()).hexdigest()
+    (checkpoint / folders.MANIFEST).write_text(json.dumps(manifest))
+    now = run_config({}, mixers=["lightning", "softmax"] * 2)
+    (resumed,) = workers.run(runs.resume, now, tmp_path, 2, world_size=1)
+    assert resumed.figures == whole.figures[1:] and resumed.prints == whole.prints
 
 
 def remove_data(checkpoint: Path) -> str:

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.config import Config
-from megatron_m1.config.io import field_types, load_config, parse_config, path_fields, tree_help, write_config
+from megatron_m1.config.io import (
+    config_of_text,
+    config_text,
+    field_types,
+    load_config,
+    parse_config,
+    path_fields,
+    tree_help,
+    write_config,
+)
 from megatron_m1.config.presets import PRESETS, preset
 
 
@@ -178,6 +187,56 @@ def test_every_field_that_names_files_is_known_as_one() -> None:
         *["data.embedded_corpus", "data.train", "data.validation", "data.tokenizer", "data.cache_folder"],
         *["run.folder", "run.init_from"],
     }
+
+
+PERIODS = {1: ["softmax"], 2: ["lightning", "softmax"], 4: ["lightning"] * 3 + ["softmax"]}
+
+
+@pytest.mark.parametrize("period", PERIODS)
+def test_the_older_name_of_the_mixers_is_read(period: int, tmp_path: Path) -> None:
+    mixers = PERIODS[period]
+    assert parse_config([], ["--model.attention_period", str(period)]).model.mixers == mixers
+    assert parse_config([], [f"--model.attention_period={period}"]).model.mixers == mixers
+    file = tmp_path / "old.yaml"
+    file.write_text(f"model: {{num_layers: 8, attention_period: {period}}}\n")
+    assert parse_config([file], []).model.mixers == load_config(file).model.mixers == mixers
+    assert parse_config([file], ["--model.mixers", "softmax,lightning"]).model.mixers == ["softmax", "lightning"]
+
+
+def test_an_older_checkpoint_s_configuration_is_read(tmp_path: Path) -> None:
+    """The whole file, as it was written before there were mixers, and written again in today's words."""
+    written = config_text(parse_config([], ["--model.num_layers=12"]))
+    (new,) = [line for line in written.splitlines(keepends=True) if line.lstrip().startswith("mixers:")]
+    (kind,) = [line for line in written.splitlines(keepends=True) if line.lstrip().startswith("ffns:")]
+    (residual,) = [line for line in written.splitlines(keepends=True) if line.lstrip().startswith("residual:")]
+    old = written.replace(new, "  attention_period: 6\n").replace(kind, "").replace(residual, "")
+    (tmp_path / "config.yaml").write_text(old)
+    config = load_config(tmp_path / "config.yaml")
+    assert config == config_of_text(old) == parse_config([], ["--model.num_layers=12", "--model.attention_period=6"])
+    assert (config.model.ffns, config.model.residual) == (["moe"], "deepnorm")
+    assert "attention_period" not in config_text(config)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        (["--model.attention_period", "2", "--model.mixers=softmax"], "both say which layers are softmax attention"),
+        (["--model.attention_period", "0"], "model.attention_period = '0': it must be an integer from 1 to 100,000"),
+        (["--model.attention_period=2.0"], "model.attention_period = '2.0'"),
+        (["--model.attention_period=1000000000000"], "model.attention_period = '1000000000000'"),
+        (["--model.attention_period"], "--model.attention_period needs a value: an integer"),
+        (["--model.mixer=softmax"], "did you mean --model.mixers?"),
+    ],
+)
+def test_the_older_name_used_wrongly_is_one_line(flags: list[str], part: str) -> None:
+    assert part in message_of([], flags)
+
+
+@pytest.mark.parametrize("value", ["", "true", "[2]", "{}", "-1", "2\n  mixers: [softmax]"])
+def test_the_older_name_used_wrongly_in_a_file_is_one_line(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(f"model:\n  attention_period: {value}\n")
+    assert message_of([file], []).startswith(f"config file {file}: model.attention_period ")
 
 
 def test_help_explains_every_field() -> None:

@@ -89,7 +89,8 @@ class Generated:
     tokens: list[list[int]]
     greedy: list[list[int]]
     """Greedy continuation by the forward pass of training over the whole sequence, one prompt alone."""
-    bytes_by_step: list[tuple[int, int]]
+    bytes_by_step: list[dict[int, int]]
+    """Memory of each layer's cache, by layer number."""
 
 
 def sample(rank: int, world_size: int, path: Path, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
@@ -110,7 +111,7 @@ def generate_and_compare(
     mesh.shut_down()
     model = build_model(open_any(path), torch.float32)
     greedy = [_greedy(model, prompt, steps) for prompt in prompts]
-    sizes: list[tuple[int, int]] = []
+    sizes: list[dict[int, int]] = []
     errors = {f"chunks of {chunk}": _worst_error(model, prompts, tokens, chunk, sizes) for chunk in chunks}
     return Generated(errors, tokens, greedy, sizes)
 
@@ -123,7 +124,7 @@ def _greedy(model: Any, prompt: list[int], steps: int) -> list[int]:
 
 
 def _worst_error(
-    model: Any, prompts: list[list[int]], tokens: list[list[int]], chunk: int, sizes: list[tuple[int, int]]
+    model: Any, prompts: list[list[int]], tokens: list[list[int]], chunk: int, sizes: list[dict[int, int]]
 ) -> float:
     whole = [training_forward(model, [[*prompt, *new]]) for prompt, new in zip(prompts, tokens, strict=True)]
     caches = Caches(len(prompts))

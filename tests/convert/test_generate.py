@@ -10,8 +10,10 @@ import torch
 from megatron_m1.cli import run
 from megatron_m1.generate.sampler import Sampling, choose
 from megatron_m1.runtime.pool import WorkerPool
+from megatron_m1.shapes.registry import MIXERS
 from tests.convert import runs
 from tests.convert.conftest import Run
+from tests.model.meshes import run_config
 
 TOLERANCE = 2e-5
 """Of fp32 logits, relative to the largest: eight layers' sums in another order; 1e-6 is usual."""
@@ -35,12 +37,15 @@ def test_every_logit_is_that_of_training(workers: WorkerPool, fp32_run: Run) -> 
 
 def test_a_decode_step_keeps_the_size_of_the_lightning_states(workers: WorkerPool, fp32_run: Run) -> None:
     (result,) = workers.run(runs.generate_and_compare, fp32_run.folder, prompts_of([3, 60]), 80, [16], world_size=1)
-    states = {states for states, _ in result.bytes_by_step}
-    assert states == {2 * 7 * 4 * 16 * 16 * 4}, "sequences x lightning layers x heads x dim x dim, fp32"
-    rows = [rows for _, rows in result.bytes_by_step]
+    model, states = run_config({}).model, 2 * 4 * 16 * 16 * 4
+    assert states == 2 * MIXERS["lightning"].state_bytes(model), "sequences x heads x dim x dim, fp32"
+    assert all(sizes[layer] == states for sizes in result.bytes_by_step for layer in range(1, 8))
+    rows = [sizes[8] for sizes in result.bytes_by_step]
     assert rows[-1] > rows[0]
     # Keys and values of one layer; memory doubles, so at most half of it is empty.
-    assert rows[-1] <= 2 * 2 * (83 + 140) * 2 * 16 * 4
+    tokens = MIXERS["softmax"].cache_bytes_per_token(model, 4)
+    assert tokens == 2 * 2 * 16 * 4, "keys and values x groups x dim, fp32"
+    assert tokens * (82 + 139) <= rows[-1] <= 2 * tokens * (83 + 140)
 
 
 def draws(logits: torch.Tensor, sampling: Sampling, count: int = 4000) -> torch.Tensor:

@@ -16,9 +16,11 @@ import torch
 from megatron_m1.cli import run
 from megatron_m1.config.presets import m1_456b, tiny
 from megatron_m1.convert.families.minimax_m1.config import VLLM, caveats, hub_config, model_from_hf, native_config
-from megatron_m1.convert.families.minimax_m1.weights import check_names, rotary_dim, to_hub, to_ours, units
+from megatron_m1.convert.families.minimax_m1.weights import check_names, to_hub, to_ours, units
 from megatron_m1.convert.hub_folder import expected_bytes
 from megatron_m1.plan.parameters import model_counts
+from megatron_m1.shapes.registry import FFNS, MIXERS, layer_mixers
+from megatron_m1.shapes.softmax import rotary_dim
 from tests.convert.runs import config_of
 
 HUB = Path(__file__).parent / "minimax_m1"
@@ -51,7 +53,7 @@ def test_every_shape_of_the_hub() -> None:
     """Shapes as the released modeling file has them; ours have all of the model's parameters."""
     config = json.loads((HUB / "config.json").read_text())
     model = model_from_hf(config)
-    assert model.attention_period == 8 and model.rotary_percent == 0.5 and model.rotary_base == 1e7
+    assert model.mixers == ["lightning"] * 7 + ["softmax"] and model.rotary_percent == 0.5 and model.rotary_base == 1e7
     wanted = units(model)
     shapes = {part.name: part.shape for unit in wanted for part in unit.parts}
     assert len(shapes) == 8243
@@ -195,8 +197,7 @@ def changed(**keys: Any) -> dict[str, Any]:
         (changed(attn_type_list=1), r"^attn_type_list = 1: it must be a list of 0 and 1, one for each layer$"),
         (changed(layer_types=["foo"]), r"^layer_types = \['foo'\]: it must be a list of 'linear_attention' and"),
         (changed(attn_type_list=...), r"^neither attn_type_list nor layer_types"),
-        (changed(attn_type_list=[0, 1] * 39 + [1, 0]), r"^attn_type_list is not periodic"),
-        (changed(attn_type_list=[0] * 80), r"^attn_type_list has 80 entries, 0 of them softmax, for 80 layers"),
+        (changed(attn_type_list=[0] * 79), r"^attn_type_list has 79 entries for 80 layers"),
         (changed(layer_types=["full_attention", "linear_attention"] * 40), r"contradict each other"),
         (changed(layernorm_mlp_alpha=1.0), r"^residual factors differ"),
         (changed(rope_theta=...), r"^rope_theta is missing"),
@@ -214,6 +215,26 @@ def changed(**keys: Any) -> dict[str, Any]:
 def test_configs_that_are_another_model(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         model_from_hf(config)
+
+
+@pytest.mark.parametrize("kinds", [[0, 1] * 39 + [1, 0], [0] * 80, [1, 0, 0, 0] * 20])
+def test_any_order_of_layers_is_read_and_written(kinds: list[int]) -> None:
+    model = model_from_hf(changed(attn_type_list=kinds))
+    assert layer_mixers(model) == [["lightning", "softmax"][kind] for kind in kinds]
+    assert hub_config(model, torch.bfloat16, 77)["attn_type_list"] == kinds
+    written = native_config(model, torch.bfloat16, 77)["layer_types"]
+    assert written == [["linear_attention", "full_attention"][kind] for kind in kinds]
+
+
+def test_the_map_and_the_shapes_have_the_same_parameters() -> None:
+    """They are written apart: the map gives the hub's rows, the shapes what is counted."""
+    model = config_of({}).model
+    by_name = {unit.ours: unit.shape for unit in units(model)}
+    for layer, mixer in enumerate(layer_mixers(model)):
+        for place, shape in (("self_attention", MIXERS[mixer]), ("mlp", FFNS["moe"])):
+            for parameter in shape.parameters(model):
+                stack = (parameter.copies,) if parameter.split == "expert" else ()
+                assert by_name[f"decoder.layers.{layer}.{place}.{parameter.name}"] == (*stack, *parameter.shape)
 
 
 def test_null_is_as_good_as_missing() -> None:

@@ -20,7 +20,7 @@ from megatron_m1.kernels.lightning import (
 )
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
-from megatron_m1.layers.caches import Caches
+from megatron_m1.layers.lightning import LightningCache
 from tests.reference.dense_lightning import dense_lightning_attention
 
 SINGLE = [[length] for length in (1, 63, 64, 65, 500, 1000)]
@@ -324,7 +324,6 @@ def test_selected_states_make_no_others() -> None:
 def test_decoding_takes_the_model_s_backend() -> None:
     """One new token a sequence, and several: both ask for the backend that is named."""
     for tokens in (2, 4):
-        caches, x = Caches(2), torch.ones(tokens, 1, 16)
-        caches.begin([0, 1])
+        cache, x = LightningCache(2), torch.ones(tokens, 1, 16)
         with pytest.raises(ValueError, match="'tritn'"):
-            caches.lightning(0, x, x, x, torch.ones(1), [0, tokens // 2, tokens], "tritn")
+            cache.attend([0, 1], x, x, x, torch.ones(1), [0, tokens // 2, tokens], "tritn")

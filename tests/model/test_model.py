@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from megatron_m1.config import Config
-from megatron_m1.config.presets import PRESETS, preset
+from megatron_m1.config.presets import PRESETS, m1_456b, preset
 from megatron_m1.config.resolve import resolve
-from megatron_m1.model.initialise import Matrix, deepnorm_gain, fill
+from megatron_m1.layers.kind import Matrix
+from megatron_m1.model.initialise import fill
 from megatron_m1.plan.parameters import model_counts
 from megatron_m1.runtime import cpu, mesh
 from megatron_m1.runtime.pool import WorkerPool
+from megatron_m1.shapes.residual import inner_gain, output_gain
 
 M1_PARAMETERS = 456_089_655_296
 TRAIN_STATE_BYTES = 18
@@ -101,4 +103,4 @@ def test_initial_scale_is_xavier_with_deepnorms_gain() -> None:
     expected = 0.5 * (2.0 / (2048 + 512)) ** 0.5
     assert weight.std().item() == pytest.approx(expected, rel=5 / (2 * weight.numel()) ** 0.5)
     assert abs(weight.mean().item()) < 5 * expected / weight.numel() ** 0.5
-    assert deepnorm_gain(80) == pytest.approx(0.19882, abs=5e-6)
+    assert inner_gain(m1_456b()) == output_gain(m1_456b()) == pytest.approx(0.19882, abs=5e-6)

@@ -20,7 +20,7 @@ def small_model() -> ModelConfig:
         num_attention_heads=6,
         kv_channels=10,
         num_query_groups=2,
-        attention_period=2,
+        mixers=["lightning", "softmax", "lightning"],
         moe_ffn_hidden_size=14,
         num_moe_experts=5,
         moe_router_topk=3,
@@ -75,7 +75,7 @@ def test_against_counted_products() -> None:
             x = weight(length, config.hidden_size)
             hidden = x
             for layer in range(config.num_layers):
-                attention = softmax_attention if (layer + 1) % config.attention_period == 0 else lightning_attention
+                attention = softmax_attention if config.mixers[layer] == "softmax" else lightning_attention
                 hidden = hidden + attention(hidden, config)
                 hidden = hidden + experts(hidden, config)
             (hidden @ weight(config.hidden_size, config.vocab_size)).sum().backward()

@@ -18,7 +18,7 @@ def checkpoint_shapes(model: ModelConfig) -> list[tuple[int, ...]]:
     hidden, inner = model.hidden_size, model.num_attention_heads * model.kv_channels
     shapes: list[tuple[int, ...]] = [(model.vocab_size, hidden), (hidden,), (model.vocab_size, hidden)]
     for index in range(model.num_layers):
-        if index % model.attention_period == model.attention_period - 1:
+        if index % 8 == 7:
             key_value = model.num_query_groups * model.kv_channels
             shapes += [(inner, hidden), (key_value, hidden), (key_value, hidden), (hidden, inner)]
         else:
@@ -64,7 +64,7 @@ def test_the_ranks_hold_the_model_once_and_its_copies(flags: list[str], world_si
     whole = model_counts(model)
     held = rank_counts(model, parallel)
     assert len(held) == parallel.pipeline_model_parallel_size
-    assert sum(counts.experts for counts in held) * experts == whole.experts
-    assert sum(counts.norms + counts.router for counts in held) == whole.norms + whole.router
-    for kind in ("embedding", "head", "lightning_attention", "softmax_attention"):
-        assert sum(getattr(counts, kind) for counts in held) * tensor == getattr(whole, kind)
+    assert sum(counts["experts"] for counts in held) * experts == whole["experts"]
+    assert sum(counts["norms"] + counts["router"] for counts in held) == whole["norms"] + whole["router"]
+    for group in ("embedding", "head", "lightning attention", "softmax attention"):
+        assert sum(counts[group] for counts in held) * tensor == whole[group] > 0

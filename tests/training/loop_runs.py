@@ -30,7 +30,7 @@ PACKS_IN_A_PASS = 16
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": dict(
         num_layers=4,
-        attention_period=2,
+        mixers=["lightning", "softmax"],
         hidden_size=32,
         num_attention_heads=2,
         kv_channels=16,

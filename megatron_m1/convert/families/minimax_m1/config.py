@@ -16,8 +16,10 @@ import torch
 from megatron_m1.config import ModelConfig
 from megatron_m1.config.resolve import check_model
 from megatron_m1.convert.families.minimax_m1 import rotary
-from megatron_m1.convert.families.minimax_m1.weights import is_softmax_layer, rotary_dim
 from megatron_m1.files import read_json_object
+from megatron_m1.shapes.registry import layer_mixers
+from megatron_m1.shapes.residual import residual_alpha
+from megatron_m1.shapes.softmax import rotary_dim
 
 CONFIG = "config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,11 +38,11 @@ _NORM_EPSILON_KEY = "lightning_norm_eps"
 """Ours; no other reader knows it."""
 _FACTORS = {"full": "full_attention", "linear": "linear_attention", "mlp": "mlp"}
 """Native name of a residual factor -> the hub's."""
-_LAYER_KINDS: dict[str, tuple[Any, Any]] = {
-    "attn_type_list": (0, 1),
-    "layer_types": ("linear_attention", "full_attention"),
+_MIXERS: dict[str, dict[str, Any]] = {
+    "attn_type_list": {"lightning": 0, "softmax": 1},
+    "layer_types": {"lightning": "linear_attention", "softmax": "full_attention"},
 }
-"""Key -> what it calls lightning and softmax layers."""
+"""Key -> how it spells each kind of ``model.mixers``."""
 _MUST_BE: dict[str, Any] = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
@@ -52,11 +54,6 @@ _MUST_BE: dict[str, Any] = {
     "postnorm": True,
 }
 """Keys whose other values this model has no counterpart for; where a key is missing, this value is meant."""
-
-
-def residual_alpha(model: ModelConfig) -> float:
-    """Factor on the residual: the model's, or DeepNorm's."""
-    return model.residual_alpha if model.residual_alpha is not None else (2.0 * model.num_layers) ** 0.25
 
 
 def native_config(model: ModelConfig, dtype: torch.dtype, max_positions: int) -> dict[str, Any]:
@@ -94,7 +91,6 @@ def has_native_heads(config: Mapping[str, Any]) -> bool:
 def _common_config(model: ModelConfig, dtype: torch.dtype, max_positions: int) -> dict[str, Any]:
     """Keys of both formats."""
     alpha, beta = residual_alpha(model), model.residual_beta
-    kinds = ["full_attention" if is_softmax_layer(model, i) else "linear_attention" for i in range(model.num_layers)]
     return {
         "architectures": ["MiniMaxForCausalLM"],
         "model_type": "minimax",
@@ -119,13 +115,17 @@ def _common_config(model: ModelConfig, dtype: torch.dtype, max_positions: int) -
             "partial_rotary_factor": model.rotary_percent,
         },
         "rope_theta": model.rotary_base,
-        "layer_types": kinds,
+        "layer_types": _spelled_mixers(model, "layer_types"),
         "block_size": NATIVE_BLOCK,
         _NORM_EPSILON_KEY: model.lightning_norm_epsilon,
         **{f"{native}_{part}_factor": value for native, part, value in _native_factors(alpha, beta)},
         "bos_token_id": None,
         "eos_token_id": None,
     }
+
+
+def _spelled_mixers(model: ModelConfig, key: str) -> list[Any]:
+    return [_MIXERS[key][name] for name in layer_mixers(model)]
 
 
 def _native_factors(alpha: float, beta: float) -> list[tuple[str, str, float]]:
@@ -141,7 +141,7 @@ def hub_config(model: ModelConfig, dtype: torch.dtype, max_positions: int) -> di
     alpha, beta = residual_alpha(model), model.residual_beta
     config = _common_config(model, dtype, max_positions)
     config |= {
-        "attn_type_list": [int(is_softmax_layer(model, layer)) for layer in range(model.num_layers)],
+        "attn_type_list": _spelled_mixers(model, "attn_type_list"),
         **{f"layernorm_{hub}_alpha": alpha for hub in _FACTORS.values()},
         **{f"layernorm_{hub}_beta": beta for hub in _FACTORS.values()},
         "postnorm": True,
@@ -223,7 +223,7 @@ def model_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         num_attention_heads=heads,
         kv_channels=dim,
         num_query_groups=_count(config, "num_key_value_heads"),
-        attention_period=_period(config, layers),
+        mixers=_mixers(config, layers),
         moe_ffn_hidden_size=_count(config, "intermediate_size"),
         num_moe_experts=_count(config, "num_local_experts"),
         moe_router_topk=_count(config, "num_experts_per_tok"),
@@ -274,31 +274,30 @@ def _there(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def _period(config: Mapping[str, Any], layers: int) -> int:
-    lists = []
-    for key, (linear, softmax) in _LAYER_KINDS.items():
+def _mixers(config: Mapping[str, Any], layers: int) -> list[str]:
+    lists: dict[str, list[str]] = {}
+    for key, spelling in _MIXERS.items():
         kinds = config.get(key)
         if kinds is None:
             continue
-        if not isinstance(kinds, list) or any(kind not in (linear, softmax) for kind in kinds):
-            raise ValueError(f"{key} = {kinds!r}: it must be a list of {linear!r} and {softmax!r}, one for each layer")
-        lists.append((key, [kind == softmax for kind in kinds]))
+        values = list(spelling.values())
+        if not isinstance(kinds, list) or any(kind not in values for kind in kinds):
+            words = " and ".join(map(repr, values))
+            raise ValueError(f"{key} = {kinds!r}: it must be a list of {words}, one for each layer")
+        lists[key] = [list(spelling)[values.index(kind)] for kind in kinds]
     if not lists:
         raise ValueError("neither attn_type_list nor layer_types is there: which layers are softmax attention?")
-    if len(lists) == 2 and lists[0][1] != lists[1][1]:
+    name, mixers = next(iter(lists.items()))
+    if any(other != mixers for other in lists.values()):
         raise ValueError(
             "attn_type_list and layer_types contradict each other: a config that native transformers has read from the "
             "hub's keys and saved looks so; correct it"
         )
-    name, which = lists[0]
-    if len(which) != layers or not any(which):
-        raise ValueError(f"{name} has {len(which)} entries, {sum(which)} of them softmax, for {layers} layers")
-    period = which.index(True) + 1
-    if which != [(layer + 1) % period == 0 for layer in range(layers)] or layers % period:
-        raise ValueError(
-            f"{name} is not periodic: every {period}th layer should be softmax attention, the last as well"
-        )
-    return period
+    if len(mixers) != layers:
+        raise ValueError(f"{name} has {len(mixers)} entries for {layers} layers")
+    # What repeats is said once, as in our own configurations.
+    period = next(p for p in range(1, layers + 1) if layers % p == 0 and mixers[:p] * (layers // p) == mixers)
+    return mixers[:period]
 
 
 def _residual(config: Mapping[str, Any]) -> tuple[float, float]:

@@ -20,15 +20,18 @@ Native transformers' own folders can have the rows of q_proj and k_proj in anoth
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from megatron_m1.config import ModelConfig
 from megatron_m1.convert.families.minimax_m1.rotary import native_rows, our_rows
+from megatron_m1.shapes import registry
+from megatron_m1.shapes.kind import LayerShape, Parameter
+from megatron_m1.shapes.registry import layer_ffns, layer_mixers
+from megatron_m1.shapes.softmax import rotary_dim
 
 NATIVE_BUFFERS = ("slope_rate", "query_decay", "key_decay", "diagonal_decay")
 """What native transformers saves besides weights, in every lightning layer. vLLM fails on them."""
@@ -49,8 +52,6 @@ class Rule:
     columns: int | None
     """Length of a row; None for a vector."""
     groups: int = 1
-    layers: Literal["none", "every", "lightning", "softmax"] = "every"
-    """In which layers it is; none for what is outside them."""
     stacked: bool = False
     """Ours has one entry an expert along a dimension in front."""
     keeps_fp32: bool = False
@@ -124,61 +125,52 @@ def cast(unit: Unit, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return result
 
 
-def rules(model: ModelConfig) -> tuple[Rule, ...]:
-    """All rules for a model of this shape, in the order in which a layer's tensors are written."""
-    hidden, dim, heads, kv_heads = (
+_ATTENTION, _HUB_ATTENTION = f"{_LAYER}.self_attention", f"{_HUB_LAYER}.self_attn"
+_MLP, _HUB_MLP = f"{_LAYER}.mlp", f"{_HUB_LAYER}.block_sparse_moe"
+
+
+def _lightning(model: ModelConfig) -> list[Rule]:
+    hidden, dim, heads = model.hidden_size, model.kv_channels, model.num_attention_heads
+    return [
+        Rule(
+            f"{_ATTENTION}.linear_qkvg.weight",
+            ((f"{_HUB_ATTENTION}.qkv_proj.weight", 3 * dim), (f"{_HUB_ATTENTION}.output_gate.weight", dim)),
+            hidden,
+            groups=heads,
+        ),
+        Rule(f"{_ATTENTION}.norm.weight", ((f"{_HUB_ATTENTION}.norm.weight", heads * dim),), None),
+        Rule(f"{_ATTENTION}.linear_proj.weight", ((f"{_HUB_ATTENTION}.out_proj.weight", hidden),), heads * dim),
+    ]
+
+
+def _softmax(model: ModelConfig) -> list[Rule]:
+    hidden, dim, heads, key_values = (
         model.hidden_size,
         model.kv_channels,
         model.num_attention_heads,
         model.num_query_groups,
     )
-    vocabulary, inner = model.vocab_size, model.moe_ffn_hidden_size
-    attention, hub_attention = f"{_LAYER}.self_attention", f"{_HUB_LAYER}.self_attn"
-    experts, hub_experts = f"{_LAYER}.mlp.experts.experts", f"{_HUB_LAYER}.block_sparse_moe.experts.{{expert}}"
-    norms = (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
-    return (
-        Rule("embedding.word_embeddings.weight", (("model.embed_tokens.weight", vocabulary),), hidden, layers="none"),
-        *(
-            Rule(f"{_LAYER}.{ours}.weight", ((f"{_HUB_LAYER}.{hub}.weight", hidden),), columns=None)
-            for ours, hub in norms
-        ),
+    return [
         Rule(
-            f"{attention}.linear_qkvg.weight",
-            ((f"{hub_attention}.qkv_proj.weight", 3 * dim), (f"{hub_attention}.output_gate.weight", dim)),
-            hidden,
-            groups=heads,
-            layers="lightning",
-        ),
-        Rule(f"{attention}.norm.weight", ((f"{hub_attention}.norm.weight", heads * dim),), None, layers="lightning"),
-        Rule(
-            f"{attention}.linear_proj.weight",
-            ((f"{hub_attention}.out_proj.weight", hidden),),
-            heads * dim,
-            layers="lightning",
-        ),
-        Rule(
-            f"{attention}.linear_qkv.weight",
+            f"{_ATTENTION}.linear_qkv.weight",
             (
-                (f"{hub_attention}.q_proj.weight", heads // kv_heads * dim),
-                (f"{hub_attention}.k_proj.weight", dim),
-                (f"{hub_attention}.v_proj.weight", dim),
+                (f"{_HUB_ATTENTION}.q_proj.weight", heads // key_values * dim),
+                (f"{_HUB_ATTENTION}.k_proj.weight", dim),
+                (f"{_HUB_ATTENTION}.v_proj.weight", dim),
             ),
             hidden,
-            groups=kv_heads,
-            layers="softmax",
+            groups=key_values,
         ),
-        Rule(
-            f"{attention}.linear_proj.weight",
-            ((f"{hub_attention}.o_proj.weight", hidden),),
-            heads * dim,
-            layers="softmax",
-        ),
-        Rule(
-            f"{_LAYER}.mlp.router.weight",
-            ((f"{_HUB_LAYER}.block_sparse_moe.gate.weight", model.num_moe_experts),),
-            hidden,
-            keeps_fp32=True,
-        ),
+        Rule(f"{_ATTENTION}.linear_proj.weight", ((f"{_HUB_ATTENTION}.o_proj.weight", hidden),), heads * dim),
+    ]
+
+
+def _moe(model: ModelConfig) -> list[Rule]:
+    hidden, inner = model.hidden_size, model.moe_ffn_hidden_size
+    experts, hub_experts = f"{_MLP}.experts.experts", f"{_HUB_MLP}.experts.{{expert}}"
+    router = ((f"{_HUB_MLP}.gate.weight", model.num_moe_experts),)
+    return [
+        Rule(f"{_MLP}.router.weight", router, hidden, keeps_fp32=True),
         Rule(
             f"{experts}.linear_fc1.weight",
             ((f"{hub_experts}.w1.weight", inner), (f"{hub_experts}.w3.weight", inner)),
@@ -186,22 +178,33 @@ def rules(model: ModelConfig) -> tuple[Rule, ...]:
             stacked=True,
         ),
         Rule(f"{experts}.linear_fc2.weight", ((f"{hub_experts}.w2.weight", hidden),), inner, stacked=True),
-        Rule("decoder.final_layernorm.weight", (("model.norm.weight", hidden),), None, layers="none"),
-        Rule("output_layer.weight", (("lm_head.weight", vocabulary),), hidden, layers="none"),
-    )
+    ]
 
 
-def is_softmax_layer(model: ModelConfig, layer: int) -> bool:
-    """Whether layer ``layer`` (from 0) is softmax attention."""
-    return (layer + 1) % model.attention_period == 0
+MIXERS: dict[str, Callable[[ModelConfig], list[Rule]]] = {"lightning": _lightning, "softmax": _softmax}
+"""How the hub spells each kind of mixer, in the order in which its tensors are written."""
+FFNS: dict[str, Callable[[ModelConfig], list[Rule]]] = {"moe": _moe}
+"""The same of feed-forward networks."""
 
 
-def rotary_dim(model: ModelConfig) -> int:
-    """Dimensions of each softmax head that are rotated."""
-    return int(model.kv_channels * model.rotary_percent)
+def check_spelled(model: ModelConfig) -> None:
+    """Check that the hub has words for every kind of layer and for the residual.
+
+    Raises:
+        ValueError: it has none; one line.
+    """
+    for field, names, known in (("mixers", layer_mixers(model), MIXERS), ("ffns", layer_ffns(model), FFNS)):
+        strange = next((name for name in names if name not in known), None)
+        if strange is not None:
+            raise ValueError(
+                f"model.{field} has {strange!r}, for which MiniMax-M1's format has no words: only models of "
+                f"{', '.join(known)} can be converted"
+            )
+    if model.residual != "deepnorm":
+        raise ValueError(f"model.residual = {model.residual} can't be converted: readers of MiniMax-M1 know deepnorm")
 
 
-def _units_of(rule: Rule, model: ModelConfig, layer: int | None, native_heads: bool) -> Iterator[Unit]:
+def _units_of(rule: Rule, model: ModelConfig, layer: int | None, *, native_heads: bool) -> Iterator[Unit]:
     heads = (model.kv_channels, rotary_dim(model)) if native_heads else None
     row = () if rule.columns is None else (rule.columns,)
     rows = rule.groups * sum(count for _, count in rule.parts)
@@ -223,6 +226,20 @@ def _units_of(rule: Rule, model: ModelConfig, layer: int | None, native_heads: b
         )
 
 
+def _unspelled(parameter: Parameter, place: str) -> Iterator[Unit]:
+    """Our tensors of a kind for which the hub has no words: they are read from our checkpoints, and have no parts."""
+    stacked = parameter.split == "expert"
+    for expert in range(parameter.copies) if stacked else [None]:
+        yield Unit(
+            ours=f"{place}.{parameter.name}",
+            shape=(parameter.copies, *parameter.shape) if stacked else parameter.shape,
+            expert=expert,
+            groups=1,
+            parts=(),
+            keeps_fp32=False,
+        )
+
+
 def units(model: ModelConfig, *, native_heads: bool = False) -> list[Unit]:
     """Everything that a model of this shape consists of: embedding, layer by layer, final norm, head.
 
@@ -230,19 +247,37 @@ def units(model: ModelConfig, *, native_heads: bool = False) -> list[Unit]:
         model: its shape.
         native_heads: rows of rotated heads are in native transformers' order.
     """
-    found: list[Unit] = []
-    every = rules(model)
-    for rule in every[:1]:
-        found += _units_of(rule, model, None, native_heads)
-    for layer in range(model.num_layers):
-        kind = "softmax" if is_softmax_layer(model, layer) else "lightning"
-        for rule in every:
-            if rule.layers in ("every", kind):
-                found += _units_of(rule, model, layer, native_heads)
-    for rule in every[1:]:
-        if rule.layers == "none":
-            found += _units_of(rule, model, None, native_heads)
-    return found
+    hidden, vocabulary = model.hidden_size, model.vocab_size
+
+    def of_rules(rules: Iterable[Rule], layer: int | None = None) -> list[Unit]:
+        return [unit for rule in rules for unit in _units_of(rule, model, layer, native_heads=native_heads)]
+
+    def of_kind(
+        spelled: Callable[[ModelConfig], list[Rule]] | None, shape: LayerShape, layer: int, place: str
+    ) -> list[Unit]:
+        if spelled is not None:
+            return of_rules(spelled(model), layer)
+        return [
+            unit
+            for parameter in shape.parameters(model)
+            for unit in _unspelled(parameter, f"{_LAYER.format(layer=layer)}.{place}")
+        ]
+
+    norms = (("input_layernorm", "input_layernorm"), ("pre_mlp_layernorm", "post_attention_layernorm"))
+    norm_rules = [
+        Rule(f"{_LAYER}.{ours}.weight", ((f"{_HUB_LAYER}.{hub}.weight", hidden),), columns=None) for ours, hub in norms
+    ]
+    found = of_rules([Rule("embedding.word_embeddings.weight", (("model.embed_tokens.weight", vocabulary),), hidden)])
+    for layer, (mixer, ffn) in enumerate(zip(layer_mixers(model), layer_ffns(model), strict=True)):
+        found += of_rules(norm_rules, layer)
+        found += of_kind(MIXERS.get(mixer), registry.MIXERS[mixer], layer, "self_attention")
+        found += of_kind(FFNS.get(ffn), registry.FFNS[ffn], layer, "mlp")
+    return found + of_rules(
+        [
+            Rule("decoder.final_layernorm.weight", (("model.norm.weight", hidden),), None),
+            Rule("output_layer.weight", (("lm_head.weight", vocabulary),), hidden),
+        ]
+    )
 
 
 def to_ours(unit: Unit, parts: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,117 @@
+"""What one kind of sub-layer says of itself: a mixer, in which tokens meet, or a feed-forward network."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_m1.config.tree import ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a model."""
+
+    name: str
+    """Its key in a checkpoint, below that of the sub-layer: ``linear_proj.weight``."""
+    shape: tuple[int, ...]
+    """Over all ranks; of one copy."""
+    group: str
+    """Row of the tables in which it is counted."""
+    split: Literal["none", "tensor", "expert"] = "none"
+    """Which ranks share it: none, the tensor ranks, or the expert ranks and those of expert tensor parallelism. The
+    copies of the last kind are one tensor in a checkpoint, stacked along a dimension in front."""
+    copies: int = 1
+    """How many there are, one an expert."""
+    used: int = 1
+    """Of the copies, how many one token passes through."""
+
+    @property
+    def total(self) -> int:
+        """Numbers in all copies."""
+        return self.copies * math.prod(self.shape)
+
+    @property
+    def active(self) -> int:
+        """Numbers that one token passes through."""
+        return self.used * math.prod(self.shape)
+
+    def held(self, parallel: ParallelConfig) -> int:
+        """Numbers that one rank has."""
+        ranks = {
+            "none": 1,
+            "tensor": parallel.tensor_model_parallel_size,
+            "expert": parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1),
+        }
+        return self.total // ranks[self.split]
+
+
+class LayerShape(ABC):
+    """A kind of sub-layer, of any model: it holds nothing, and reads its sizes from the model's configuration.
+
+    Checks are there to be overridden where a kind has something to check.
+    """
+
+    @abstractmethod
+    def parameters(self, model: ModelConfig) -> list[Parameter]:
+        """All parameters of one sub-layer."""
+
+    @abstractmethod
+    def flops_per_token(self, model: ModelConfig) -> int:
+        """Useful floating-point operations of the forward pass for each token, see ``plan.flops``."""
+
+    def check(self, model: ModelConfig) -> None:  # noqa: B027
+        """Check the fields of ``model`` that this kind reads.
+
+        Raises:
+            ValueError: one line that names the value and the fix.
+        """
+
+    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:  # noqa: B027
+        """Check that the mesh can cut this kind. Heads and groups are checked for every model.
+
+        Raises:
+            ValueError: one line that names the value and the fix.
+        """
+
+    def check_device(self, model: ModelConfig, *, precision: str, has_gpu: bool) -> None:  # noqa: B027
+        """Check that this kind runs on the device, in ``precision`` (fp32 or bf16).
+
+        Raises:
+            ValueError: one line that names the value and the fix.
+        """
+
+
+class MixerShape(LayerShape):
+    """A kind of sub-layer in which the tokens of a document meet: attention and the like."""
+
+    def flops_per_pair(self, model: ModelConfig) -> int:
+        """Forward operations for each (query, key) pair of a causal document; 0 where work is linear in its length."""
+        return 0
+
+    def state_bytes(self, model: ModelConfig) -> int:
+        """Bytes of what a sequence carries on whatever its length, in generation and from segment to segment."""
+        return 0
+
+    def cache_bytes_per_token(self, model: ModelConfig, itemsize: int) -> int:
+        """Bytes that generation keeps of every token, in numbers of ``itemsize`` bytes."""
+        return 0
+
+
+class FfnShape(LayerShape):
+    """A kind of sub-layer that every token passes through by itself."""
+
+
+def check_divides(name: str, value: int, size_name: str, size: int) -> None:
+    """Check that a mesh's size divides a model's.
+
+    Raises:
+        ValueError: one line that names the value and the fix.
+    """
+    if value % size:
+        raise ValueError(
+            f"{name} = {value} is not divisible by parallel.{size_name} = {size}: use a size that divides it, such as "
+            f"{math.gcd(value, size)}"
+        )
