@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from megatron_m1.config import ModelConfig, ParallelConfig
+from megatron_m1.config import ModelConfig
 from megatron_m1.config.pipeline import Chunk, plan_stages
+from megatron_m1.config.resolved import ResolvedParallelConfig
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def model_counts(model: ModelConfig, *, active: bool = False) -> Counts:
     return counts
 
 
-def rank_counts(model: ModelConfig, parallel: ParallelConfig) -> list[Counts]:
+def rank_counts(model: ModelConfig, parallel: ResolvedParallelConfig) -> list[Counts]:
     """Count what one rank of each pipeline stage holds (all its virtual chunks; ranks of a stage hold equally many).
 
     Args:
@@ -80,9 +81,9 @@ def rank_counts(model: ModelConfig, parallel: ParallelConfig) -> list[Counts]:
     return [sum((_chunk_counts(chunk, model, parallel) for chunk in chunks), Counts()) for chunks in stages.by_rank]
 
 
-def _chunk_counts(chunk: Chunk, model: ModelConfig, parallel: ParallelConfig) -> Counts:
+def _chunk_counts(chunk: Chunk, model: ModelConfig, parallel: ResolvedParallelConfig) -> Counts:
     tensor = parallel.tensor_model_parallel_size
-    expert_ranks = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1)
+    expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     vocabulary = model.vocab_size // tensor * model.hidden_size
     counts = Counts(
         embedding=vocabulary if chunk.has_embedding else 0,

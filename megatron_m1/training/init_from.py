@@ -10,7 +10,7 @@ from torch import distributed as dist
 from megatron_m1.checkpoint.contents import COMMIT_MARK, check_shape
 from megatron_m1.checkpoint.folder import CONFIG, STATE
 from megatron_m1.checkpoint.store import load_model
-from megatron_m1.config import Config
+from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import load_config
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.convert.hub_folder import open_hub_folder
@@ -23,7 +23,7 @@ IMPORTED = "initial"
 """Folder of the run in which such a one lies as a checkpoint."""
 
 
-def load_initial(trainer: Trainer, config: Config) -> Path:
+def load_initial(trainer: Trainer, config: ResolvedConfig) -> Path:
     """Overwrite the parameters with those of ``run.init_from``. Collective.
 
     A Hugging Face folder is first written as a checkpoint, ``<run.folder>/initial``, by all ranks together. For a model
@@ -49,7 +49,7 @@ def load_initial(trainer: Trainer, config: Config) -> Path:
     return checkpoint
 
 
-def _imported(config: Config) -> Path:
+def _imported(config: ResolvedConfig) -> Path:
     assert config.run.init_from is not None
     source = Path(config.run.init_from.removeprefix(HUGGING_FACE))
     out = Path(config.run.folder) / IMPORTED

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_m1.checkpoint.folder import CONFIG, folder_name
 from megatron_m1.checkpoint.store import CheckpointError, Checkpoints
 from megatron_m1.checkpoint.write import refusal
-from megatron_m1.config import Config
+from megatron_m1.config import Config, ResolvedConfig
 from megatron_m1.config.io import config_text, load_config, write_config
 from megatron_m1.files import write_atomically
 from megatron_m1.runtime import mesh as rank_grid
@@ -70,7 +70,7 @@ def changed_fields(saved: Config, now: Config) -> dict[str, str]:
 class Run:
     """One process's share of a run, between the start (or resume) and the end."""
 
-    def __init__(self, config: Config, mesh: rank_grid.Mesh) -> None:
+    def __init__(self, config: ResolvedConfig, mesh: rank_grid.Mesh) -> None:
         self.config = config
         self.mesh = mesh
         self.folder = Path(config.run.folder)
@@ -103,14 +103,12 @@ class Run:
             print(line, flush=True)
 
     def _start_or_resume(self) -> Progress:
-        samples = self.config.data.train_samples
-        assert samples is not None
         state = self.checkpoints.load_newest(self.trainer) if self.config.run.resume else None
         if state is None:
             if self.config.run.init_from is not None:
                 initial = load_initial(self.trainer, self.config)
                 self.note(f"starting from the weights of {initial}")
-            return Progress(train_samples=samples)
+            return Progress(train_samples=self.config.data.train_samples)
         progress = Progress(**state)
         self.note(f"resumed from step {progress.step} ({progress.tokens:,} tokens)")
         self._note_changes(progress)
@@ -135,12 +133,11 @@ class Run:
         """
         config, progress = self.config, self.progress
         began = time.perf_counter()
-        batch_tokens = config.train.global_batch_size * config.data.seq_length
         samples = self.feed.training.microbatches(progress.consumed_samples)
-        lr = learning_rate(progress.tokens + batch_tokens, config.optimizer)
+        lr = learning_rate(progress.tokens + config.tokens_per_step, config.optimizer)
         result = train_step(self.trainer, samples, lr)
         progress.step = number
-        progress.tokens += batch_tokens
+        progress.tokens += config.tokens_per_step
         progress.consumed_samples += config.train.global_batch_size
         flops = global_flops(config, self.mesh, samples)
         seconds = time.perf_counter() - began
@@ -155,7 +152,6 @@ class Run:
         if self.log is None:
             return
         config, progress = self.config, self.progress
-        batch_tokens = config.train.global_batch_size * config.data.seq_length
         self.log.log_step(
             {
                 "step": progress.step,
@@ -164,7 +160,7 @@ class Run:
                 "aux_loss": result.aux_loss,
                 "grad_norm": result.grad_norm,
                 "lr": lr,
-                "tokens_per_second": batch_tokens / seconds,
+                "tokens_per_second": config.tokens_per_step / seconds,
                 "model_tflops_per_device": flops / seconds / self.mesh.world_size / 1e12,
                 "expert_load_max_over_mean": result.expert_load,
                 "skipped_steps": progress.skipped_total,
@@ -256,7 +252,7 @@ def _write_summary(run: Run, summary: dict[str, Any]) -> None:
         run.note(f"{path} can't be written: {error.strerror}")
 
 
-def _open_folder(config: Config, held: ExitStack) -> None:
+def _open_folder(config: ResolvedConfig, held: ExitStack) -> None:
     """Take the run folder for this run, on rank 0, before anything in it changes. Collective."""
     folder = Path(config.run.folder)
 
@@ -284,7 +280,7 @@ def _on_rank_zero(action: Callable[[], None], folder: Path) -> None:
         raise ValueError(f"run.folder = {folder} can't be written: {refusal(error, folder)}") from error
 
 
-def _run_to_the_end(config: Config, mesh: rank_grid.Mesh, interrupt: Interrupt) -> dict[str, Any]:
+def _run_to_the_end(config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Interrupt) -> dict[str, Any]:
     timeout = config.parallel.distributed_timeout_seconds
     with ExitStack() as stack:
         with Watchdog(mesh.rank, timeout) as watchdog, watchdog.step(0):
@@ -310,11 +306,11 @@ def _run_to_the_end(config: Config, mesh: rank_grid.Mesh, interrupt: Interrupt) 
     return summary
 
 
-def pretrain(config: Config) -> dict[str, Any]:
+def pretrain(config: ResolvedConfig) -> dict[str, Any]:
     """Train as ``config`` says, on every rank of the world that torchrun (or nobody) started.
 
     Args:
-        config: after ``resolve.resolve``, data paths filled in.
+        config: its data paths filled in.
 
     Returns:
         The summary, the same on every rank: step, tokens, losses, baselines, and ``interrupted``, the name of the

@@ -11,8 +11,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_last_stage,
 )
 
-from megatron_m1.config import Config
-from megatron_m1.config.resolve import padded_pack_tokens
+from megatron_m1.config import ResolvedConfig
 from megatron_m1.layers.engine import engine_config
 from megatron_m1.model.build import build_chunk
 from megatron_m1.model.initialise import initialise_weights
@@ -22,12 +21,12 @@ from megatron_m1.training.optimizer import build_optimizer, wrap_chunks
 from megatron_m1.training.step import Trainer
 
 
-def parameter_dtype(config: Config) -> torch.dtype:
-    """dtype of parameters and matrix products for ``train.precision`` (resolved: fp32 or bf16)."""
+def parameter_dtype(config: ResolvedConfig) -> torch.dtype:
+    """dtype of parameters and matrix products for ``train.precision``."""
     return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
 
 
-def build_chunks(config: Config, mesh: Mesh) -> list[GPTModel]:
+def build_chunks(config: ResolvedConfig, mesh: Mesh) -> list[GPTModel]:
     """Build this rank's pipeline chunks with their initial weights."""
     dtype = parameter_dtype(config)
     virtual = config.parallel.virtual_pipeline_model_parallel_size
@@ -38,7 +37,7 @@ def build_chunks(config: Config, mesh: Mesh) -> list[GPTModel]:
             engine_config(config, dtype=dtype),
             vocab_size=config.model.vocab_size,
             max_sequence_length=config.data.seq_length,
-            implementation="transformer_engine" if config.model.transformer_impl == "transformer_engine" else "local",
+            implementation=config.model.transformer_impl,
             pre_process=is_vp_first_stage(vp_stage, virtual) and is_pp_first_stage(mesh.groups.pp),
             post_process=is_vp_last_stage(vp_stage, virtual) and is_pp_last_stage(mesh.groups.pp),
             vp_stage=vp_stage,
@@ -48,11 +47,11 @@ def build_chunks(config: Config, mesh: Mesh) -> list[GPTModel]:
     return chunks
 
 
-def build_trainer(config: Config, mesh: Mesh) -> Trainer:
+def build_trainer(config: ResolvedConfig, mesh: Mesh) -> Trainer:
     """Build everything that a training step needs.
 
     Args:
-        config: after ``resolve.resolve``.
+        config: of the run.
         mesh: from ``mesh.initialise``.
     """
     chunks = wrap_chunks(build_chunks(config, mesh), config)
@@ -62,7 +61,7 @@ def build_trainer(config: Config, mesh: Mesh) -> Trainer:
         chunks=chunks,
         optimizer=optimizer,
         seq_length=config.data.seq_length,
-        pack_tokens=padded_pack_tokens(config),
+        pack_tokens=config.padded_pack_tokens,
         cost=layout_cost(config.model),
     )
     trainer.connect()

@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from megatron_m1.config import Config
-from megatron_m1.config.resolve import padded_pack_tokens
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
@@ -170,7 +169,7 @@ def micro_batch_facts(rank: int, world_size: int, config: Config) -> dict[str, A
         share[1],
         trainer.mesh,
         seq_length=trainer.seq_length,
-        pack_tokens=padded_pack_tokens(config),
+        pack_tokens=trainer.pack_tokens,
         cost=None,
     )
     assert batch.params.layout is not None

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from megatron_m1.config import Config, ModelConfig
+from megatron_m1.config import Config, ModelConfig, ResolvedConfig
 from megatron_m1.config.resolve import resolve
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
@@ -28,7 +28,7 @@ VOCAB = 99
 SHAPE: dict[str, Any] = {"layers": 8, "hidden": 48, "heads": 4, "kv_heads": 2, "head_dim": 24, "ffn": 40, "experts": 5}
 
 
-def _our_config(rotary_dim: int, theta: float, alpha: float | None) -> Config:
+def _our_config(rotary_dim: int, theta: float, alpha: float | None) -> ResolvedConfig:
     config = Config()
     config.model = ModelConfig(
         num_layers=SHAPE["layers"],

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from megatron_m1.config import Config
+from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.resolve import resolve
 from megatron_m1.runtime import mesh
@@ -66,7 +66,7 @@ def train(rank: int, world_size: int, settings: Path) -> dict[str, Any]:
     return pretrain(_config(settings, world_size))
 
 
-def _config(settings: Path, world_size: int) -> Config:
+def _config(settings: Path, world_size: int) -> ResolvedConfig:
     return resolve(parse_config([str(settings)], []), world_size, has_gpu=False)
 
 
