@@ -26,15 +26,13 @@ class Feed:
     """All held-out packs, on every rank."""
 
 
-def open_feed(config: ResolvedConfig, mesh: Mesh, train_samples: int) -> Feed:
+def open_feed(config: ResolvedConfig, mesh: Mesh) -> Feed:
     """Build the datasets (collective: rank 0 builds the indices).
 
     Args:
-        config: resolved.
+        config: its ``data.train_samples`` are the packs of one pass, kept for the life of a run since their order
+            depends on it. What goes past them is a further pass in another order.
         mesh: gives the data-parallel rank.
-        train_samples: packs of one pass, kept for the life of a run since their order depends on it. What goes past
-        them
-            is a further pass in another order.
     """
     data, seed = config.data, config.train.seed
     tokenizer = load_tokenizer(data.tokenizer)
@@ -54,9 +52,9 @@ def open_feed(config: ResolvedConfig, mesh: Mesh, train_samples: int) -> Feed:
         PackedLoader, data_parallel_rank=mesh.data_parallel_rank, data_parallel_size=mesh.data_parallel_size
     )
     training = loader(
-        packs(data.train, train_samples, seed),
+        packs(data.train, data.train_samples, seed),
         global_batch_size=config.train.global_batch_size,
-        next_pass=lambda index: packs(data.train, train_samples, seed + index),
+        next_pass=lambda index: packs(data.train, data.train_samples, seed + index),
     )
     if not data.validation or not config.train.eval_samples:
         return Feed(training, None, None)

@@ -41,6 +41,11 @@ COUNTS = ("tokens", "tokens_per_second")
 """Shown as 1.2K, 3.4M and so on."""
 
 
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is, above the console's live status line if there is one."""
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
 def require_wandb(project: str) -> None:
     """Raise ValueError unless the package that ``run.wandb_project`` needs is installed."""
     if importlib.util.find_spec("wandb") is None:
@@ -138,7 +143,7 @@ class MetricsLog:
 
     def note(self, line: str) -> None:
         """Print a line of text on the console, above the live status line if there is one."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(self._console, line)
 
     def _write(self, record: Record) -> int:
         step = record["step"]

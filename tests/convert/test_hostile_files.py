@@ -107,8 +107,8 @@ def resume(rank: int, world_size: int, folder: Path) -> str:
     """Load the run's newest checkpoint as training does; what it says when it can't."""
     try:
         config = runs.config_of({})
-        trainer = start(config, world_size)
-        open_checkpoints(folder / "checkpoints", config).load_newest(trainer)
+        trained = start(config, world_size)
+        open_checkpoints(folder / "checkpoints", config).load_newest(trained)
     except (ValueError, RuntimeError) as error:
         return f"{error} / {error.__cause__}"
     return "loaded"

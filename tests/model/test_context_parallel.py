@@ -80,8 +80,8 @@ def test_hundreds_of_documents(ranks: int, workers: WorkerPool) -> None:
 
 def losses(rank: int, world_size: int, config: Config, samples: list[PackedSample]) -> list[float]:
     """Mean loss of each pack by itself, each with its own mask."""
-    trainer = start(config, world_size)
-    return [evaluate(trainer, [sample]).loss for sample in samples]
+    trained = start(config, world_size)
+    return [evaluate(trained, [sample]).loss for sample in samples]
 
 
 def one_target(sample: PackedSample, target: int, changed: int | None = None) -> PackedSample:
@@ -122,9 +122,9 @@ def test_a_document_changes_no_other(workers: WorkerPool) -> None:
 
 def whole_pack_on_every_rank(rank: int, world_size: int, config: Config) -> None:
     """Call a model over context-parallel ranks with the layout of one."""
-    trainer, sample = start(config, world_size), packs()[0]
+    trained, sample = start(config, world_size), packs()[0]
     params = PackedBatchParams.of(SequenceLayout.build(sample.cu_seqlens))
-    trainer.chunks[0](sample.tokens[None], None, None, packed_seq_params=params)
+    trained.chunks[0](sample.tokens[None], None, None, packed_seq_params=params)
 
 
 def test_a_layout_of_one_rank_is_not_taken_for_the_groups(workers: WorkerPool) -> None:
@@ -146,11 +146,11 @@ def test_the_last_tokens_count(workers: WorkerPool) -> None:
 
 def step_with_targets(rank: int, world_size: int, config: Config, targets: int) -> StepResult:
     """One step on packs of which only the first ``targets`` targets count."""
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     batch = packs()
     for sample in batch:
         sample.loss_mask[targets:] = 0.0
-    return train_step(trainer, my_share(trainer, batch), lr=0.0)
+    return train_step(trained, my_share(trained, batch), lr=0.0)
 
 
 def test_ranks_without_targets(workers: WorkerPool) -> None:
@@ -163,13 +163,13 @@ def test_ranks_without_targets(workers: WorkerPool) -> None:
 
 def micro_batch_facts(rank: int, world_size: int, config: Config) -> dict[str, Any]:
     """What a rank holds of the first pack of its share, and which packs those are."""
-    trainer = start(config, world_size)
-    share = my_share(trainer, packs())
+    trained = start(config, world_size)
+    share = my_share(trained, packs())
     batch = make_micro_batch(
         share[1],
-        trainer.mesh,
-        seq_length=trainer.seq_length,
-        pack_tokens=trainer.pack_tokens,
+        trained.mesh,
+        seq_length=trained.seq_length,
+        pack_tokens=trained.pack_tokens,
         cost=None,
     )
     assert batch.params.layout is not None
@@ -196,8 +196,8 @@ def test_positions_go_beyond_a_ranks_tokens(workers: WorkerPool) -> None:
 
 def shared_objects(rank: int, world_size: int, config: Config) -> list[bool]:
     """Whether a stage's virtual chunks are given the same objects, micro-batch by micro-batch."""
-    trainer = start(config, world_size)
-    first, second = shared_micro_batches(trainer, packs())
+    trained = start(config, world_size)
+    first, second = shared_micro_batches(trained, packs())
     return [one is other for one, other in zip(first, second, strict=True)]
 
 

@@ -41,14 +41,14 @@ class LogitRows(TorchDispatchMode):
 
 def rows_and_losses(rank: int, world_size: int, config: Config) -> dict[str, Any]:
     """Logit rows of a step, of a validation and of whole logits; each token's loss by the head and by its logits."""
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     batch = packs()[:2]
     meters = {name: LogitRows(VOCAB // world_size) for name in ("train", "evaluate", "logits")}
     with meters["train"]:
-        assert train_step(trainer, batch, lr=0.0).updated
+        assert train_step(trained, batch, lr=0.0).updated
     with meters["evaluate"]:
-        evaluate(trainer, batch)
-    sample, model = batch[0], trainer.chunks[0]
+        evaluate(trained, batch)
+    sample, model = batch[0], trained.chunks[0]
     params = PackedBatchParams.of(SequenceLayout.build(sample.cu_seqlens))
     with torch.no_grad(), meters["logits"]:
         loss = model(sample.tokens[None], None, None, labels=sample.labels[None], packed_seq_params=params)

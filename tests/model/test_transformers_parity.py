@@ -18,7 +18,7 @@ from megatron_m1.config.resolve import resolve
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.runtime import mesh
-from megatron_m1.training.trainer import build_chunks
+from megatron_m1.training.trained_model import build_chunks
 from tests.harness import WorkerPool
 from tests.model.weights import expected
 from tests.reference.transformers_minimax import build, partial_rotary
