@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -15,6 +16,7 @@ from megatron.core.pipeline_parallel.utils import (
     is_vp_first_stage,
     is_vp_last_stage,
 )
+from torch import Tensor
 
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.layers.engine import engine_config
@@ -23,6 +25,7 @@ from megatron_m1.model.initialise import initialise_weights
 from megatron_m1.parallel.segments import ModelCost
 from megatron_m1.plan.flops import layout_cost
 from megatron_m1.runtime.mesh import Mesh
+from megatron_m1.training.objective import NextToken, Objective
 from megatron_m1.training.optimizer import build_optimizer, wrap_chunks
 
 
@@ -39,6 +42,8 @@ class TrainedModel:
     """Tokens of a pack once its end is padded."""
     cost: ModelCost | None = None
     """What layouts balance over context-parallel ranks; None leaves them in zigzag order."""
+    objective: Objective = field(default_factory=NextToken)
+    """What a step minimises."""
     heartbeat: Callable[[], None] = lambda: None
     """Called before every micro-batch's forward pass."""
 
@@ -48,7 +53,7 @@ class TrainedModel:
         many = len(self.chunks) > 1
         for chunk in self.chunks:
             config = chunk.config
-            config.finalize_model_grads_func = finalize_model_grads
+            config.finalize_model_grads_func = finalize_undivided
             if overlap.overlap_grad_reduce:
                 no_sync = [c.no_sync for c in self.chunks]
                 config.no_sync_func = no_sync if many else no_sync[0]
@@ -57,6 +62,16 @@ class TrainedModel:
             if overlap.overlap_param_gather:
                 gather = [c.start_param_sync for c in self.chunks]
                 config.param_sync_func = gather if many else None
+
+
+def finalize_undivided(
+    model: list[Any], num_tokens: Tensor | None, pg_collection: Any = None, force_all_reduce: bool = False
+) -> None:
+    """Reduce the gradients over the ranks and leave the division to the step.
+
+    megatron-core's own counts whole tokens and never divides by less than 1, but an objective's weight is any fraction.
+    """
+    finalize_model_grads(model, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
 
 
 def parameter_dtype(config: ResolvedConfig) -> torch.dtype:
@@ -86,13 +101,18 @@ def build_chunks(config: ResolvedConfig, mesh: Mesh) -> list[GPTModel]:
 
 
 def build_trained_model(
-    config: ResolvedConfig, mesh: Mesh, *, heartbeat: Callable[[], None] = lambda: None
+    config: ResolvedConfig,
+    mesh: Mesh,
+    *,
+    objective: Objective | None = None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> TrainedModel:
     """Build everything that a training step needs.
 
     Args:
         config: of the run.
         mesh: from ``mesh.initialise``.
+        objective: what to minimise; default: the loss of the next token.
         heartbeat: called before every micro-batch and every save, so that neither is taken for a hang.
     """
     chunks = wrap_chunks(build_chunks(config, mesh), config)
@@ -104,6 +124,7 @@ def build_trained_model(
         seq_length=config.data.seq_length,
         pack_tokens=config.padded_pack_tokens,
         cost=layout_cost(config.model),
+        objective=objective or NextToken(),
         heartbeat=heartbeat,
     )
     trained.connect()

@@ -12,12 +12,24 @@ from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.runtime.interrupt import any_rank
 from megatron_m1.training.feed import Feed, global_flops
+from megatron_m1.training.figures import Figure
 from megatron_m1.training.lr import learning_rate
 from megatron_m1.training.metrics import MetricsLog
 from megatron_m1.training.resume import Progress
-from megatron_m1.training.step import StepResult, evaluate, train_step
+from megatron_m1.training.step import GRAD_NORM, StepResult, evaluate, train_step
 from megatron_m1.training.steps_guard import StepsGuard
 from megatron_m1.training.trained_model import TrainedModel
+
+TOKENS = Figure("tokens", "tokens {}", is_count=True)
+"""Of the run so far."""
+LR = Figure("lr", "lr {:.2e}")
+TOKENS_PER_SECOND = Figure("tokens_per_second", "{} tokens/s", is_count=True)
+TFLOPS = Figure("model_tflops_per_device", "{:.3g} TFLOP/s per device")
+"""Useful ones, see ``plan.flops``."""
+SKIPPED_STEPS = Figure("skipped_steps", "skipped {}", hides_zero=True)
+"""Of the run so far."""
+VALIDATION_LOSS = Figure("validation_loss", "validation loss {:.4f}")
+"""Over the held-out packs."""
 
 
 @dataclass
@@ -65,7 +77,7 @@ class Trainer:
         flops = global_flops(config, self.trained.mesh, samples)
         seconds = time.perf_counter() - began
         try:
-            self.guard.record(number, result.loss, result.grad_norm)
+            self.guard.record(number, result.loss, result.figures[GRAD_NORM])
         finally:
             progress.skipped_total, progress.skipped_in_row = self.guard.total, self.guard.in_row
             self._record(result, lr, flops, seconds)
@@ -74,20 +86,16 @@ class Trainer:
     def _record(self, result: StepResult, lr: float, flops: float, seconds: float) -> None:
         if self.log is None:
             return
-        self.log.log_step(
-            {
-                "step": self.progress.step,
-                "tokens": self.progress.tokens,
-                "loss": result.loss,
-                "aux_loss": result.aux_loss,
-                "grad_norm": result.grad_norm,
-                "lr": lr,
-                "tokens_per_second": self.config.tokens_per_step / seconds,
-                "model_tflops_per_device": flops / seconds / self.trained.mesh.world_size / 1e12,
-                "expert_load_max_over_mean": result.expert_load,
-                "skipped_steps": self.progress.skipped_total,
-            }
-        )
+        record = {
+            TOKENS: self.progress.tokens,
+            **result.figures,
+            LR: lr,
+            TOKENS_PER_SECOND: self.config.tokens_per_step / seconds,
+            TFLOPS: flops / seconds / self.trained.mesh.world_size / 1e12,
+            **result.routing,
+            SKIPPED_STEPS: self.progress.skipped_total,
+        }
+        self.log.log_step(self.progress.step, record)
 
     def validate(self) -> float | None:
         """Loss over the held-out packs in nats per token; None without any."""
@@ -95,7 +103,7 @@ class Trainer:
             return None
         loss = evaluate(self.trained, self.feed.validation.microbatches(0)).loss
         if self.log is not None:
-            self.log.log_validation(self.progress.step, loss)
+            self.log.log_validation(self.progress.step, {VALIDATION_LOSS: loss})
         return loss
 
     def save(self, *, is_last: bool = False) -> None:

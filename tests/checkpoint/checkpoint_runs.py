@@ -18,7 +18,7 @@ from megatron_m1.checkpoint.store import CheckpointError, Checkpoints, load_mode
 from megatron_m1.config import Config
 from megatron_m1.config.io import config_text
 from megatron_m1.config.resolve import resolve
-from megatron_m1.training.step import train_step
+from megatron_m1.training.step import GRAD_NORM, train_step
 from megatron_m1.training.trained_model import TrainedModel, build_trained_model
 from tests.model import meshes
 from tests.model.meshes import global_name, my_share, packs, start
@@ -73,7 +73,7 @@ def one_step(trained: TrainedModel, step: int) -> tuple[float, float]:
     """Train on the global batch of ``step``."""
     result = train_step(trained, my_share(trained, packs(step)), lr=LR)
     assert result.updated
-    return result.loss, result.grad_norm
+    return result.loss, result.figures[GRAD_NORM]
 
 
 def fingerprints(trained: TrainedModel) -> dict[str, str]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from megatron_m1.config import Config, ModelConfig
@@ -15,8 +14,9 @@ from megatron_m1.config.resolve import resolve
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.parallel.segments import ModelCost
 from megatron_m1.runtime import mesh
-from megatron_m1.training.step import train_step
-from megatron_m1.training.trained_model import TrainedModel, build_trained_model
+from megatron_m1.training.objective import Objective
+from megatron_m1.training.step import StepResult, train_step
+from megatron_m1.training.trained_model import TrainedModel, build_trained_model, finalize_undivided
 
 PACKS = [
     [0, 1, 20, 37, 50],
@@ -85,11 +85,11 @@ def packs(step: int = 0, vocab: int = 104, documents: Sequence[Sequence[int]] = 
     return batch
 
 
-def start(config: Config, world_size: int) -> TrainedModel:
+def start(config: Config, world_size: int, objective: Objective | None = None) -> TrainedModel:
     """Resolve ``config`` and build a rank's share of the model and its optimizer."""
     resolved = resolve(config, world_size, has_gpu=False)
     grid = mesh.initialise(resolved.parallel, seed=resolved.train.seed)
-    return build_trained_model(resolved, grid)
+    return build_trained_model(resolved, grid, objective=objective)
 
 
 def my_share(trained: TrainedModel, batch: list[PackedSample]) -> list[PackedSample]:
@@ -160,22 +160,28 @@ def gradients_and_trace(
     trained = start(config, world_size)
     if cost is not None:
         trained.cost = cost
-    # Otherwise only the shard that the distributed optimizer owns is reduced.
-    for chunk in trained.chunks:
-        chunk.config.finalize_model_grads_func = _finalize_with_all_reduce
-    first = train_step(trained, my_share(trained, packs(documents=documents)), lr=0.0)
-    parts = local_parts(trained, "main_grad")
-    for chunk in trained.chunks:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+    first, parts = step_with_gradients(trained, packs(documents=documents))
     # Two packs a step: enough for a trace, and half of the collectives.
     trace = [train_step(trained, my_share(trained, packs(step)[:2]), lr=3e-3) for step in range(steps)]
     return {"parts": parts, "first": first, "trace": trace}
 
 
+def step_with_gradients(trained: TrainedModel, batch: list[PackedSample]) -> tuple[StepResult, dict[str, Part]]:
+    """One step on a global batch, at a learning rate of 0, and every gradient of it."""
+    # Otherwise only the shard that the distributed optimizer owns is reduced.
+    for chunk in trained.chunks:
+        chunk.config.finalize_model_grads_func = _finalize_with_all_reduce
+    result = train_step(trained, my_share(trained, batch), lr=0.0)
+    parts = local_parts(trained, "main_grad")
+    for chunk in trained.chunks:
+        chunk.config.finalize_model_grads_func = finalize_undivided
+    return result, parts
+
+
 def _finalize_with_all_reduce(
     model: list[Any], num_tokens: Tensor | None, pg_collection: Any = None, force_all_reduce: bool = False
 ) -> None:
-    finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=True)
+    finalize_undivided(model, num_tokens, pg_collection=pg_collection, force_all_reduce=True)
 
 
 def router_gradient(rank: int, world_size: int, config: Config, masked: int) -> Tensor:

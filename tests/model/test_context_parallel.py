@@ -29,7 +29,16 @@ from megatron_m1.data.packed import PackedSample
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.training.microbatch import make_micro_batch
-from megatron_m1.training.step import StepResult, evaluate, shared_micro_batches, train_step
+from megatron_m1.training.step import (
+    AUX_LOSS,
+    EXPERT_LOAD,
+    GRAD_NORM,
+    LOSS,
+    StepResult,
+    evaluate,
+    shared_micro_batches,
+    train_step,
+)
 from tests.harness import WorkerPool
 from tests.model.meshes import assemble, gradients_and_trace, my_share, packs, run_config, start
 from tests.model.test_mesh_parity import GRADIENT_TOLERANCE
@@ -55,11 +64,10 @@ def compare_with_one_process(ranks: int, documents: list[list[int]], workers: Wo
     worst = max(errors, key=lambda key: errors[key])
     assert errors[worst] < GRADIENT_TOLERANCE, f"{worst}: {errors[worst]}"
     for result in results:
-        for name in ("loss", "aux_loss", "grad_norm", "expert_load"):
-            assert getattr(result["first"], name) == pytest.approx(
-                getattr(truth["first"], name), rel=GRADIENT_TOLERANCE
-            ), name
-        assert result["first"].loss_tokens == truth["first"].loss_tokens
+        found_figures, figures = (step.figures | step.routing for step in (result["first"], truth["first"]))
+        for figure in (LOSS, AUX_LOSS, GRAD_NORM, EXPERT_LOAD):
+            assert found_figures[figure] == pytest.approx(figures[figure], rel=GRADIENT_TOLERANCE), figure.name
+        assert result["first"].weight == truth["first"].weight
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5])
@@ -156,9 +164,9 @@ def step_with_targets(rank: int, world_size: int, config: Config, targets: int) 
 def test_ranks_without_targets(workers: WorkerPool) -> None:
     (truth,) = workers.run(step_with_targets, run_config({}), 11, world_size=1)
     for found in workers.run(step_with_targets, run_config({CP: 3}), 11, world_size=3):
-        assert found.loss_tokens == truth.loss_tokens
-        for name in ("loss", "aux_loss", "grad_norm"):
-            assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=GRADIENT_TOLERANCE), name
+        assert found.weight == truth.weight
+        for figure in (LOSS, AUX_LOSS, GRAD_NORM):
+            assert found.figures[figure] == pytest.approx(truth.figures[figure], rel=GRADIENT_TOLERANCE), figure.name
 
 
 def micro_batch_facts(rank: int, world_size: int, config: Config) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from megatron_m1.config import Config, ModelConfig, ResolvedConfig
 from megatron_m1.config.resolve import resolve
+from megatron_m1.layers.head import token_losses
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.runtime import mesh
@@ -71,7 +72,7 @@ def compare(rank: int, world_size: int, bounds: list[int], rotary_dim: int, alph
     their_loss.backward()
     params = PackedBatchParams.of(SequenceLayout.build(bounds))
     our_logits = ours(tokens[None], None, None, packed_seq_params=params)[0]  # [n, vocab]
-    our_loss = ours(tokens[None], None, None, labels=labels[None], packed_seq_params=params).sum()
+    our_loss = token_losses(ours, tokens[None], labels[None], params).sum()
     our_loss.backward()
     gradients = {
         name: ((parameters[name].grad - value).abs().max() / value.abs().max()).item()
