@@ -55,7 +55,7 @@ def train(tokens: int) -> None:
     from megatron_m1.data.packed import PackedSample
     from megatron_m1.runtime import mesh
     from megatron_m1.training.step import train_step
-    from megatron_m1.training.trainer import build_trainer
+    from megatron_m1.training.trained_model import build_trained_model
 
     torch.set_num_threads(1)
     config = Config()
@@ -68,17 +68,17 @@ def train(tokens: int) -> None:
     config.train.global_batch_size = 1
     config.train.recompute_granularity = "full"
     config = resolve(config, RANKS, has_gpu=False)
-    trainer = build_trainer(config, mesh.initialise(config.parallel, seed=config.train.seed))
+    trained = build_trained_model(config, mesh.initialise(config.parallel, seed=config.train.seed))
     before = peak_bytes()
     bounds = document_bounds(tokens)
     text = torch.randint(0, config.model.vocab_size, (tokens + 1,), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(tokens)
     mask[torch.tensor(bounds[1:]) - 1] = 0.0
     sample = PackedSample(text[:-1], text[1:], mask, torch.tensor(bounds, dtype=torch.int32))
-    losses = [train_step(trainer, [sample], lr=1e-3).loss for _ in range(2)]
+    losses = [train_step(trained, [sample], lr=1e-3).loss for _ in range(2)]
     held: list[Any] = [None] * RANKS
     dist.all_gather_object(held, (before, peak_bytes()))
-    if trainer.mesh.rank == 0:
+    if trained.mesh.rank == 0:
         longest = max(end - start for start, end in itertools.pairwise(bounds))
         record = {"tokens": tokens, "longest_document": longest, "losses": losses, "bytes_before_and_peak": held}
         print(MARK + json.dumps(record), flush=True)

@@ -34,8 +34,8 @@ from megatron_m1.layers.pack import PackedBatchParams  # noqa: E402
 from megatron_m1.parallel.layout import SequenceLayout  # noqa: E402
 from megatron_m1.runtime import mesh  # noqa: E402
 from megatron_m1.shapes.registry import layer_mixers  # noqa: E402
-from megatron_m1.training.step import Trainer, compute_gradients, train_step  # noqa: E402
-from megatron_m1.training.trainer import build_trainer  # noqa: E402
+from megatron_m1.training.step import compute_gradients, train_step  # noqa: E402
+from megatron_m1.training.trained_model import TrainedModel, build_trained_model  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 THREADS = 2
@@ -87,18 +87,18 @@ def build_theirs() -> MiniMaxForCausalLM:
     return MiniMaxForCausalLM(config).train()
 
 
-def build_ours(theirs: MiniMaxForCausalLM) -> Trainer:
-    """Our trainer on one process, with transformers' weights and our defaults."""
+def build_ours(theirs: MiniMaxForCausalLM) -> TrainedModel:
+    """Our model and optimizer on one process, with transformers' weights and our defaults."""
     config = Config(model=MODEL, optimizer=OptimizerConfig(lr=LEARNING_RATE), data=DataConfig(seq_length=TOKENS))
     resolved = resolve(config, world_size=1, has_gpu=False)
-    trainer = build_trainer(resolved, mesh.initialise(resolved.parallel, seed=0))
-    parameters = dict(trainer.chunks[0].module.named_parameters())
+    trained = build_trained_model(resolved, mesh.initialise(resolved.parallel, seed=0))
+    parameters = dict(trained.chunks[0].module.named_parameters())
     with torch.no_grad():
         for name, value in expected(theirs):
             parameters.pop(name).copy_(value)
     assert not parameters
-    trainer.optimizer.reload_model_params()
-    return trainer
+    trained.optimizer.reload_model_params()
+    return trained
 
 
 def make_pack(lengths: tuple[int, ...], seed: int) -> PackedSample:
@@ -140,7 +140,7 @@ def gradients_padded(theirs: MiniMaxForCausalLM, pack: PackedSample) -> float:
     return float(loss.detach())
 
 
-def require_same_results(theirs: MiniMaxForCausalLM, ours: Trainer) -> dict[str, float]:
+def require_same_results(theirs: MiniMaxForCausalLM, ours: TrainedModel) -> dict[str, float]:
     """Compare loss and all gradients on a pack of documents, without our auxiliary loss, which theirs lacks.
 
     Raises:
@@ -149,9 +149,9 @@ def require_same_results(theirs: MiniMaxForCausalLM, ours: Trainer) -> dict[str,
     config, coefficient = ours.chunks[0].config, MODEL.moe_aux_loss_coeff
     pack = make_pack(DOCUMENTS, seed=0)
     config.moe_aux_loss_coeff = 0.0
-    report = compute_gradients(ours, [pack])[0]
+    (report,), weight = compute_gradients(ours, [pack])
     config.moe_aux_loss_coeff = coefficient
-    our_loss = float(report["loss_sum"]) / TOKENS
+    our_loss = float(report[0]) / weight
     padded_loss = gradients_padded(theirs, pack)
     theirs.zero_grad()
     their_loss = gradients_alone(theirs, pack)
@@ -209,7 +209,7 @@ class Steps:
         """transformers on one document of all the tokens, in one call."""
         self.step_theirs(gradients_alone, make_pack((TOKENS,), seed=turn + 1))
 
-    def compare(self, ours: Trainer) -> tuple[dict[str, Any], dict[str, Any]]:
+    def compare(self, ours: TrainedModel) -> tuple[dict[str, Any], dict[str, Any]]:
         """Seconds per step: one document, then a pack of several."""
 
         def ours_on(lengths: tuple[int, ...]) -> Callable[[int], object]:
@@ -227,7 +227,7 @@ class Steps:
         return summarise(single), summarise(pack)
 
 
-def time_lightning_layer(theirs: MiniMaxForCausalLM, ours: Trainer) -> dict[str, dict[str, dict[str, Any]]]:
+def time_lightning_layer(theirs: MiniMaxForCausalLM, ours: TrainedModel) -> dict[str, dict[str, dict[str, Any]]]:
     """Microseconds per token of the whole first layer's attention module, forward and backward, by length.
 
     Every timing covers as many tokens as the longest sequence has.

@@ -58,6 +58,7 @@ RULES = [
 FLOORS = (
     "files cores printing",
     "config.tree",
+    "config.resolved",
     "shapes",
     "config",
     "plan launch",
@@ -71,7 +72,7 @@ FLOORS = (
 )
 """The rooms inside ``megatron_m1``, from the ground up: a file imports its own room and lower floors.
 
-One room has two floors: kinds of layers read the tree of configuration, whose rules (``config.resolve``) ask them.
+One room has three floors: kinds of layers read the trees of configuration, whose rules (``config.resolve``) ask them.
 """
 
 

@@ -9,9 +9,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,23 +52,43 @@ class PackedSample:
     """float32 [n]: 0 where the label is the first token of another document, else 1."""
     cu_seqlens: torch.Tensor
     """int32 [documents + 1], strictly rising from 0 to n: where documents start and end."""
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Further tensors [n, ...] by name, a row a token: what an objective reads besides these."""
+    padding: Mapping[str, float] = field(default_factory=dict)
+    """What each of ``extra`` is padded with where the pack's end is; 0 where nothing is said."""
 
 
 def pad_pack(sample: PackedSample, tokens: int) -> PackedSample:
     """``sample`` with as many tokens at its end as make ``tokens``: a document of zeros, its targets masked.
 
     Raises:
-        ValueError: the sample is longer.
+        ValueError: the sample is longer, or one of ``extra`` has not a row for every token.
     """
     length = len(sample.tokens)
     if length > tokens:
         raise ValueError(f"a pack of {length} tokens can't be padded to {tokens}")
+    for name, rows in sample.extra.items():
+        if rows.dim() == 0 or len(rows) != length:
+            raise ValueError(
+                f"extra[{name!r}] has shape {list(rows.shape)}, but the pack {length} tokens: give a row each"
+            )
+    unknown = sorted(sample.padding.keys() - sample.extra.keys())
+    if unknown:
+        raise ValueError(f"padding names {unknown[0]!r}, which extra does not have: name one of {sorted(sample.extra)}")
     if length == tokens:
         return sample
-    ids, labels, mask = (
-        torch.cat((x, x.new_zeros(tokens - length))) for x in (sample.tokens, sample.labels, sample.loss_mask)
+
+    def padded(rows: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+        return torch.cat((rows, rows.new_full((tokens - length, *rows.shape[1:]), value)))
+
+    return PackedSample(
+        padded(sample.tokens),
+        padded(sample.labels),
+        padded(sample.loss_mask),
+        torch.cat((sample.cu_seqlens, sample.cu_seqlens.new_tensor([tokens]))),
+        {name: padded(rows, sample.padding.get(name, 0.0)) for name, rows in sample.extra.items()},
+        sample.padding,
     )
-    return PackedSample(ids, labels, mask, torch.cat((sample.cu_seqlens, sample.cu_seqlens.new_tensor([tokens]))))
 
 
 @dataclass(frozen=True)

@@ -57,8 +57,8 @@ class CheckpointContents:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on up to this checkpoint, padding of packs included."""
-        return self.step * self.config.train.global_batch_size * self.config.data.seq_length
+        """Tokens trained on up to this checkpoint, if every step was as its configuration says."""
+        return self.step * self.config.tokens_per_step
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:

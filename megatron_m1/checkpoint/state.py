@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a trainer: every mesh writes the same tensors under the same names."""
+"""What a checkpoint holds of a model in training: every mesh writes the same tensors under the same names."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Trained(Protocol):
         """Called before what takes long, so that nobody takes it for a hang."""
 
 
-def _metadata(trainer: Trained) -> dict[str, Any]:
+def _metadata(trained: Trained) -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         # Gather optimizer state in host memory. The other way puts whole gradient buckets on the GPU, and without
@@ -52,15 +52,15 @@ def _metadata(trainer: Trained) -> dict[str, Any]:
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "non_homogeneous_layers": True,
-        "dp_cp_group": trainer.mesh.groups.dp_cp,
+        "dp_cp_group": trained.mesh.groups.dp_cp,
     }
 
 
-def model_state(trainer: Trained) -> dict[str, Any]:
+def model_state(trained: Trained) -> dict[str, Any]:
     """Sharded state dict of this rank's chunks, by chunk."""
     return {
-        f"model{index}": chunk.module.sharded_state_dict(metadata=_metadata(trainer))
-        for index, chunk in enumerate(trainer.chunks)
+        f"model{index}": chunk.module.sharded_state_dict(metadata=_metadata(trained))
+        for index, chunk in enumerate(trained.chunks)
     }
 
 
@@ -81,15 +81,15 @@ def _adam_step(optimizer: ChainedOptimizer) -> int:
     return int(steps.pop()) if steps else 0
 
 
-def _optimizer_state(trainer: Trained, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+def _optimizer_state(trained: Trained, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
     # Parameter groups differ between meshes, and their settings come from the configuration: only tensors and the step
     # are kept. On save the first data-parallel rank holds them all, and the others none.
     parts = {}
-    for index, part in enumerate(trainer.optimizer.chained_optimizers):
+    for index, part in enumerate(trained.optimizer.chained_optimizers):
         if not is_loading:
             _allocate(part)
         # Not part.sharded_state_dict, which adds a garbage collection of up to a second.
-        tensors = part.sharded_param_state_fully_reshardable(model, is_loading, _metadata(trainer))
+        tensors = part.sharded_param_state_fully_reshardable(model, is_loading, _metadata(trained))
         if tensors is not None:
             parts[f"optimizer{index}"] = tensors
     return parts
@@ -100,25 +100,25 @@ def _stays_shared(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
-def train_state(trainer: Trained, *, detached: bool) -> dict[str, Any]:
+def train_state(trained: Trained, *, detached: bool) -> dict[str, Any]:
     """Everything to save: parameters, optimizer state and the optimizer's step count. Collective.
 
     Args:
-        trainer: what is trained.
+        trained: what is trained.
         detached: parameters are copied, so that training may go on while they are written. (Optimizer state always is.)
     """
-    for chunk in trainer.chunks:
+    for chunk in trained.chunks:
         if chunk.ddp_config.overlap_param_gather:
             # Updated parameters would reach the other ranks with the next forward pass only.
             chunk.start_param_sync(force_sync=True)
-    model = model_state(trainer)
+    model = model_state(trained)
     with torch.no_grad():
-        optimizer = _optimizer_state(trainer, model, is_loading=False)
+        optimizer = _optimizer_state(trained, model, is_loading=False)
     if detached:
         for entry in nested_values(model):
             if isinstance(entry, ShardedTensor) and entry.data is not None and _stays_shared(entry.data):
                 entry.data = entry.data.detach().clone()
-    return {**model, **optimizer, "optimizer_step": _adam_step(trainer.optimizer)}
+    return {**model, **optimizer, "optimizer_step": _adam_step(trained.optimizer)}
 
 
 def _fault(folder: Path, error: BaseException) -> str:
@@ -178,11 +178,11 @@ def _check_extra_states(state: dict[str, Any], folder: Path) -> None:
                 raise ValueError(f"checkpoint {folder} is refused: {name} is no state of a layer ({error})") from error
 
 
-def _set_model(trainer: Trained, loaded: dict[str, Any], folder: Path) -> None:
-    states = [loaded[f"model{index}"] for index in range(len(trainer.chunks))]
+def _set_model(trained: Trained, loaded: dict[str, Any], folder: Path) -> None:
+    states = [loaded[f"model{index}"] for index in range(len(trained.chunks))]
     for state in states:
         _check_extra_states(state, folder)
-    for chunk, state in zip(trainer.chunks, states, strict=True):
+    for chunk, state in zip(trained.chunks, states, strict=True):
         try:
             with only_tensors():
                 chunk.module.load_state_dict(state)
@@ -197,18 +197,18 @@ def _stored_step(loaded: dict[str, Any], folder: Path) -> int:
     return step
 
 
-def load_train_state(trainer: Trained, folder: Path) -> None:
+def load_train_state(trained: Trained, folder: Path) -> None:
     """Overwrite parameters and optimizer state with what ``folder`` holds. Collective.
 
     Raises:
         ValueError: it can't be loaded, or is refused; one line.
     """
     with torch.no_grad():
-        model = model_state(trainer)
-        loaded = _read({**model, **_optimizer_state(trainer, model, is_loading=True)}, folder)
+        model = model_state(trained)
+        loaded = _read({**model, **_optimizer_state(trained, model, is_loading=True)}, folder)
         step = _stored_step(loaded, folder)
-        _set_model(trainer, loaded, folder)
-        for index, part in enumerate(trainer.optimizer.chained_optimizers):
+        _set_model(trained, loaded, folder)
+        for index, part in enumerate(trained.optimizer.chained_optimizers):
             state = part.state_dict()
             for group in state["optimizer"]["param_groups"]:
                 group["step"] = step
@@ -218,12 +218,12 @@ def load_train_state(trainer: Trained, folder: Path) -> None:
             part.load_state_dict(state)
 
 
-def load_model_state(trainer: Trained, folder: Path) -> None:
+def load_model_state(trained: Trained, folder: Path) -> None:
     """Overwrite the parameters, and the optimizer's copies of them, with what ``folder`` holds. Collective.
 
     Raises:
         ValueError: as of ``load_train_state``.
     """
     with torch.no_grad():
-        _set_model(trainer, _read(model_state(trainer), folder), folder)
-        trainer.optimizer.reload_model_params()
+        _set_model(trained, _read(model_state(trained), folder), folder)
+        trained.optimizer.reload_model_params()

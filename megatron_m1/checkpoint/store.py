@@ -101,14 +101,14 @@ class Checkpoints:
         self._sharding_checked = False
         _on_rank_zero(lambda: folders.remove_temporary(folder))
 
-    def save(self, trainer: Trained, state: dict[str, Any], *, is_last: bool = False) -> bool:
+    def save(self, trained: Trained, state: dict[str, Any], *, is_last: bool = False) -> bool:
         """Save parameters, optimizer state and ``state``; with ``async_save`` only begin to.
 
         A save that is still in flight is finished first. Nothing happens when the step's checkpoint has just been
         saved or loaded.
 
         Args:
-            trainer: what is trained.
+            trained: what is trained.
             state: JSON-able, the same on every rank; ``state["step"]`` names the checkpoint.
             is_last: nothing comes after it: it is written at once, and tried more often.
 
@@ -124,8 +124,8 @@ class Checkpoints:
         if step == self._current_step:
             return True
         while True:
-            trainer.heartbeat()
-            failure = self._begin(trainer, state, in_background=self._async_save and not is_last)
+            trained.heartbeat()
+            failure = self._begin(trained, state, in_background=self._async_save and not is_last)
             if failure is None and self._write is not None and (is_last or not self._async_save):
                 failure = self._end(self._write)
             if failure is None:
@@ -153,7 +153,7 @@ class Checkpoints:
         step = folders.step_of(Path(write.temporary.stem))
         return failure is not None and self._is_tried_again(step, failure, is_last=False)
 
-    def _begin(self, trainer: Trained, state: dict[str, Any], *, in_background: bool) -> str | None:
+    def _begin(self, trained: Trained, state: dict[str, Any], *, in_background: bool) -> str | None:
         """Start to write; on every rank, what is in the way."""
         texts = {folders.CONFIG: self.config_text, folders.STATE: json.dumps(state, indent=2) + "\n"}
         try:
@@ -171,7 +171,7 @@ class Checkpoints:
             self._discard(temporary)
             return failure
         self._write = Write(
-            trainer, temporary, texts, in_background=in_background, check_sharding=not self._sharding_checked
+            trained, temporary, texts, in_background=in_background, check_sharding=not self._sharding_checked
         )
         self._sharding_checked = True
         return None
@@ -234,7 +234,7 @@ class Checkpoints:
         if dist.get_rank() == 0:
             self._note(line)
 
-    def load_newest(self, trainer: Trained) -> dict[str, Any] | None:
+    def load_newest(self, trained: Trained) -> dict[str, Any] | None:
         """Load the newest checkpoint that is not damaged, into any mesh.
 
         Damaged ones that are newer are named through ``note`` and renamed to ``<name>.damaged``.
@@ -255,7 +255,7 @@ class Checkpoints:
         for checkpoint in found:
             fault = find_damage(checkpoint)
             if fault is None:
-                return self._load(trainer, checkpoint, damaged)
+                return self._load(trained, checkpoint, damaged)
             self._skip(checkpoint.name, fault, last=checkpoint == found[-1])
             damaged.append(checkpoint)
         if found:
@@ -267,7 +267,7 @@ class Checkpoints:
     def _skip(self, name: str, fault: str, *, last: bool = False) -> None:
         self._say(f"checkpoint {name} is damaged ({fault}): {'none is' if last else 'falling back to the one'} before")
 
-    def _load(self, trainer: Trained, checkpoint: Path, damaged: list[Path]) -> dict[str, Any]:
+    def _load(self, trained: Trained, checkpoint: Path, damaged: list[Path]) -> dict[str, Any]:
         saved_model = load_config(checkpoint / folders.CONFIG).model
         check_shape(config_of_text(self.config_text).model, saved_model, checkpoint)
         saved = folders.read_state(checkpoint)
@@ -276,7 +276,7 @@ class Checkpoints:
                 f"checkpoint {checkpoint} holds imported weights and no optimizer state: give it to --init-from, and "
                 "choose another run.folder"
             )
-        load_train_state(trainer, checkpoint)
+        load_train_state(trained, checkpoint)
 
         def settle() -> None:
             for path in damaged:
@@ -289,11 +289,11 @@ class Checkpoints:
         return saved
 
 
-def load_model(trainer: Trained, checkpoint: Path) -> None:
+def load_model(trained: Trained, checkpoint: Path) -> None:
     """Overwrite the parameters with those of a checkpoint; optimizer moments and step stay as they are. Collective.
 
     Args:
-        trainer: on any mesh.
+        trained: on any mesh.
         checkpoint: a checkpoint folder, its optimizer state, if any, is not read.
 
     Raises:
@@ -302,4 +302,4 @@ def load_model(trainer: Trained, checkpoint: Path) -> None:
     fault = find_damage(checkpoint)
     if fault is not None:
         raise ValueError(f"checkpoint {checkpoint} is damaged: {fault}")
-    load_model_state(trainer, checkpoint)
+    load_model_state(trained, checkpoint)

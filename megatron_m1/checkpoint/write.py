@@ -47,7 +47,7 @@ class Write:
     """A checkpoint on its way into a temporary folder. Every method is collective.
 
     Args:
-        trainer: what is saved.
+        trained: what is saved.
         temporary: an empty folder.
         texts: files that the checkpoint gets besides, by name.
         in_background: training will go on, so what it changes is copied first.
@@ -56,7 +56,7 @@ class Write:
 
     def __init__(
         self,
-        trainer: Trained,
+        trained: Trained,
         temporary: Path,
         texts: dict[str, str],
         *,
@@ -66,15 +66,15 @@ class Write:
         _use_plain_queue()
         self.temporary = temporary
         self.texts = texts
-        self._device = trainer.mesh.device
+        self._device = trained.mesh.device
         self._digests: dict[str, str] = {}
         self._error: str | None = None
         self._results: list[WriteResult] = []
         self._strategy = _Strategy()
         request: AsyncRequest = dist_checkpointing.save(
-            train_state(trainer, detached=in_background),
+            train_state(trained, detached=in_background),
             str(temporary),
-            FullyParallelSaveStrategyWrapper(self._strategy, trainer.mesh.groups.dp_cp),
+            FullyParallelSaveStrategyWrapper(self._strategy, trained.mesh.groups.dp_cp),
             validate_access_integrity=check_sharding,
             async_sharded_save=True,
             async_strategy="mcore",

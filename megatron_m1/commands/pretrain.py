@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.commands.resolved_plan import describe_plan, where_from
-from megatron_m1.config import Config
+from megatron_m1.config import Config, ResolvedConfig
 from megatron_m1.config.io import parse_config, tree_help
 from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import resolve
@@ -131,7 +131,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     return _train(config)
 
 
-def _prepare(config: Config) -> Config:
+def _prepare(config: ResolvedConfig) -> ResolvedConfig:
     """Check the run folder and the data (the embedded corpus is built if it is missing) and return the final config."""
     from megatron_m1.training.preflight import build_embedded_corpus, check_data, check_folders
 
@@ -148,7 +148,7 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _train(config: Config) -> int:
+def _train(config: ResolvedConfig) -> int:
     """Train in this process, show the summary on one rank; a failure that we know is one line."""
     from megatron_m1.checkpoint.store import CheckpointError
     from megatron_m1.convert.work import ConversionError

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_m1.config import Config, ParallelConfig
+from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.pipeline import Chunk, plan_stages
-from megatron_m1.config.resolve import data_parallel_size, padded_pack_tokens
+from megatron_m1.config.resolve import data_parallel_size
+from megatron_m1.config.resolved import ResolvedParallelConfig
 from megatron_m1.data.corpora.prefix import PrefixSummary, parse_blend
 from megatron_m1.launch import Launch
 from megatron_m1.plan.parameters import model_counts, rank_counts
@@ -22,7 +23,7 @@ def where_from(launch: Launch | None) -> str:
     return f"{launch.nodes} node{'s' if launch.nodes > 1 else ''} x {launch.processes_per_node}"
 
 
-def describe_plan(config: Config, world_size: int, *, source: str, on_gpu: bool) -> list[str]:
+def describe_plan(config: ResolvedConfig, world_size: int, *, source: str, on_gpu: bool) -> list[str]:
     """Check the files of a resolved configuration and describe the run, line by line.
 
     Args:
@@ -54,8 +55,8 @@ def describe_plan(config: Config, world_size: int, *, source: str, on_gpu: bool)
     ]
 
 
-def _mesh_lines(parallel: ParallelConfig, world_size: int) -> list[str]:
-    expert, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size or 1
+def _mesh_lines(parallel: ResolvedParallelConfig, world_size: int) -> list[str]:
+    expert, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     pipeline = parallel.pipeline_model_parallel_size
     replicas = data_parallel_size(parallel, world_size)
     expert_replicas = world_size // (pipeline * expert * expert_tensor)
@@ -67,7 +68,7 @@ def _mesh_lines(parallel: ParallelConfig, world_size: int) -> list[str]:
     ]
 
 
-def _stage_lines(config: Config) -> list[str]:
+def _stage_lines(config: ResolvedConfig) -> list[str]:
     stages = plan_stages(config.model, config.parallel).by_rank
     size = BYTES[config.train.precision]
     lines = []
@@ -91,7 +92,7 @@ def _describe_chunk(chunk: Chunk) -> str:
     return ("embedding, " if chunk.has_embedding else "") + text + (", head" if chunk.has_head else "")
 
 
-def _data_lines(config: Config) -> list[str]:
+def _data_lines(config: ResolvedConfig) -> list[str]:
     found = find_embedded_corpus(config)
     if found is None:
         return [f"data        embedded corpus, to be built in {config.data.embedded_corpus}"]
@@ -105,8 +106,8 @@ def _data_lines(config: Config) -> list[str]:
     ]
 
 
-def _run_tokens(config: Config) -> int:
-    return config.train.max_steps * config.train.global_batch_size * config.data.seq_length
+def _run_tokens(config: ResolvedConfig) -> int:
+    return config.train.max_steps * config.tokens_per_step
 
 
 def _blend_lines(
@@ -123,20 +124,19 @@ def _blend_lines(
     ]
 
 
-def _length_lines(config: Config, world_size: int) -> list[str]:
+def _length_lines(config: ResolvedConfig, world_size: int) -> list[str]:
     train, data = config.train, config.data
     replicas = data_parallel_size(config.parallel, world_size)
-    tokens = train.global_batch_size * data.seq_length
     return [
-        f"batch       {train.global_batch_size} packs of {data.seq_length:,} tokens = {tokens:,} tokens a step, "
-        f"{train.global_batch_size // replicas} micro-batches a rank",
+        f"batch       {train.global_batch_size} packs of {data.seq_length:,} tokens = "
+        f"{config.tokens_per_step:,} tokens a step, {train.global_batch_size // replicas} micro-batches a rank",
         *_padding_lines(config),
         f"steps       {train.max_steps:,} = {_run_tokens(config):,} tokens",
     ]
 
 
-def _padding_lines(config: Config) -> list[str]:
-    context, tokens = config.parallel.context_parallel_size, padded_pack_tokens(config)
+def _padding_lines(config: ResolvedConfig) -> list[str]:
+    context, tokens = config.parallel.context_parallel_size, config.padded_pack_tokens
     padding = tokens - config.data.seq_length
     if context == 1 and not padding:
         return []

@@ -1,5 +1,6 @@
 """The configuration of a run: its tree, its files, its presets, and what is derived and checked."""
 
+from megatron_m1.config.resolved import ResolvedConfig
 from megatron_m1.config.tree import (
     PATH,
     Config,
@@ -18,6 +19,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ResolvedConfig",
     "RunConfig",
     "TrainConfig",
 ]

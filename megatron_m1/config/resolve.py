@@ -12,6 +12,13 @@ import importlib.util
 import math
 
 from megatron_m1.config.pipeline import Stages, plan_stages
+from megatron_m1.config.resolved import (
+    ResolvedConfig,
+    ResolvedDataConfig,
+    ResolvedModelConfig,
+    ResolvedParallelConfig,
+    ResolvedTrainConfig,
+)
 from megatron_m1.config.tree import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_m1.shapes.kind import check_divides
 from megatron_m1.shapes.registry import check_layers, check_layers_device, check_layers_split
@@ -20,7 +27,7 @@ from megatron_m1.shapes.residual import residual_alpha
 RECOMPUTABLE = ("core_attn", "moe")
 
 
-def resolve(config: Config, world_size: int, *, has_gpu: bool) -> Config:
+def resolve(config: Config, world_size: int, *, has_gpu: bool) -> ResolvedConfig:
     """Return a copy of ``config`` whose derived fields are filled in, after checking that it can run.
 
     Args:
@@ -31,17 +38,16 @@ def resolve(config: Config, world_size: int, *, has_gpu: bool) -> Config:
     Raises:
         ValueError: with one line that names the value and the fix.
     """
-    config = copy.deepcopy(config)
     check_model(config.model)
     _check_train(config)
-    _fill_in(config, has_gpu=has_gpu)
-    check_mesh(config.parallel, world_size)
-    check_split(config)
-    check_batch(config, world_size)
-    _check_recompute(config.train, plan_stages(config.model, config.parallel))
-    check_optimizer(config.optimizer)
-    _check_software(config, has_gpu=has_gpu)
-    return config
+    resolved = _filled_in(copy.deepcopy(config), has_gpu=has_gpu)
+    check_mesh(resolved.parallel, world_size)
+    check_split(resolved)
+    check_batch(resolved, world_size)
+    _check_recompute(resolved.train, plan_stages(resolved.model, resolved.parallel))
+    check_optimizer(resolved.optimizer)
+    _check_software(resolved, has_gpu=has_gpu)
+    return resolved
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -50,35 +56,50 @@ def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
     return world_size // size
 
 
-def padded_pack_tokens(config: Config) -> int:
-    """Tokens of a pack once its end is padded to what context and tensor parallelism divide."""
+def _filled_in(config: Config, *, has_gpu: bool) -> ResolvedConfig:
+    return ResolvedConfig(
+        **vars(config)
+        | {
+            "model": _filled_in_model(config.model, has_gpu=has_gpu),
+            "parallel": _filled_in_mesh(config, has_gpu=has_gpu),
+            "data": _filled_in_data(config),
+            "train": ResolvedTrainConfig(
+                **vars(config.train)
+                | {"precision": _unless_auto(config.train.precision, "bf16" if has_gpu else "fp32")}
+            ),
+        }
+    )
+
+
+def _filled_in_model(model: ModelConfig, *, has_gpu: bool) -> ResolvedModelConfig:
+    engine_is_there = has_gpu and importlib.util.find_spec("transformer_engine") is not None
+    modules = _unless_auto(model.transformer_impl, "transformer_engine" if engine_is_there else "local")
+    return ResolvedModelConfig(**vars(model) | {"residual_alpha": residual_alpha(model), "transformer_impl": modules})
+
+
+def _filled_in_mesh(config: Config, *, has_gpu: bool) -> ResolvedParallelConfig:
     parallel = config.parallel
-    multiple = parallel.context_parallel_size * parallel.tensor_model_parallel_size
-    return -(-config.data.seq_length // multiple) * multiple
-
-
-def _fill_in(config: Config, *, has_gpu: bool) -> None:
-    model, parallel, train, data = config.model, config.parallel, config.train, config.data
-    if model.residual_alpha is None:
-        model.residual_alpha = residual_alpha(model)
-    if model.transformer_impl == "auto":
-        engine_is_there = has_gpu and importlib.util.find_spec("transformer_engine") is not None
-        model.transformer_impl = "transformer_engine" if engine_is_there else "local"
-    if parallel.expert_tensor_parallel_size is None:
-        parallel.expert_tensor_parallel_size = 1
-    if parallel.sequence_parallel is None:
-        parallel.sequence_parallel = parallel.tensor_model_parallel_size > 1
-    if parallel.distributed_backend == "auto":
-        parallel.distributed_backend = "nccl" if has_gpu else "gloo"
-    if train.precision == "auto":
-        train.precision = "bf16" if has_gpu else "fp32"
-    if data.cache_folder is None:
-        data.cache_folder = f"{config.run.folder.rstrip('/')}/data_cache"
-    if data.train_samples is None:
-        data.train_samples = train.max_steps * train.global_batch_size
     _check_positive("parallel", parallel, [name for name in vars(parallel) if name.endswith("_parallel_size")])
-    stages = plan_stages(model, parallel)
-    parallel.virtual_pipeline_model_parallel_size = stages.chunks_per_rank if stages.chunks_per_rank > 1 else None
+    expert_tensor, by_sequence = parallel.expert_tensor_parallel_size, parallel.sequence_parallel
+    stages = plan_stages(config.model, parallel)
+    derived = {
+        "expert_tensor_parallel_size": 1 if expert_tensor is None else expert_tensor,
+        "sequence_parallel": parallel.tensor_model_parallel_size > 1 if by_sequence is None else by_sequence,
+        "distributed_backend": _unless_auto(parallel.distributed_backend, "nccl" if has_gpu else "gloo"),
+        "virtual_pipeline_model_parallel_size": stages.chunks_per_rank if stages.chunks_per_rank > 1 else None,
+    }
+    return ResolvedParallelConfig(**vars(parallel) | derived)
+
+
+def _filled_in_data(config: Config) -> ResolvedDataConfig:
+    data, train = config.data, config.train
+    cache = data.cache_folder if data.cache_folder is not None else f"{config.run.folder.rstrip('/')}/data_cache"
+    samples = data.train_samples if data.train_samples is not None else train.max_steps * train.global_batch_size
+    return ResolvedDataConfig(**vars(data) | {"cache_folder": cache, "train_samples": samples})
+
+
+def _unless_auto(value: str, derived: str) -> str:
+    return derived if value == "auto" else value
 
 
 def _check_positive(group: str, values: object, names: list[str]) -> None:
@@ -118,7 +139,7 @@ def check_model(model: ModelConfig) -> None:
     check_layers(model)
 
 
-def check_mesh(parallel: ParallelConfig, world_size: int) -> None:
+def check_mesh(parallel: ResolvedParallelConfig, world_size: int) -> None:
     """Check that the two grids (dense and expert) tile the world.
 
     Raises:
@@ -126,7 +147,7 @@ def check_mesh(parallel: ParallelConfig, world_size: int) -> None:
     """
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     pipeline, expert = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
-    expert_tensor = parallel.expert_tensor_parallel_size or 1
+    expert_tensor = parallel.expert_tensor_parallel_size
     product = tensor * context * pipeline
     if world_size % product:
         raise ValueError(
@@ -149,7 +170,7 @@ def _processes(count: int) -> str:
     return "is 1 process" if count == 1 else f"are {count} processes"
 
 
-def check_split(config: Config) -> None:
+def check_split(config: ResolvedConfig) -> None:
     """Check that the model can be cut as the mesh asks: heads, experts, matrices, tokens.
 
     Raises:
@@ -180,7 +201,7 @@ def check_split(config: Config) -> None:
         )
 
 
-def check_batch(config: Config, world_size: int) -> None:
+def check_batch(config: ResolvedConfig, world_size: int) -> None:
     """Check that the global batch and the held-out packs can be dealt out over data-parallel ranks and the pipeline.
 
     Raises:
@@ -206,7 +227,7 @@ def check_batch(config: Config, world_size: int) -> None:
                 f"multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a multiple of "
                 f"{replicas * pipeline}"
             )
-    if config.data.train_samples is not None and config.data.train_samples < train.global_batch_size:
+    if config.data.train_samples < train.global_batch_size:
         raise ValueError(
             f"data.train_samples = {config.data.train_samples} is less than train.global_batch_size = "
             f"{train.global_batch_size}: raise it"
@@ -272,7 +293,7 @@ def _check_train(config: Config) -> None:
         raise ValueError(f"run.wandb_project = {run.wandb_project!r} needs the wandb package: pip install wandb")
 
 
-def _check_software(config: Config, *, has_gpu: bool) -> None:
+def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:
     model, parallel = config.model, config.parallel
     if parallel.distributed_backend == "nccl" and not has_gpu:
         raise ValueError("parallel.distributed_backend = nccl needs GPUs, and there are none: use gloo or auto")

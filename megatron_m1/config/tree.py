@@ -235,3 +235,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a global batch, without what pads the packs' ends."""
+        return self.train.global_batch_size * self.data.seq_length

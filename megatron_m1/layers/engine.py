@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_m1.config import Config, ModelConfig
+from megatron_m1.config import ModelConfig, ResolvedConfig
 
 
 @dataclass
@@ -31,8 +31,8 @@ def _leave_uninitialised(weight: Tensor) -> Tensor:
     return weight
 
 
-def engine_config(config: Config, *, dtype: torch.dtype, on_meta: bool = False) -> EngineConfig:
-    """Translate a resolved ``Config`` (no derived field is None) into what megatron-core's modules read.
+def engine_config(config: ResolvedConfig, *, dtype: torch.dtype, on_meta: bool = False) -> EngineConfig:
+    """Translate the configuration into what megatron-core's modules read.
 
     Args:
         config: the run's configuration after ``resolve.resolve``.
@@ -82,13 +82,13 @@ def engine_config(config: Config, *, dtype: torch.dtype, on_meta: bool = False) 
         bf16=dtype == torch.bfloat16,
         fp8=model.fp8,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        sequence_parallel=bool(parallel.sequence_parallel),
+        sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual,
         pipeline_model_parallel_layout=parallel.pipeline_model_parallel_layout,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or 1,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         # Interleaved stages train silently wrong with batched P2P.
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,

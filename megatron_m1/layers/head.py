@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_model import GPTModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_m1.layers.engine import EngineConfig
+from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.vocab_head import vocab_logits, vocab_parallel_loss
 
 
@@ -69,18 +69,30 @@ def _loss_of_output_layer(*, hidden_states: Tensor, output_layer: OutputLayer, l
     return loss
 
 
-def compute_loss_in_chunks(model: GPTModel) -> None:
-    """Let ``model``, whose head is an ``OutputLayer``, pass the labels that it is called with to that head.
+def token_losses(
+    model: nn.Module, tokens: Tensor, labels: Tensor, params: PackedBatchParams, *, padding_mask: Tensor | None = None
+) -> Tensor:
+    """Run a model (or a pipeline chunk of one) up to the loss of every token, which the head computes in chunks.
 
-    megatron-core takes an output processor with every call; a hook gives it, so that no caller can forget it and get
-    the logits of the whole sequence.
+    Labels given to the model itself would let megatron-core make the logits of the whole sequence.
+
+    Args:
+        model: of ``model.build.build_chunk``, as it is or wrapped.
+        tokens: int [1, n].
+        labels: int [1, n]: 0 to vocab - 1, or negative for a token without one, whose loss is 0.
+        params: the pack's layout.
+        padding_mask: bool [1, n], true for tokens that no router counts.
+
+    Returns:
+        From the last stage fp32 [1, n], nats; from any other what the next one takes.
     """
-
-    def add_processor(
-        module: GPTModel, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if kwargs.get("labels") is not None:
-            kwargs = kwargs | {"output_processor": _loss_of_output_layer}
-        return args, kwargs
-
-    model.register_forward_pre_hook(add_processor, with_kwargs=True)
+    output: Tensor = model(
+        tokens,
+        None,
+        None,
+        labels=labels,
+        packed_seq_params=params,
+        padding_mask=padding_mask,
+        output_processor=_loss_of_output_layer,
+    )
+    return output

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 )
 
 from megatron_m1.layers.engine import EngineConfig
-from megatron_m1.layers.head import OutputLayer, compute_loss_in_chunks
+from megatron_m1.layers.head import OutputLayer
 from megatron_m1.layers.kind import LayerKind
 from megatron_m1.layers.registry import layer_kinds
 from megatron_m1.layers.residual import block_norm, scaled_residual
@@ -109,4 +109,3 @@ def _replace_head(model: GPTModel, config: EngineConfig, vocab_size: int) -> Non
         head.weight.data = head.weight.data.to(torch.float32)
     model.output_layer = head
     model.setup_embeddings_and_output_layer()
-    compute_loss_in_chunks(model)

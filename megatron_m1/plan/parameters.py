@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from megatron_m1.config import ModelConfig, ParallelConfig
+from megatron_m1.config import ModelConfig
 from megatron_m1.config.pipeline import Chunk, plan_stages
+from megatron_m1.config.resolved import ResolvedParallelConfig
 from megatron_m1.shapes.kind import Parameter
 from megatron_m1.shapes.registry import FFNS, MIXERS, layer_ffns, layer_mixers
 
@@ -87,7 +88,7 @@ def model_counts(model: ModelConfig, *, active: bool = False) -> Counts:
     return sum([*_layers(model, size), _count(outside, size)], Counts(dict.fromkeys(order, 0)))
 
 
-def rank_counts(model: ModelConfig, parallel: ParallelConfig) -> list[Counts]:
+def rank_counts(model: ModelConfig, parallel: ResolvedParallelConfig) -> list[Counts]:
     """Count what one rank of each pipeline stage holds (all its virtual chunks; ranks of a stage hold equally many).
 
     Args:

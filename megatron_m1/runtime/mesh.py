@@ -10,7 +10,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import distributed as dist
 
-from megatron_m1.config import ParallelConfig
+from megatron_m1.config.resolved import ResolvedParallelConfig
 from megatron_m1.runtime import cpu
 from megatron_m1.runtime.watchdog import process_group_timeout
 
@@ -25,16 +25,13 @@ class Mesh:
     groups: ProcessGroupCollection
     data_parallel_rank: int
     data_parallel_size: int
-    is_last_stage: bool
-    """Holds the head (of its last virtual chunk)."""
     counts_loss: bool
     """The one tensor-parallel rank of each last stage that reports the loss."""
 
 
-def _initialise_torch(parallel: ParallelConfig) -> torch.device:
+def _initialise_torch(parallel: ResolvedParallelConfig) -> torch.device:
     on_gpu = torch.cuda.is_available()
     backend = parallel.distributed_backend
-    assert backend != "auto", "resolve.resolve chooses the backend"
     device = torch.device("cpu")
     if on_gpu:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -54,7 +51,7 @@ def _connect_context_ranks(device: torch.device) -> None:
         dist.all_reduce(torch.zeros(1, device=device), group=parallel_state.get_context_parallel_group())
 
 
-def initialise(parallel: ParallelConfig, *, seed: int) -> Mesh:
+def initialise(parallel: ResolvedParallelConfig, *, seed: int) -> Mesh:
     """Start torch.distributed (unless it is running) and megatron-core's process groups.
 
     Args:
@@ -71,7 +68,7 @@ def initialise(parallel: ParallelConfig, *, seed: int) -> Mesh:
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size or 1,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout.total_seconds() / 60,
         create_gloo_process_groups=True,
     )
@@ -87,7 +84,6 @@ def initialise(parallel: ParallelConfig, *, seed: int) -> Mesh:
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        is_last_stage=last,
         counts_loss=last and parallel_state.get_tensor_model_parallel_rank() == 0,
     )
 

@@ -7,7 +7,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_m1.config.tree import ModelConfig, ParallelConfig
+from megatron_m1.config.resolved import ResolvedParallelConfig
+from megatron_m1.config.tree import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Parameter:
         """Numbers that one token passes through."""
         return self.used * math.prod(self.shape)
 
-    def held(self, parallel: ParallelConfig) -> int:
+    def held(self, parallel: ResolvedParallelConfig) -> int:
         """Numbers that one rank has."""
         ranks = {
             "none": 1,
             "tensor": parallel.tensor_model_parallel_size,
-            "expert": parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1),
+            "expert": parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size,
         }
         return self.total // ranks[self.split]
 
@@ -69,7 +70,7 @@ class LayerShape(ABC):
             ValueError: one line that names the value and the fix.
         """
 
-    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:  # noqa: B027
+    def check_split(self, model: ModelConfig, parallel: ResolvedParallelConfig) -> None:  # noqa: B027
         """Check that the mesh can cut this kind. Heads and groups are checked for every model.
 
         Raises:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_m1.config.tree import ModelConfig, ParallelConfig
+from megatron_m1.config.resolved import ResolvedParallelConfig
+from megatron_m1.config.tree import ModelConfig
 from megatron_m1.shapes.kind import FfnShape, Parameter, check_divides
 
 
@@ -39,7 +40,7 @@ class MixtureOfExperts(FfnShape):
                 f"{model.num_moe_experts}: lower it"
             )
 
-    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+    def check_split(self, model: ModelConfig, parallel: ResolvedParallelConfig) -> None:
         """Expert ranks divide the experts, and those of expert tensor parallelism an expert's matrices.
 
         Raises:
@@ -55,5 +56,5 @@ class MixtureOfExperts(FfnShape):
             "model.moe_ffn_hidden_size",
             model.moe_ffn_hidden_size,
             "expert_tensor_parallel_size",
-            parallel.expert_tensor_parallel_size or 1,
+            parallel.expert_tensor_parallel_size,
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megatron_m1.config.tree import ModelConfig, ParallelConfig
+from megatron_m1.config.resolved import ResolvedParallelConfig
+from megatron_m1.config.tree import ModelConfig
 from megatron_m1.shapes.kind import FfnShape, LayerShape, MixerShape
 from megatron_m1.shapes.lightning import Lightning
 from megatron_m1.shapes.moe import MixtureOfExperts
@@ -88,7 +89,7 @@ def check_layers(model: ModelConfig) -> None:
         kind.check(model)
 
 
-def check_layers_split(model: ModelConfig, parallel: ParallelConfig) -> None:
+def check_layers_split(model: ModelConfig, parallel: ResolvedParallelConfig) -> None:
     """Check that the mesh can cut every kind; raises ``ValueError`` of one line."""
     for kind in _kinds(model):
         kind.check_split(model, parallel)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import distributed as dist
 
-from megatron_m1.config import Config
+from megatron_m1.config import ResolvedConfig
 from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
 from megatron_m1.data.packed.loader import PackedLoader
 from megatron_m1.data.tokenizers import load_tokenizer
@@ -26,19 +26,16 @@ class Feed:
     """All held-out packs, on every rank."""
 
 
-def open_feed(config: Config, mesh: Mesh, train_samples: int) -> Feed:
+def open_feed(config: ResolvedConfig, mesh: Mesh) -> Feed:
     """Build the datasets (collective: rank 0 builds the indices).
 
     Args:
-        config: resolved.
+        config: its ``data.train_samples`` are the packs of one pass, kept for the life of a run since their order
+            depends on it. What goes past them is a further pass in another order.
         mesh: gives the data-parallel rank.
-        train_samples: packs of one pass, kept for the life of a run since their order depends on it. What goes past
-        them
-            is a further pass in another order.
     """
     data, seed = config.data, config.train.seed
     tokenizer = load_tokenizer(data.tokenizer)
-    assert data.cache_folder is not None
 
     def packs(blend: list[str], count: int, pass_seed: int) -> PackedDataset:
         return build_packed_dataset(
@@ -47,7 +44,7 @@ def open_feed(config: Config, mesh: Mesh, train_samples: int) -> Feed:
             num_samples=count,
             seed=pass_seed,
             tokenizer=tokenizer,
-            cache_folder=str(data.cache_folder),
+            cache_folder=data.cache_folder,
             reset_at_documents=data.reset_at_documents,
         )
 
@@ -55,9 +52,9 @@ def open_feed(config: Config, mesh: Mesh, train_samples: int) -> Feed:
         PackedLoader, data_parallel_rank=mesh.data_parallel_rank, data_parallel_size=mesh.data_parallel_size
     )
     training = loader(
-        packs(data.train, train_samples, seed),
+        packs(data.train, data.train_samples, seed),
         global_batch_size=config.train.global_batch_size,
-        next_pass=lambda index: packs(data.train, train_samples, seed + index),
+        next_pass=lambda index: packs(data.train, data.train_samples, seed + index),
     )
     if not data.validation or not config.train.eval_samples:
         return Feed(training, None, None)
@@ -65,7 +62,7 @@ def open_feed(config: Config, mesh: Mesh, train_samples: int) -> Feed:
     return Feed(training, loader(held_out, global_batch_size=len(held_out)), held_out)
 
 
-def global_flops(config: Config, mesh: Mesh, samples: list[PackedSample]) -> float:
+def global_flops(config: ResolvedConfig, mesh: Mesh, samples: list[PackedSample]) -> float:
     """Useful FLOPs of forward and backward over the global batch of which ``samples`` is this rank's share."""
     local = sum(training_flops(config.model, sample.cu_seqlens.diff().tolist()) for sample in samples)
     total = torch.tensor(float(local), dtype=torch.float64, device=mesh.device)

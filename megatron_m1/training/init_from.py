@@ -9,7 +9,7 @@ from torch import distributed as dist
 from megatron_m1.checkpoint.contents import check_shape
 from megatron_m1.checkpoint.folder import COMMIT_MARK, CONFIG, read_state
 from megatron_m1.checkpoint.store import load_model
-from megatron_m1.config import Config
+from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import load_config
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.convert.hub_folder import open_hub_folder
@@ -17,21 +17,22 @@ from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
 from megatron_m1.convert.sources import find_checkpoint
 from megatron_m1.convert.work import Ranks, stamps
 from megatron_m1.printing import shown
-from megatron_m1.training.step import Trainer
+from megatron_m1.training.trained_model import TrainedModel
 
 IMPORTED = "initial"
 """Folder of the run in which such a one lies as a checkpoint."""
 
 
-def load_initial(trainer: Trainer, config: Config) -> Path:
-    """Overwrite the parameters with those of ``run.init_from``. Collective.
+def load_initial(trained: TrainedModel, config: ResolvedConfig, init_from: str) -> Path:
+    """Overwrite the parameters with those of ``init_from``, the run's. Collective.
 
     A Hugging Face folder is first written as a checkpoint, ``<run.folder>/initial``, by all ranks together. For a model
     that takes longer than ``parallel.distributed_timeout_seconds``, run ``megatron-m1 convert from-hf`` before.
 
     Args:
-        trainer: new, on any mesh.
+        trained: new, on any mesh.
         config: the run's.
+        init_from: ``config.run.init_from``, which is given.
 
     Returns:
         The checkpoint that was read.
@@ -40,18 +41,19 @@ def load_initial(trainer: Trainer, config: Config) -> Path:
         ConversionError: the checkpoint can't be written.
         ValueError: it is damaged or of another shape.
     """
-    init_from = config.run.init_from
-    assert init_from is not None
-    checkpoint = _imported(config) if init_from.startswith(HUGGING_FACE) else find_checkpoint(Path(init_from))
+    checkpoint = (
+        _imported(config, init_from.removeprefix(HUGGING_FACE))
+        if init_from.startswith(HUGGING_FACE)
+        else find_checkpoint(Path(init_from))
+    )
     saved = load_config(checkpoint / CONFIG).model
     check_shape(config.model, saved, checkpoint, fix="give the model that shape, or start from others")
-    load_model(trainer, checkpoint)
+    load_model(trained, checkpoint)
     return checkpoint
 
 
-def _imported(config: Config) -> Path:
-    assert config.run.init_from is not None
-    source = Path(config.run.init_from.removeprefix(HUGGING_FACE))
+def _imported(config: ResolvedConfig, hub_folder: str) -> Path:
+    source = Path(hub_folder)
     out = Path(config.run.folder) / IMPORTED
     ranks = Ranks(dist.get_rank(), dist.get_world_size())
     # One rank looks, so that none sees what another has only just written.

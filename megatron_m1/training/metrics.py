@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,28 +17,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_m1.files import write_atomically
+from megatron_m1.training.figures import Figure, Record, alarms, shown
 from megatron_m1.training.record_file import RecordFile
 
 if TYPE_CHECKING:
     from megatron_m1.training.event_file import EventFile
 
-Record = Mapping[str, float | int | None]
 
-CONSOLE_FORMATS = {
-    "tokens": "tokens {}",
-    "loss": "loss {:.4f}",
-    "aux_loss": "aux {:.4f}",
-    "grad_norm": "grad norm {:.3f}",
-    "lr": "lr {:.2e}",
-    "tokens_per_second": "{} tokens/s",
-    "model_tflops_per_device": "{:.3g} TFLOP/s per device",
-    "expert_load_max_over_mean": "load {:.2f}",
-    "skipped_steps": "skipped {}",
-    "validation_loss": "validation loss {:.4f}",
-}
-"""What a console line shows of a record, in this order."""
-COUNTS = ("tokens", "tokens_per_second")
-"""Shown as 1.2K, 3.4M and so on."""
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is, above the console's live status line if there is one."""
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def require_wandb(project: str) -> None:
@@ -91,6 +79,7 @@ class MetricsLog:
         self._total_steps = total_steps
         self._start_step = start_step
         self._started = time.monotonic()
+        self._drawn: set[Figure] = set()
         self._open = ExitStack()
         self._console = Console() if console is None else console
         path = folder / "metrics.jsonl"
@@ -115,48 +104,45 @@ class MetricsLog:
     ) -> None:
         self._open.close()
 
-    def log_step(self, record: Record) -> None:
-        """Write a training step's record: ``step`` and any numbers.
+    def log_step(self, step: int, record: Record) -> None:
+        """Write a training step's figures.
 
         In metrics.jsonl a number that is not finite becomes null, because JSON has no NaN. The console shows every
-        ``log_interval``-th step, the last one, and each one that is not finite.
+        ``log_interval``-th step, the last one, and each with a figure that alarms.
         """
-        step = self._write(record)
-        loss = record.get("loss")
-        broken = loss is not None and not math.isfinite(loss)
-        if step % self._log_interval == 0 or step == self._total_steps or broken:
-            self.note(self._line(record) + self._remaining(step))
+        self._write(step, record)
+        if step % self._log_interval == 0 or step == self._total_steps or alarms(record):
+            self.note(self._line(step, record) + self._remaining(step))
         if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=step, shown=_shown(record))
+            self._live.update(self._live.task_ids[0], completed=step, shown=shown(record))
             self._live.refresh()
 
-    def log_validation(self, step: int, validation_loss: float) -> None:
-        """Write the held-out loss (nat per token) after ``step``."""
-        record = {"step": step, "validation_loss": validation_loss}
-        self._write(record)
-        self.note(self._line(record))
+    def log_validation(self, step: int, record: Record) -> None:
+        """Write what was measured on held-out packs after ``step``."""
+        self._write(step, record)
+        self.note(self._line(step, record))
 
     def note(self, line: str) -> None:
         """Print a line of text on the console, above the live status line if there is one."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(self._console, line)
 
-    def _write(self, record: Record) -> int:
-        step = record["step"]
-        assert isinstance(step, int)
-        finite = {name: value if value is None or math.isfinite(value) else None for name, value in record.items()}
-        self._file.write((json.dumps(finite) + "\n").encode())
-        scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
+    def _write(self, step: int, record: Record) -> None:
+        values = {figure.name: value for figure, value in record.items()}
+        finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
+        self._file.write((json.dumps({"step": step, **finite}) + "\n").encode())
+        scalars = {name: value for name, value in values.items() if value is not None}
         if self._tensorboard is not None:
             self._tensorboard.add(step, scalars)
         if self._wandb is not None:
+            for figure in record.keys() - self._drawn:
+                self._wandb.define_metric(figure.name, step_metric=figure.axis)
+            self._drawn |= record.keys()
             # Not wandb's own step: that cannot go back when a run resumes from before its last record.
             self._wandb.log({"step": step, **scalars})
-        return step
 
-    def _line(self, record: Record) -> str:
-        step = int(record["step"] or 0)
+    def _line(self, step: int, record: Record) -> str:
         width = len(str(self._total_steps))
-        return f"step {step:>{width}}/{self._total_steps} | {_shown(record)}"
+        return f"step {step:>{width}}/{self._total_steps} | {shown(record)}"
 
     def _remaining(self, step: int) -> str:
         done, left = step - self._start_step, self._total_steps - step
@@ -188,23 +174,6 @@ def _is_whole(line: bytes, last_step: int) -> bool:
         return False
     step = record.get("step") if isinstance(record, dict) else None
     return line.endswith(b"\n") and isinstance(step, int) and step <= last_step
-
-
-def _shown(record: Record) -> str:
-    parts = []
-    for name, form in CONSOLE_FORMATS.items():
-        value = record.get(name)
-        if value is None or (name == "skipped_steps" and value == 0):
-            continue
-        parts.append(form.format(_count(value) if name in COUNTS else value))
-    return " | ".join(parts)
-
-
-def _count(value: float) -> str:
-    for factor, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= factor:
-            return f"{value / factor:.2f}{unit}"
-    return f"{value:.0f}"
 
 
 def _duration(seconds: float) -> str:
@@ -242,5 +211,4 @@ def _wandb_run(folder: Path, project: str) -> Any:
     known = id_path.read_text().strip() if id_path.exists() else None
     run = wandb.init(project=project, dir=str(folder), id=known, resume="allow")
     write_atomically(id_path, run.id.encode())
-    run.define_metric("*", step_metric="step")
     return run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class MicroBatch:
     """bool [1, n], true for the tokens that pad the pack, or None if none does. No router counts them."""
     params: PackedBatchParams
     """Carries the layout."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """[1, n, ...] by name: the pack's further tensors."""
 
 
 def make_micro_batch(
@@ -43,7 +45,8 @@ def make_micro_batch(
         cost: what the layout balances.
 
     Raises:
-        ValueError: the pack is longer than configured, or its bounds are no bounds of it.
+        ValueError: the pack is longer than configured, or its bounds are no bounds of it, or a further
+            tensor has not a row for every token.
     """
     length = len(sample.tokens)
     if length > seq_length:
@@ -62,12 +65,17 @@ def make_micro_batch(
     ).to(mesh.device)
 
     def local(x: Tensor) -> Tensor:
-        # [pack_tokens] -> [1, n]: megatron-core's models take a batch dimension
+        # [pack_tokens, ...] -> [1, n, ...]: megatron-core's models take a batch dimension
         return layout.take_local(x).to(mesh.device, non_blocking=True)[None]
 
     padding = None
     if pack_tokens > length:
         padding = local(torch.arange(pack_tokens) >= length)
     return MicroBatch(
-        local(padded.tokens), local(padded.labels), local(padded.loss_mask), padding, PackedBatchParams.of(layout)
+        local(padded.tokens),
+        local(padded.labels),
+        local(padded.loss_mask),
+        padding,
+        PackedBatchParams.of(layout),
+        {name: local(rows) for name, rows in padded.extra.items()},
     )

@@ -17,12 +17,12 @@ from megatron.core.optimizer import (
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from megatron_m1.config import Config
+from megatron_m1.config import ResolvedConfig
 from megatron_m1.layers.registry import sub_layers
 from megatron_m1.training.adam import use_fused_adam
 
 
-def wrap_chunks(chunks: list[GPTModel], config: Config) -> list[DistributedDataParallel]:
+def wrap_chunks(chunks: list[GPTModel], config: ResolvedConfig) -> list[DistributedDataParallel]:
     """Give every chunk megatron-core's DDP: contiguous fp32 gradient buffers, reduced and sharded over data parallel
     ranks.
 
@@ -43,7 +43,9 @@ def wrap_chunks(chunks: list[GPTModel], config: Config) -> list[DistributedDataP
     return [DistributedDataParallel(chunk.config, ddp_config, chunk) for chunk in chunks]
 
 
-def build_optimizer(chunks: list[DistributedDataParallel], config: Config, dtype: torch.dtype) -> ChainedOptimizer:
+def build_optimizer(
+    chunks: list[DistributedDataParallel], config: ResolvedConfig, dtype: torch.dtype
+) -> ChainedOptimizer:
     """AdamW with ZeRO-1 sharding over data parallel ranks; weight decay on matrices only.
 
     In a bf16 model the fp32 parameters (router, head) get a parameter group of their own: the distributed optimizer

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_m1.checkpoint.contents import check_shape, complete_checkpoints
-from megatron_m1.config import Config
+from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import load_config
 from megatron_m1.cores import usable_cores
 from megatron_m1.data.corpora.ids import check_token_ids, unread_bytes
@@ -43,7 +43,7 @@ class DataSummary:
     """Lines that the user should read."""
 
 
-def check_data(config: Config, *, only_plan: bool = False) -> DataSummary:
+def check_data(config: ResolvedConfig, *, only_plan: bool = False) -> DataSummary:
     """Check the tokenizer and every corpus of both blends against each other and against the model's embedding.
 
     Args:
@@ -94,9 +94,8 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _check_ids(config: Config, blend: Sequence[str], vocab_size: int, *, only_plan: bool) -> list[str]:
+def _check_ids(config: ResolvedConfig, blend: Sequence[str], vocab_size: int, *, only_plan: bool) -> list[str]:
     """Check that the embedding has a row for every id; return what a plan leaves to the run."""
-    assert config.data.cache_folder is not None
     cache, notes = Path(config.data.cache_folder), []
     unread = {prefix: unread_bytes([prefix], cache) for prefix in parse_blend(blend)[0]}
     if only_plan and sum(unread.values()) > PLAN_READS_BYTES:
@@ -138,7 +137,7 @@ def _refuse_shared(train: Sequence[str], validation: Sequence[str]) -> None:
         )
 
 
-def check_folders(config: Config) -> None:
+def check_folders(config: ResolvedConfig) -> None:
     """Check that the run's folder and the index cache can be made and written; nothing is left behind.
 
     Raises:
@@ -148,8 +147,7 @@ def check_folders(config: Config) -> None:
     run = config.run
     _check_writable("run.folder", Path(run.folder))
     check_run_folder(config)
-    if config.data.cache_folder is not None:
-        _check_writable("data.cache_folder", Path(config.data.cache_folder))
+    _check_writable("data.cache_folder", Path(config.data.cache_folder))
     if config.data.embedded_corpus is not None and find_embedded_corpus(config) is None:
         _check_writable("data.embedded_corpus", Path(config.data.embedded_corpus))
     if not run.resume and any(Path(run.folder).glob("checkpoints/step_*")):
@@ -165,7 +163,7 @@ def check_folders(config: Config) -> None:
         check_shape(config.model, saved, newest)
 
 
-def newest_checkpoint(config: Config) -> Path | None:
+def newest_checkpoint(config: ResolvedConfig) -> Path | None:
     """Return the newest complete checkpoint of the run folder, from which the run goes on, if there is one."""
     return next(reversed(complete_checkpoints(Path(config.run.folder))), None)
 
@@ -184,7 +182,7 @@ def _check_writable(name: str, folder: Path) -> None:
         raise ValueError(f"{name} = {folder} can't be written: {existing}: {reason}; choose another folder") from error
 
 
-def find_embedded_corpus(config: Config) -> Config | None:
+def find_embedded_corpus(config: ResolvedConfig) -> ResolvedConfig | None:
     """Return the configuration that reads ``data.embedded_corpus``, or None when that one has to be built first.
 
     Raises:
@@ -196,7 +194,7 @@ def find_embedded_corpus(config: Config) -> Config | None:
     return None if corpus is None else _read_from(config, corpus)
 
 
-def build_embedded_corpus(config: Config, *, note: Callable[[str], None]) -> Config:
+def build_embedded_corpus(config: ResolvedConfig, *, note: Callable[[str], None]) -> ResolvedConfig:
     """Build the embedded corpus if ``data.embedded_corpus`` asks for one, and return the configuration that reads it.
 
     Every process may call this: one builds, the others wait for it, and a finished corpus is only checked.
@@ -218,7 +216,7 @@ def build_embedded_corpus(config: Config, *, note: Callable[[str], None]) -> Con
     return _read_from(config, corpus)
 
 
-def _read_from(config: Config, corpus: PreparedCorpus) -> Config:
+def _read_from(config: ResolvedConfig, corpus: PreparedCorpus) -> ResolvedConfig:
     data = dataclasses.replace(
         config.data,
         train=config.data.train or corpus.train,

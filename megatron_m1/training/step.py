@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.utils import get_attr_wrapped_model
@@ -20,63 +19,44 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_m1.data.packed import PackedSample
-from megatron_m1.parallel.segments import ModelCost
+from megatron_m1.layers.head import token_losses
 from megatron_m1.runtime.mesh import Mesh
+from megatron_m1.training.figures import Figure
 from megatron_m1.training.microbatch import MicroBatch, make_micro_batch
+from megatron_m1.training.objective import Objective
 from megatron_m1.training.optimizer import step_if_finite
+from megatron_m1.training.trained_model import TrainedModel
 
 type Chunk = DistributedDataParallel | GPTModel
+
+
+LOSS = Figure("loss", "loss {:.4f}", alarms=True)
+"""The objective over the global batch; of next tokens the mean over predicted ones, nats."""
+AUX_LOSS = Figure("aux_loss", "aux {:.4f}")
+"""Load-balancing loss, unweighted, mean over layers and packs (1 at balance); 0 for a validation."""
+GRAD_NORM = Figure("grad_norm", "grad norm {:.3f}")
+"""Before clipping; 0 for a validation."""
+EXPERT_LOAD = Figure("expert_load_max_over_mean", "load {:.2f}")
+"""Most loaded expert over the mean, averaged over layers; 0 for a validation."""
 
 
 @dataclass(frozen=True)
 class StepResult:
     """What a step reports, the same on every rank."""
 
-    loss: float
-    """Mean over the global batch's predicted tokens, nats."""
-    aux_loss: float
-    """Load-balancing loss, unweighted, mean over layers and packs (1 at balance)."""
-    grad_norm: float
-    """Before clipping; 0 for a validation."""
     updated: bool
     """False when the loss or the gradient norm is not finite: nothing was changed."""
-    loss_tokens: int
-    """Predicted tokens in the global batch."""
-    expert_load: float
-    """Most loaded expert over the mean, averaged over layers."""
+    weight: float
+    """What the sum over the global batch was divided by; of next tokens the number of predicted ones."""
+    figures: dict[Figure, float]
+    """LOSS, what the objective adds, AUX_LOSS, GRAD_NORM."""
+    routing: dict[Figure, float]
+    """How the tokens were dealt to the experts: EXPERT_LOAD."""
 
-
-@dataclass
-class Trainer:
-    """The pieces that a step needs, built once by the loop."""
-
-    mesh: Mesh
-    chunks: list[DistributedDataParallel]
-    optimizer: ChainedOptimizer
-    seq_length: int
-    """Tokens of a pack, at most."""
-    pack_tokens: int
-    """Tokens of a pack once its end is padded."""
-    cost: ModelCost | None = None
-    """What layouts balance over context-parallel ranks; None leaves them in zigzag order."""
-    heartbeat: Callable[[], None] = lambda: None
-    """Called before every micro-batch's forward pass."""
-
-    def connect(self) -> None:
-        """Give megatron-core's schedules the functions that they call on the wrapped chunks."""
-        overlap = self.chunks[0].ddp_config
-        many = len(self.chunks) > 1
-        for chunk in self.chunks:
-            config = chunk.config
-            config.finalize_model_grads_func = finalize_model_grads
-            if overlap.overlap_grad_reduce:
-                no_sync = [c.no_sync for c in self.chunks]
-                config.no_sync_func = no_sync if many else no_sync[0]
-                if many:
-                    config.grad_sync_func = [c.start_grad_sync for c in self.chunks]
-            if overlap.overlap_param_gather:
-                gather = [c.start_param_sync for c in self.chunks]
-                config.param_sync_func = gather if many else None
+    @property
+    def loss(self) -> float:
+        """LOSS among the figures."""
+        return self.figures[LOSS]
 
 
 def _padding_mask(batch: MicroBatch, model: Chunk, mesh: Mesh) -> Tensor | None:
@@ -89,71 +69,67 @@ def _padding_mask(batch: MicroBatch, model: Chunk, mesh: Mesh) -> Tensor | None:
 
 
 def _forward_step(
-    batches: Iterator[MicroBatch], model: Chunk, *, trainer: Trainer
-) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-    trainer.heartbeat()
+    batches: Iterator[MicroBatch], model: Chunk, *, trained: TrainedModel
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    trained.heartbeat()
     batch = next(batches)
-    output = model(
-        batch.tokens,
-        None,
-        None,
-        labels=batch.labels,
-        packed_seq_params=batch.params,
-        padding_mask=_padding_mask(batch, model, trainer.mesh),
-    )
-
-    def loss_sum(per_token: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        total = (per_token.float() * batch.loss_mask).sum()
-        count = batch.loss_mask.sum().to(torch.int)
-        # The schedule divides what it is given in place: report a copy.
-        return total, count, {"loss_sum": total.detach().clone(), "loss_tokens": count}
-
-    return output, loss_sum
+    mask = _padding_mask(batch, model, trained.mesh)
+    output = token_losses(model, batch.tokens, batch.labels, batch.params, padding_mask=mask)
+    return output, partial(_add_up, batch=batch, objective=trained.objective)
 
 
-def shared_micro_batches(trainer: Trainer, samples: list[PackedSample]) -> tuple[Iterator[MicroBatch], ...]:
+def _add_up(losses: Tensor, *, batch: MicroBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """What the schedule asks of the last stage: the sum, a count of tokens, and what to hand through."""
+    total, figures = objective.total(losses, batch)
+    report = torch.stack([value.detach().double() for value in (total, *(figures[f] for f in objective.figures))])
+    # The schedule's count is a whole number; the step divides by the objective's weight instead.
+    return total, total.new_zeros((), dtype=torch.int), report
+
+
+def shared_micro_batches(trained: TrainedModel, samples: list[PackedSample]) -> tuple[Iterator[MicroBatch], ...]:
     """Return an iterator for each virtual chunk; a micro-batch is laid out once, when the first chunk asks for it."""
     lay_out = partial(
         make_micro_batch,
-        mesh=trainer.mesh,
-        seq_length=trainer.seq_length,
-        pack_tokens=trainer.pack_tokens,
-        cost=trainer.cost,
+        mesh=trained.mesh,
+        seq_length=trained.seq_length,
+        pack_tokens=trained.pack_tokens,
+        cost=trained.cost,
     )
-    return itertools.tee(map(lay_out, samples), len(trainer.chunks))
+    return itertools.tee(map(lay_out, samples), len(trained.chunks))
 
 
-def _run_schedule(trainer: Trainer, samples: list[PackedSample], *, forward_only: bool) -> list[dict[str, Tensor]]:
+def _run_schedule(trained: TrainedModel, samples: list[PackedSample], *, forward_only: bool) -> list[Tensor]:
     run = get_forward_backward_func()
-    iterators = shared_micro_batches(trainer, samples)
+    iterators = shared_micro_batches(trained, samples)
     return run(
-        forward_step_func=partial(_forward_step, trainer=trainer),
+        forward_step_func=partial(_forward_step, trained=trained),
         data_iterator=list(iterators) if len(iterators) > 1 else iterators[0],
-        model=trainer.chunks if len(trainer.chunks) > 1 else trainer.chunks[0],
+        model=trained.chunks if len(trained.chunks) > 1 else trained.chunks[0],
         num_microbatches=len(samples),
-        seq_length=trainer.pack_tokens,
+        seq_length=trained.pack_tokens,
         micro_batch_size=1,
         forward_only=forward_only,
     )
 
 
-def _routers(trainer: Trainer) -> Iterator[tuple[int, Any]]:
-    for chunk in trainer.chunks:
+def _routers(trained: TrainedModel) -> Iterator[tuple[int, Any]]:
+    for chunk in trained.chunks:
         for layer in get_attr_wrapped_model(chunk, "decoder").layers:
             yield layer.layer_number - 1, layer.mlp.router
 
 
-def _reduce_report(trainer: Trainer, reports: list[dict[str, Tensor]], packs: int) -> tuple[float, int, float, float]:
-    """Loss sum, loss tokens, aux loss and expert load of the global batch, with one all-reduce over the world."""
-    config = trainer.chunks[0].config
+def _reduce_report(
+    trained: TrainedModel, reports: list[Tensor], packs: int
+) -> tuple[dict[Figure, float], float, float]:
+    """LOSS and the objective's figures as sums, aux loss and expert load of the global batch: one all-reduce."""
+    config, sums = trained.chunks[0].config, (LOSS, *trained.objective.figures)
     layers, experts = config.num_layers, config.num_moe_experts
-    record = torch.zeros(2 + layers * (experts + 1), dtype=torch.float64, device=trainer.mesh.device)
-    if trainer.mesh.counts_loss:
+    record = torch.zeros(len(sums) + layers * (experts + 1), dtype=torch.float64, device=trained.mesh.device)
+    if trained.mesh.counts_loss:
         for report in reports:
-            record[0] += report["loss_sum"]
-            record[1] += report["loss_tokens"]
-    per_layer = record[2:].view(layers, experts + 1)
-    for index, router in _routers(trainer):
+            record[: len(sums)] += report
+    per_layer = record[len(sums) :].view(layers, experts + 1)
+    for index, router in _routers(trained):
         counts, aux_loss = router.take_counts()
         if counts is not None:
             per_layer[index, :experts] += counts
@@ -165,70 +141,90 @@ def _reduce_report(trainer: Trainer, reports: list[dict[str, Tensor]], packs: in
     mean = loads.mean(dim=1)
     load = float((loads.amax(dim=1) / mean).mean()) if bool((mean > 0).all()) else 0.0
     aux = float(per_layer[:, experts].sum()) / (layers * packs)
-    return float(record[0]), int(record[1]), aux, load
+    return dict(zip(sums, record[: len(sums)].tolist(), strict=True)), aux, load
 
 
-def _count_loss_tokens(trainer: Trainer, samples: list[PackedSample]) -> float:
-    count = torch.stack([s.loss_mask.sum() for s in samples]).sum().to(trainer.mesh.device)
-    dist.all_reduce(count, group=trainer.mesh.groups.dp)
-    return float(count)
+def _batch_weight(trained: TrainedModel, samples: list[PackedSample]) -> float:
+    """What the objective divides the global batch by."""
+    weight = torch.stack([trained.objective.weight(sample).double() for sample in samples]).sum()
+    weight = weight.to(trained.mesh.device)
+    dist.all_reduce(weight, group=trained.mesh.groups.dp)
+    if weight < 0:
+        raise ValueError(f"the objective gives a batch the weight {float(weight)}: let every pack's be 0 or more")
+    return float(weight)
 
 
-def _scale_aux_loss(trainer: Trainer, samples: list[PackedSample]) -> None:
+def _divisor(weight: float) -> float:
+    # A batch without any weight has no loss either.
+    return weight or 1.0
+
+
+def _scale_aux_loss(trained: TrainedModel, packs: int, weight: float) -> None:
     """Correct the aux loss for masked targets.
 
-    megatron-core multiplies it by the routed tokens and later divides all gradients by the predicted tokens, which are
-    fewer where documents end.
+    megatron-core multiplies it by the routed tokens, and later all gradients are divided by the batch's weight, which
+    is less where documents end, and anything where the objective weighs tokens.
     """
-    routed = len(samples) * trainer.mesh.data_parallel_size * trainer.pack_tokens
     # One element, not a scalar: the library keeps it between calls and copies into what it has kept.
-    share = torch.tensor([_count_loss_tokens(trainer, samples) / routed], device=trainer.mesh.device)
-    for chunk in trainer.chunks:
+    share = torch.tensor([weight / (packs * trained.pack_tokens)], device=trained.mesh.device)
+    for chunk in trained.chunks:
         chunk.config.moe_grad_scale_func = lambda: share
 
 
-def compute_gradients(trainer: Trainer, samples: list[PackedSample]) -> list[dict[str, Tensor]]:
-    """Forward and backward over this rank's micro-batches; gradients end up in the DDP buffers, per predicted token.
+def _packs(trained: TrainedModel, samples: list[PackedSample]) -> int:
+    """Packs of the global batch of which ``samples`` are this rank's."""
+    return len(samples) * trained.mesh.data_parallel_size
+
+
+def compute_gradients(trained: TrainedModel, samples: list[PackedSample]) -> tuple[list[Tensor], float]:
+    """Forward and backward over this rank's micro-batches; gradients of the batch's loss end up in the DDP buffers.
 
     Args:
-        trainer: from the loop.
+        trained: what is trained.
         samples: this rank's packs, as many on every rank.
 
     Returns:
-        One record of loss sum and token count per pack, on last pipeline stages.
+        One tensor of sums per pack, on last pipeline stages, and the weight of the global batch.
     """
-    for chunk in trainer.chunks:
+    for chunk in trained.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    trainer.optimizer.zero_grad()
-    _scale_aux_loss(trainer, samples)
-    return _run_schedule(trainer, samples, forward_only=False)
+    trained.optimizer.zero_grad()
+    weight = _batch_weight(trained, samples)
+    _scale_aux_loss(trained, _packs(trained, samples), weight)
+    reports = _run_schedule(trained, samples, forward_only=False)
+    share = 1.0 / torch.tensor(_divisor(weight), dtype=torch.float32, device=trained.mesh.device)
+    for chunk in trained.chunks:
+        chunk.scale_gradients(share)
+    return reports, weight
 
 
-def train_step(trainer: Trainer, samples: list[PackedSample], lr: float) -> StepResult:
+def train_step(trained: TrainedModel, samples: list[PackedSample], lr: float) -> StepResult:
     """One optimizer step on a global batch.
 
     Args:
-        trainer: from the loop.
+        trained: what is trained.
         samples: this rank's packs of the batch.
         lr: learning rate.
 
     Returns:
         The batch's figures; ``updated`` is False, and no parameter changed, when loss or gradient are not finite.
     """
-    reports = compute_gradients(trainer, samples)
-    packs = len(samples) * trainer.mesh.data_parallel_size
-    loss_sum, loss_tokens, aux_loss, load = _reduce_report(trainer, reports, packs)
-    loss = loss_sum / max(loss_tokens, 1)
-    updated, norm = step_if_finite(trainer.optimizer, lr) if math.isfinite(loss) else (False, math.nan)
-    return StepResult(loss, aux_loss, norm, updated, loss_tokens, load)
+    reports, weight = compute_gradients(trained, samples)
+    sums, aux_loss, load = _reduce_report(trained, reports, _packs(trained, samples))
+    means = {figure: value / _divisor(weight) for figure, value in sums.items()}
+    is_finite = math.isfinite(means[LOSS])
+    updated, norm = step_if_finite(trained.optimizer, lr) if is_finite else (False, math.nan)
+    return StepResult(updated, weight, means | {AUX_LOSS: aux_loss, GRAD_NORM: norm}, {EXPERT_LOAD: load})
 
 
 @torch.no_grad()
-def evaluate(trainer: Trainer, samples: list[PackedSample]) -> StepResult:
+def evaluate(trained: TrainedModel, samples: list[PackedSample]) -> StepResult:
     """Loss of a batch without gradients or update."""
-    for chunk in trainer.chunks:
+    for chunk in trained.chunks:
         chunk.eval()
-    reports = _run_schedule(trainer, samples, forward_only=True)
-    loss_sum, loss_tokens, _, _ = _reduce_report(trainer, reports, len(samples) * trainer.mesh.data_parallel_size)
-    return StepResult(loss_sum / max(loss_tokens, 1), 0.0, 0.0, False, loss_tokens, 0.0)
+    weight = _batch_weight(trained, samples)
+    reports = _run_schedule(trained, samples, forward_only=True)
+    sums, _, _ = _reduce_report(trained, reports, _packs(trained, samples))
+    means = {figure: value / _divisor(weight) for figure, value in sums.items()}
+    return StepResult(False, weight, means | {AUX_LOSS: 0.0, GRAD_NORM: 0.0}, {EXPERT_LOAD: 0.0})

@@ -25,8 +25,8 @@ class StepsGuard:
         self.total = 0
         self.in_row = 0
 
-    def accepts(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Say whether the optimizer may apply ``step``; count it as skipped if not.
+    def record(self, step: int, loss: float, grad_norm: float) -> None:
+        """Count ``step`` as skipped if its figures are not finite, which is when ``train_step`` has not applied it.
 
         Args:
             step: number of the step, for the message.
@@ -38,7 +38,7 @@ class StepsGuard:
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_row = 0
-            return True
+            return
         self.total += 1
         self.in_row += 1
         if self.in_row >= self.max_in_row:
@@ -48,7 +48,6 @@ class StepsGuard:
                 f"(last: loss {loss}, gradient norm {grad_norm}); lower optimizer.lr, lengthen the warm-up, or restart "
                 f"from an earlier checkpoint"
             )
-        return False
 
     def state_dict(self) -> dict[str, int]:
         """Return both counts, for the checkpoint."""

@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import distributed as dist
 
-from megatron_m1.config import Config
+from megatron_m1.config import ResolvedConfig
 from megatron_m1.evaluation.ngrams import ngram_entropy
 from megatron_m1.training.feed import Feed
 
 
 def summarise(
-    config: Config, feed: Feed, progress: dict[str, int], validation_loss: float | None, interrupted: str | None
+    config: ResolvedConfig, feed: Feed, progress: dict[str, int], validation_loss: float | None, interrupted: str | None
 ) -> dict[str, Any]:
     """Collect the summary. Collective: rank 0 counts the n-grams for all.
 
@@ -43,7 +43,7 @@ def summarise(
     return summary
 
 
-def _baselines(config: Config, feed: Feed, validation_loss: float) -> dict[str, Any]:
+def _baselines(config: ResolvedConfig, feed: Feed, validation_loss: float) -> dict[str, Any]:
     assert feed.held_out is not None
     packs = [feed.held_out[index] for index in range(len(feed.held_out))]
     try:

@@ -1,69 +1,129 @@
-"""From a resolved configuration to a trainer: model chunks, initial weights, DDP, optimizer."""
+"""What trains: a global batch into the model, its figures into the record, the state into a checkpoint."""
 
 from __future__ import annotations
 
-import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.pipeline_parallel.utils import (
-    is_pp_first_stage,
-    is_pp_last_stage,
-    is_vp_first_stage,
-    is_vp_last_stage,
-)
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-from megatron_m1.config import Config
-from megatron_m1.config.resolve import padded_pack_tokens
-from megatron_m1.layers.engine import engine_config
-from megatron_m1.model.build import build_chunk
-from megatron_m1.model.initialise import initialise_weights
-from megatron_m1.plan.flops import layout_cost
-from megatron_m1.runtime.mesh import Mesh
-from megatron_m1.training.optimizer import build_optimizer, wrap_chunks
-from megatron_m1.training.step import Trainer
+from megatron_m1.checkpoint.folder import folder_name
+from megatron_m1.checkpoint.store import Checkpoints
+from megatron_m1.config import ResolvedConfig
+from megatron_m1.runtime.interrupt import any_rank
+from megatron_m1.training.feed import Feed, global_flops
+from megatron_m1.training.figures import Figure
+from megatron_m1.training.lr import learning_rate
+from megatron_m1.training.metrics import MetricsLog
+from megatron_m1.training.resume import Progress
+from megatron_m1.training.step import GRAD_NORM, StepResult, evaluate, train_step
+from megatron_m1.training.steps_guard import StepsGuard
+from megatron_m1.training.trained_model import TrainedModel
 
-
-def parameter_dtype(config: Config) -> torch.dtype:
-    """dtype of parameters and matrix products for ``train.precision`` (resolved: fp32 or bf16)."""
-    return torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-
-
-def build_chunks(config: Config, mesh: Mesh) -> list[GPTModel]:
-    """Build this rank's pipeline chunks with their initial weights."""
-    dtype = parameter_dtype(config)
-    virtual = config.parallel.virtual_pipeline_model_parallel_size
-    chunks = []
-    for stage in range(virtual or 1):
-        vp_stage = stage if virtual else None
-        chunk = build_chunk(
-            engine_config(config, dtype=dtype),
-            vocab_size=config.model.vocab_size,
-            max_sequence_length=config.data.seq_length,
-            implementation="transformer_engine" if config.model.transformer_impl == "transformer_engine" else "local",
-            pre_process=is_vp_first_stage(vp_stage, virtual) and is_pp_first_stage(mesh.groups.pp),
-            post_process=is_vp_last_stage(vp_stage, virtual) and is_pp_last_stage(mesh.groups.pp),
-            vp_stage=vp_stage,
-        )
-        initialise_weights(chunk, vocab_size=config.model.vocab_size, seed=config.train.seed)
-        chunks.append(chunk)
-    return chunks
+TOKENS = Figure("tokens", "tokens {}", is_count=True)
+"""Of the run so far."""
+LR = Figure("lr", "lr {:.2e}")
+TOKENS_PER_SECOND = Figure("tokens_per_second", "{} tokens/s", is_count=True)
+TFLOPS = Figure("model_tflops_per_device", "{:.3g} TFLOP/s per device")
+"""Useful ones, see ``plan.flops``."""
+SKIPPED_STEPS = Figure("skipped_steps", "skipped {}", hides_zero=True)
+"""Of the run so far."""
+VALIDATION_LOSS = Figure("validation_loss", "validation loss {:.4f}")
+"""Over the held-out packs."""
 
 
-def build_trainer(config: Config, mesh: Mesh) -> Trainer:
-    """Build everything that a training step needs.
+@dataclass
+class Trainer:
+    """One process's share of a run, between the start (or resume) and the end."""
 
-    Args:
-        config: after ``resolve.resolve``.
-        mesh: from ``mesh.initialise``.
-    """
-    chunks = wrap_chunks(build_chunks(config, mesh), config)
-    optimizer = build_optimizer(chunks, config, parameter_dtype(config))
-    trainer = Trainer(
-        mesh=mesh,
-        chunks=chunks,
-        optimizer=optimizer,
-        seq_length=config.data.seq_length,
-        pack_tokens=padded_pack_tokens(config),
-        cost=layout_cost(config.model),
-    )
-    trainer.connect()
-    return trainer
+    config: ResolvedConfig
+    """What the run uses, not what was asked for: its number of packs in a pass is that of ``progress``."""
+    trained: TrainedModel
+    checkpoints: Checkpoints
+    feed: Feed
+    progress: Progress
+    log: MetricsLog | None
+    """Rank 0's."""
+    note: Callable[[str], None]
+    """Shows a line on rank 0's console."""
+    guard: StepsGuard = field(init=False)
+    last_save: float = field(init=False)
+    """By the monotonic clock; the start counts as one."""
+
+    def __post_init__(self) -> None:
+        self.guard = StepsGuard(self.config.train.max_skipped_steps)
+        self.guard.load_state_dict({"total": self.progress.skipped_total, "in_row": self.progress.skipped_in_row})
+        self.last_save = time.monotonic()
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return Path(self.config.run.folder)
+
+    def step(self, number: int) -> StepResult:
+        """Train on the next global batch and record it.
+
+        Raises:
+            NonFiniteError: one step too many in a row was not finite; it is recorded as well.
+        """
+        config, progress = self.config, self.progress
+        began = time.perf_counter()
+        samples = self.feed.training.microbatches(progress.consumed_samples)
+        lr = learning_rate(progress.tokens + config.tokens_per_step, config.optimizer)
+        result = train_step(self.trained, samples, lr)
+        progress.step = number
+        progress.tokens += config.tokens_per_step
+        progress.consumed_samples += config.train.global_batch_size
+        flops = global_flops(config, self.trained.mesh, samples)
+        seconds = time.perf_counter() - began
+        try:
+            self.guard.record(number, result.loss, result.figures[GRAD_NORM])
+        finally:
+            progress.skipped_total, progress.skipped_in_row = self.guard.total, self.guard.in_row
+            self._record(result, lr, flops, seconds)
+        return result
+
+    def _record(self, result: StepResult, lr: float, flops: float, seconds: float) -> None:
+        if self.log is None:
+            return
+        record = {
+            TOKENS: self.progress.tokens,
+            **result.figures,
+            LR: lr,
+            TOKENS_PER_SECOND: self.config.tokens_per_step / seconds,
+            TFLOPS: flops / seconds / self.trained.mesh.world_size / 1e12,
+            **result.routing,
+            SKIPPED_STEPS: self.progress.skipped_total,
+        }
+        self.log.log_step(self.progress.step, record)
+
+    def validate(self) -> float | None:
+        """Loss over the held-out packs in nats per token; None without any."""
+        if self.feed.validation is None:
+            return None
+        loss = evaluate(self.trained, self.feed.validation.microbatches(0)).loss
+        if self.log is not None:
+            self.log.log_validation(self.progress.step, {VALIDATION_LOSS: loss})
+        return loss
+
+    def save(self, *, is_last: bool = False) -> None:
+        """Write a checkpoint of the current step (collective).
+
+        Raises:
+            CheckpointError: it can't be written, and training can't go on without it.
+        """
+        began = time.monotonic()
+        is_written = self.checkpoints.save(self.trained, asdict(self.progress), is_last=is_last)
+        self.last_save = time.monotonic()
+        if is_written:
+            how = "is being written in the background" if self.config.run.async_save and not is_last else "saved"
+            self.note(f"checkpoint {folder_name(self.progress.step)} {how} ({self.last_save - began:.1f} s)")
+
+    def save_is_due(self) -> bool:
+        """Whether an interval in steps or minutes has passed; the same answer on every rank."""
+        run = self.config.run
+        if run.save_interval and self.progress.step % run.save_interval == 0:
+            return True
+        if not run.save_interval_minutes:
+            return False
+        return any_rank(time.monotonic() - self.last_save >= 60.0 * run.save_interval_minutes)

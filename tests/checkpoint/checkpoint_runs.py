@@ -18,8 +18,8 @@ from megatron_m1.checkpoint.store import CheckpointError, Checkpoints, load_mode
 from megatron_m1.config import Config
 from megatron_m1.config.io import config_text
 from megatron_m1.config.resolve import resolve
-from megatron_m1.training.step import Trainer, train_step
-from megatron_m1.training.trainer import build_trainer
+from megatron_m1.training.step import GRAD_NORM, train_step
+from megatron_m1.training.trained_model import TrainedModel, build_trained_model
 from tests.model import meshes
 from tests.model.meshes import global_name, my_share, packs, start
 
@@ -70,20 +70,20 @@ def state_at(step: int) -> dict[str, Any]:
     return {"step": step, "tokens": 192 * step, "consumed_samples": 4 * step}
 
 
-def one_step(trainer: Trainer, step: int) -> tuple[float, float]:
+def one_step(trained: TrainedModel, step: int) -> tuple[float, float]:
     """Train on the global batch of ``step``."""
-    result = train_step(trainer, my_share(trainer, packs(step)), lr=LR)
+    result = train_step(trained, my_share(trained, packs(step)), lr=LR)
     assert result.updated
-    return result.loss, result.grad_norm
+    return result.loss, result.figures[GRAD_NORM]
 
 
-def fingerprints(trainer: Trainer) -> dict[str, str]:
+def fingerprints(trained: TrainedModel) -> dict[str, str]:
     """Hash of every tensor that training changes, on this rank, and the optimizer's step counts."""
     prints = {}
-    for index, chunk in enumerate(trainer.chunks):
+    for index, chunk in enumerate(trained.chunks):
         for name, parameter in chunk.named_parameters():
             prints[f"{index}.{name}"] = _hash(parameter)
-    for index, part in enumerate(trainer.optimizer.chained_optimizers):
+    for index, part in enumerate(trained.optimizer.chained_optimizers):
         for group_index, group in enumerate(part.optimizer.param_groups):
             prints[f"optimizer.{index}.{group_index}.step"] = str(group["step"])
             for order, parameter in enumerate(group["params"]):
@@ -100,32 +100,32 @@ def save_while_training(
     rank: int, world_size: int, config: Config, folder: Path, steps: int, saves: list[int], background: bool = False
 ) -> Trace:
     """Train ``steps`` steps and save after those of ``saves``."""
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     checkpoints = open_checkpoints(folder, config, background=background)
     trace = Trace()
     for step in range(steps):
         if step in saves:
-            checkpoints.save(trainer, state_at(step))
-        trace.figures.append(one_step(trainer, step))
+            checkpoints.save(trained, state_at(step))
+        trace.figures.append(one_step(trained, step))
         checkpoints.poll()
     if steps in saves:
-        checkpoints.save(trainer, state_at(steps))
+        checkpoints.save(trained, state_at(steps))
     checkpoints.wait()
-    trace.prints = fingerprints(trainer)
+    trace.prints = fingerprints(trained)
     return trace
 
 
 def resume(rank: int, world_size: int, config: Config, folder: Path, steps: int) -> Trace:
     """Load the newest checkpoint and train on to ``steps``."""
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     trace = Trace()
-    trace.state = open_checkpoints(folder, config, notes=trace.notes).load_newest(trainer)
+    trace.state = open_checkpoints(folder, config, notes=trace.notes).load_newest(trained)
     for step in range(trace.state["step"] if trace.state else 0, steps):
-        trace.figures.append(one_step(trainer, step))
-    trace.prints = fingerprints(trainer)
+        trace.figures.append(one_step(trained, step))
+    trace.prints = fingerprints(trained)
     trace.dtypes = {
-        global_name(trainer, chunk, name): parameter.dtype
-        for chunk in trainer.chunks
+        global_name(trained, chunk, name): parameter.dtype
+        for chunk in trained.chunks
         for name, parameter in chunk.named_parameters()
     }
     return trace
@@ -133,15 +133,15 @@ def resume(rank: int, world_size: int, config: Config, folder: Path, steps: int)
 
 def poisoned_background_save(rank: int, world_size: int, config: Config, folder: Path) -> None:
     """Begin to save in the background and overwrite everything at once, as fast training would."""
-    trainer = start(config, world_size)
-    one_step(trainer, 0)
+    trained = start(config, world_size)
+    one_step(trained, 0)
     checkpoints = open_checkpoints(folder, config, background=True)
-    checkpoints.save(trainer, state_at(1))
+    checkpoints.save(trained, state_at(1))
     with torch.no_grad():
-        for chunk in trainer.chunks:
+        for chunk in trained.chunks:
             for parameter in chunk.parameters():
                 parameter.fill_(float("nan"))
-        for part in trainer.optimizer.chained_optimizers:
+        for part in trained.optimizer.chained_optimizers:
             for state in part.optimizer.state.values():
                 state["exp_avg"].fill_(float("nan"))
                 state["exp_avg_sq"].fill_(float("nan"))
@@ -150,12 +150,12 @@ def poisoned_background_save(rank: int, world_size: int, config: Config, folder:
 
 def save_and_rotate(rank: int, world_size: int, config: Config, folder: Path, keep: int) -> list[list[str]]:
     """Save at steps 1 to 4; what the folder held after each."""
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     checkpoints = open_checkpoints(folder, config, keep=keep)
     held = []
     for step in range(1, 5):
-        one_step(trainer, step - 1)
-        checkpoints.save(trainer, state_at(step))
+        one_step(trained, step - 1)
+        checkpoints.save(trained, state_at(step))
         held.append(sorted(os.listdir(folder)))
     return held
 
@@ -173,19 +173,19 @@ def file_size_limit(size: int) -> Iterator[None]:
 
 def failing_save(rank: int, world_size: int, config: Config, folder: Path, limit: int) -> str:
     """Save, then fail to; the error's message. A third save works."""
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     checkpoints = open_checkpoints(folder, config)
-    one_step(trainer, 0)
-    checkpoints.save(trainer, state_at(1))
-    one_step(trainer, 1)
+    one_step(trained, 0)
+    checkpoints.save(trained, state_at(1))
+    one_step(trained, 1)
     message = ""
     with file_size_limit(limit):
         try:
-            checkpoints.save(trainer, state_at(2))
+            checkpoints.save(trained, state_at(2))
         except CheckpointError as error:
             message = str(error)
-    one_step(trainer, 2)
-    checkpoints.save(trainer, state_at(3))
+    one_step(trained, 2)
+    checkpoints.save(trained, state_at(3))
     return message
 
 
@@ -200,13 +200,13 @@ def save_around_obstacles(
     Returns:
         Whether each save should be tried again, this rank's notes, and what lay in the folder after each save.
     """
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     notes: list[str] = []
     checkpoints = open_checkpoints(folder, config, keep=1, background=True, notes=notes, max_failures=2)
     again, held = [], []
     for step in (1, 2, 3):
-        one_step(trainer, step - 1)
-        checkpoints.save(trainer, state_at(step))
+        one_step(trained, step - 1)
+        checkpoints.save(trained, state_at(step))
         if step == 2 and rank == 0:
             (folder / obstacle).mkdir()
         again.append(checkpoints.wait())
@@ -218,18 +218,18 @@ def save_with_one_full_disk(
     rank: int, world_size: int, config: Config, folder: Path, background: bool
 ) -> tuple[list[str], str, list[str]]:
     """Save, then three times while the last rank can't write; the notes, the error and what is there at the end."""
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     notes: list[str] = []
     checkpoints = open_checkpoints(folder, config, keep=1, background=background, notes=notes, max_failures=3)
-    one_step(trainer, 0)
-    assert checkpoints.save(trainer, state_at(1))
+    one_step(trained, 0)
+    assert checkpoints.save(trained, state_at(1))
     checkpoints.wait()
     error = ""
     with file_size_limit(20_000) if rank == world_size - 1 else contextlib.nullcontext():
         try:
             for step in range(2, 20):
-                one_step(trainer, step - 1)
-                checkpoints.save(trainer, state_at(step))
+                one_step(trained, step - 1)
+                checkpoints.save(trained, state_at(step))
                 checkpoints.wait()
         except CheckpointError as caught:
             error = str(caught)
@@ -238,7 +238,7 @@ def save_with_one_full_disk(
 
 def last_save(rank: int, world_size: int, config: Config, folder: Path) -> tuple[list[str], list[str]]:
     """The last save of a run, on a disk that has room again only after some attempts; the notes, and what is there."""
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     notes: list[str] = []
     limit = contextlib.ExitStack()
 
@@ -248,19 +248,19 @@ def last_save(rank: int, world_size: int, config: Config, folder: Path) -> tuple
             limit.close()
 
     checkpoints = Checkpoints(folder, keep=2, async_save=True, config_text=config_text(config), note=note)
-    one_step(trainer, 0)
+    one_step(trained, 0)
     with limit:
         if rank == 0:
             limit.enter_context(file_size_limit(20_000))
-        assert checkpoints.save(trainer, state_at(1), is_last=True)
+        assert checkpoints.save(trained, state_at(1), is_last=True)
     return notes, sorted(os.listdir(folder))
 
 
 def load_weights_only(rank: int, world_size: int, config: Config, checkpoint: Path) -> Trace:
-    """Load a checkpoint's parameters into a new trainer and take two steps."""
-    trainer = start(config, world_size)
-    load_model(trainer, checkpoint)
-    return Trace(figures=[one_step(trainer, 0), one_step(trainer, 1)], prints=fingerprints(trainer))
+    """Load a checkpoint's parameters into a new model and take two steps."""
+    trained = start(config, world_size)
+    load_model(trained, checkpoint)
+    return Trace(figures=[one_step(trained, 0), one_step(trained, 1)], prints=fingerprints(trained))
 
 
 def set_weights(rank: int, world_size: int, config: Config, source: Config, steps: int) -> Trace:
@@ -268,7 +268,7 @@ def set_weights(rank: int, world_size: int, config: Config, source: Config, step
     trained = start(source, world_size)
     for step in range(steps):
         one_step(trained, step)
-    fresh = build_trainer(resolve(config, world_size, has_gpu=False), trained.mesh)
+    fresh = build_trained_model(resolve(config, world_size, has_gpu=False), trained.mesh)
     for chunk, other in zip(fresh.chunks, trained.chunks, strict=True):
         for parameter, value in zip(chunk.parameters(), other.parameters(), strict=True):
             parameter.data.copy_(value)
@@ -281,8 +281,8 @@ def save_for_ever(folder: Path) -> None:
     # As the workers do: sums over more threads are rounded otherwise.
     torch.set_num_threads(1)
     config = run_config({})
-    trainer = start(config, 1)
+    trained = start(config, 1)
     checkpoints = open_checkpoints(folder, config)
     for step in range(10_000):
-        one_step(trainer, step)
-        checkpoints.save(trainer, state_at(step + 1))
+        one_step(trained, step)
+        checkpoints.save(trained, state_at(step + 1))

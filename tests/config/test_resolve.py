@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import yaml
 
 from megatron_m1.config import Config
-from megatron_m1.config.io import parse_config
+from megatron_m1.config.io import config_text, load_config, parse_config, write_config
 from megatron_m1.config.pipeline import plan_stages
 from megatron_m1.config.resolve import data_parallel_size, resolve
 
@@ -37,6 +40,34 @@ def test_derived_fields_on_a_cpu() -> None:
     assert config.data.cache_folder == "runs/x/data_cache"
     assert config.data.train_samples == 20
     assert data_parallel_size(config.parallel, 4) == 2
+
+
+def test_the_file_of_a_run_has_the_fields_of_the_tree_and_nothing_left_to_derive(tmp_path: Path) -> None:
+    given = read("tp=2 model.num_layers=16")
+    resolved = resolve(given, 2, has_gpu=False)
+    plain, derived = (yaml.safe_load(config_text(config)) for config in (given, resolved))
+    assert {group: list(values) for group, values in derived.items() if group != "preset"} == {
+        group: list(values) for group, values in plain.items() if group != "preset"
+    }
+    changed = {
+        f"{group}.{name}": value
+        for group, values in derived.items()
+        if group != "preset"
+        for name, value in values.items()
+        if value != plain[group][name]
+    }
+    assert changed == {
+        "model.residual_alpha": pytest.approx(32**0.25),
+        "model.transformer_impl": "local",
+        "parallel.expert_tensor_parallel_size": 1,
+        "parallel.sequence_parallel": True,
+        "parallel.distributed_backend": "gloo",
+        "data.cache_folder": "runs/m1/data_cache",
+        "data.train_samples": 8000,
+        "train.precision": "fp32",
+    }
+    write_config(resolved, tmp_path / "config.yaml")
+    assert resolve(load_config(tmp_path / "config.yaml"), 2, has_gpu=False) == resolved
 
 
 def test_derived_fields_on_a_gpu() -> None:

@@ -20,7 +20,8 @@ from megatron_m1.layers.caches import Caches
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.runtime import mesh
-from megatron_m1.training.step import Trainer, train_step
+from megatron_m1.training.step import train_step
+from megatron_m1.training.trained_model import TrainedModel
 from tests.checkpoint.checkpoint_runs import open_checkpoints, state_at
 from tests.model.meshes import my_share, packs, run_config, start
 
@@ -38,29 +39,29 @@ def config_of(parallel: dict[str, Any], precision: str = "fp32", **model: Any) -
     return run_config(parallel, {"precision": precision}, **model)
 
 
-def parameter_prints(trainer: Trainer) -> dict[str, str]:
+def parameter_prints(trained: TrainedModel) -> dict[str, str]:
     """Hash of every parameter's bytes on this rank."""
     return {
         f"{index}.{name}": hashlib.sha256(value.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for index, chunk in enumerate(trainer.chunks)
+        for index, chunk in enumerate(trained.chunks)
         for name, value in chunk.named_parameters()
     }
 
 
 def train_and_save(rank: int, world_size: int, config: Config, folder: Path) -> dict[str, str]:
     """One step, so that no two norms are alike, and a checkpoint of it."""
-    trainer = start(config, world_size)
-    train_step(trainer, my_share(trainer, packs()), lr=3e-2)
-    open_checkpoints(folder / "checkpoints", config).save(trainer, state_at(1))
-    return parameter_prints(trainer)
+    trained = start(config, world_size)
+    train_step(trained, my_share(trained, packs()), lr=3e-2)
+    open_checkpoints(folder / "checkpoints", config).save(trained, state_at(1))
+    return parameter_prints(trained)
 
 
 def load_and_save(rank: int, world_size: int, config: Config, checkpoint: Path, folder: Path) -> dict[str, str]:
     """Load weights on this mesh and save them again."""
-    trainer = start(config, world_size)
-    load_model(trainer, checkpoint)
-    open_checkpoints(folder / "checkpoints", config).save(trainer, state_at(1))
-    return parameter_prints(trainer)
+    trained = start(config, world_size)
+    load_model(trained, checkpoint)
+    open_checkpoints(folder / "checkpoints", config).save(trained, state_at(1))
+    return parameter_prints(trained)
 
 
 def training_forward(model: Any, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
+from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset, pad_pack
 from megatron_m1.runtime.pool import WorkerPool
 from tests.checkpoint.checkpoint_runs import file_size_limit
 from tests.data.corpora import FakeTokenizer, unique_documents, write_corpus
@@ -251,6 +253,37 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, in_the_way: 
     message = rf"^the sample indices in {tmp_path}/cache can't be written: .*; make room or choose another data.cache_f"
     with file_size_limit(10), pytest.raises(ValueError, match=message):
         build(blend, tmp_path)
+
+
+def pack_with_extra() -> PackedSample:
+    extra = {"weights": torch.tensor([0.5, 0.25, 1.0]), "pairs": torch.arange(6).view(3, 2)}
+    tokens = torch.tensor([5, 6, 7])
+    return PackedSample(tokens, tokens, torch.ones(3), torch.tensor([0, 3], dtype=torch.int32), extra, {"pairs": -1})
+
+
+def test_further_tensors_are_padded_like_tokens_each_with_its_value() -> None:
+    padded = pad_pack(pack_with_extra(), 5)
+    assert padded.tokens.tolist() == [5, 6, 7, 0, 0]
+    assert padded.loss_mask.tolist() == [1, 1, 1, 0, 0]
+    assert padded.cu_seqlens.tolist() == [0, 3, 5]
+    assert padded.extra["weights"].tolist() == [0.5, 0.25, 1.0, 0.0, 0.0]
+    assert padded.extra["pairs"].tolist() == [[0, 1], [2, 3], [4, 5], [-1, -1], [-1, -1]]
+    assert padded.extra["pairs"].dtype == torch.int64
+    assert pad_pack(padded, 5) is padded
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"extra": {"weights": torch.ones(2)}, "padding": {}}, r"extra\['weights'\] has shape \[2\], .* 3 tokens"),
+        ({"extra": {"weights": torch.ones(())}, "padding": {}}, r"extra\['weights'\] has shape \[\], .* 3 tokens"),
+        ({"padding": {"pears": 1.0}}, r"padding names 'pears', .* \['pairs', 'weights'\]"),
+    ],
+)
+def test_further_tensors_that_fit_no_token(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        pad_pack(dataclasses.replace(pack_with_extra(), **changes), 3)
+    assert "\n" not in str(caught.value)
 
 
 class _Touch:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
 from megatron_m1.config import Config, ModelConfig
@@ -15,8 +14,9 @@ from megatron_m1.config.resolve import resolve
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.parallel.segments import ModelCost
 from megatron_m1.runtime import mesh
-from megatron_m1.training.step import Trainer, train_step
-from megatron_m1.training.trainer import build_trainer
+from megatron_m1.training.objective import Objective
+from megatron_m1.training.step import StepResult, train_step
+from megatron_m1.training.trained_model import TrainedModel, build_trained_model, finalize_undivided
 
 PACKS = [
     [0, 1, 20, 37, 50],
@@ -85,19 +85,19 @@ def packs(step: int = 0, vocab: int = 104, documents: Sequence[Sequence[int]] = 
     return batch
 
 
-def start(config: Config, world_size: int) -> Trainer:
-    """Resolve ``config`` and build a trainer on this rank."""
+def start(config: Config, world_size: int, objective: Objective | None = None) -> TrainedModel:
+    """Resolve ``config`` and build a rank's share of the model and its optimizer."""
     resolved = resolve(config, world_size, has_gpu=False)
     grid = mesh.initialise(resolved.parallel, seed=resolved.train.seed)
-    return build_trainer(resolved, grid)
+    return build_trained_model(resolved, grid, objective=objective)
 
 
-def my_share(trainer: Trainer, batch: list[PackedSample]) -> list[PackedSample]:
+def my_share(trained: TrainedModel, batch: list[PackedSample]) -> list[PackedSample]:
     """This data-parallel rank's micro-batches, dealt in turn."""
-    return batch[trainer.mesh.data_parallel_rank :: trainer.mesh.data_parallel_size]
+    return batch[trained.mesh.data_parallel_rank :: trained.mesh.data_parallel_size]
 
 
-def global_name(trainer: Trainer, chunk: Any, name: str) -> str:
+def global_name(trained: TrainedModel, chunk: Any, name: str) -> str:
     """Name with the layer's and the expert's index over the whole model."""
     parts = name.removeprefix("module.").split(".")
     if "layers" in parts:
@@ -105,21 +105,21 @@ def global_name(trainer: Trainer, chunk: Any, name: str) -> str:
         parts[at] = str(chunk.module.decoder.layers[int(parts[at])].layer_number - 1)
     if "local_experts" in parts:
         at = parts.index("local_experts") + 1
-        held = chunk.config.num_moe_experts // trainer.mesh.groups.ep.size()
-        parts[at] = str(int(parts[at]) + held * trainer.mesh.groups.ep.rank())
+        held = chunk.config.num_moe_experts // trained.mesh.groups.ep.size()
+        parts[at] = str(int(parts[at]) + held * trained.mesh.groups.ep.rank())
     return ".".join(parts)
 
 
-def local_parts(trainer: Trainer, read: str) -> dict[str, Part]:
+def local_parts(trained: TrainedModel, read: str) -> dict[str, Part]:
     """Every parameter of this rank ("data") or its reduced gradient ("main_grad"), by global name."""
     parts = {}
-    for chunk in trainer.chunks:
+    for chunk in trained.chunks:
         for name, parameter in chunk.named_parameters():
-            group = trainer.mesh.groups.expt_tp if ".experts." in name else trainer.mesh.groups.tp
+            group = trained.mesh.groups.expt_tp if ".experts." in name else trained.mesh.groups.tp
             split = getattr(parameter, "tensor_model_parallel", False) and group.size() > 1
             value = getattr(parameter, read).detach().float().clone()
             dim = parameter.partition_dim if split else -1
-            parts[global_name(trainer, chunk, name)] = Part(value, group.rank(), group.size(), dim)
+            parts[global_name(trained, chunk, name)] = Part(value, group.rank(), group.size(), dim)
     return parts
 
 
@@ -157,25 +157,31 @@ def gradients_and_trace(
 
     ``cost``, where given, is what layouts balance over context-parallel ranks, instead of the model's own.
     """
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     if cost is not None:
-        trainer.cost = cost
-    # Otherwise only the shard that the distributed optimizer owns is reduced.
-    for chunk in trainer.chunks:
-        chunk.config.finalize_model_grads_func = _finalize_with_all_reduce
-    first = train_step(trainer, my_share(trainer, packs(documents=documents)), lr=0.0)
-    parts = local_parts(trainer, "main_grad")
-    for chunk in trainer.chunks:
-        chunk.config.finalize_model_grads_func = finalize_model_grads
+        trained.cost = cost
+    first, parts = step_with_gradients(trained, packs(documents=documents))
     # Two packs a step: enough for a trace, and half of the collectives.
-    trace = [train_step(trainer, my_share(trainer, packs(step)[:2]), lr=3e-3) for step in range(steps)]
+    trace = [train_step(trained, my_share(trained, packs(step)[:2]), lr=3e-3) for step in range(steps)]
     return {"parts": parts, "first": first, "trace": trace}
+
+
+def step_with_gradients(trained: TrainedModel, batch: list[PackedSample]) -> tuple[StepResult, dict[str, Part]]:
+    """One step on a global batch, at a learning rate of 0, and every gradient of it."""
+    # Otherwise only the shard that the distributed optimizer owns is reduced.
+    for chunk in trained.chunks:
+        chunk.config.finalize_model_grads_func = _finalize_with_all_reduce
+    result = train_step(trained, my_share(trained, batch), lr=0.0)
+    parts = local_parts(trained, "main_grad")
+    for chunk in trained.chunks:
+        chunk.config.finalize_model_grads_func = finalize_undivided
+    return result, parts
 
 
 def _finalize_with_all_reduce(
     model: list[Any], num_tokens: Tensor | None, pg_collection: Any = None, force_all_reduce: bool = False
 ) -> None:
-    finalize_model_grads(model, num_tokens, pg_collection=pg_collection, force_all_reduce=True)
+    finalize_undivided(model, num_tokens, pg_collection=pg_collection, force_all_reduce=True)
 
 
 def router_gradient(rank: int, world_size: int, config: Config, masked: int) -> Tensor:
@@ -184,10 +190,10 @@ def router_gradient(rank: int, world_size: int, config: Config, masked: int) -> 
     The last router's: what follows it in the model does not depend on other routers' aux losses.
     """
     config.optimizer.clip_grad = 0.0  # clipping would scale the gradient that is read below
-    trainer = start(config, world_size)
-    batch = my_share(trainer, packs())
+    trained = start(config, world_size)
+    batch = my_share(trained, packs())
     for sample in batch:
         sample.loss_mask[:masked] = 0.0
-    train_step(trainer, batch, lr=0.0)
-    gradient: Tensor = trainer.chunks[0].module.decoder.layers[-1].mlp.router.weight.main_grad.clone()
+    train_step(trained, batch, lr=0.0)
+    gradient: Tensor = trained.chunks[0].module.decoder.layers[-1].mlp.router.weight.main_grad.clone()
     return gradient

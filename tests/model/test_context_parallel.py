@@ -27,13 +27,21 @@ from torch import Tensor
 from benchmarks.common.context_ranks import PAIRS_ONLY
 from benchmarks.common.packs import bounds_of, named_packs
 from megatron_m1.config import Config
-from megatron_m1.config.resolve import padded_pack_tokens
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.microbatch import make_micro_batch
-from megatron_m1.training.step import StepResult, evaluate, shared_micro_batches, train_step
+from megatron_m1.training.step import (
+    AUX_LOSS,
+    EXPERT_LOAD,
+    GRAD_NORM,
+    LOSS,
+    StepResult,
+    evaluate,
+    shared_micro_batches,
+    train_step,
+)
 from tests.model.meshes import assemble, gradients_and_trace, my_share, packs, run_config, start
 from tests.model.test_mesh_parity import GRADIENT_TOLERANCE
 
@@ -56,11 +64,10 @@ def compare_with_one_process(ranks: int, documents: list[list[int]], workers: Wo
     worst = max(errors, key=lambda key: errors[key])
     assert errors[worst] < GRADIENT_TOLERANCE, f"{worst}: {errors[worst]}"
     for result in results:
-        for name in ("loss", "aux_loss", "grad_norm", "expert_load"):
-            assert getattr(result["first"], name) == pytest.approx(
-                getattr(truth["first"], name), rel=GRADIENT_TOLERANCE
-            ), name
-        assert result["first"].loss_tokens == truth["first"].loss_tokens
+        found_figures, figures = (step.figures | step.routing for step in (result["first"], truth["first"]))
+        for figure in (LOSS, AUX_LOSS, GRAD_NORM, EXPERT_LOAD):
+            assert found_figures[figure] == pytest.approx(figures[figure], rel=GRADIENT_TOLERANCE), figure.name
+        assert result["first"].weight == truth["first"].weight
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 5])
@@ -81,8 +88,8 @@ def test_hundreds_of_documents(ranks: int, workers: WorkerPool) -> None:
 
 def losses(rank: int, world_size: int, config: Config, samples: list[PackedSample]) -> list[float]:
     """Mean loss of each pack by itself, each with its own mask."""
-    trainer = start(config, world_size)
-    return [evaluate(trainer, [sample]).loss for sample in samples]
+    trained = start(config, world_size)
+    return [evaluate(trained, [sample]).loss for sample in samples]
 
 
 def one_target(sample: PackedSample, target: int, changed: int | None = None) -> PackedSample:
@@ -123,9 +130,9 @@ def test_a_document_changes_no_other(workers: WorkerPool) -> None:
 
 def whole_pack_on_every_rank(rank: int, world_size: int, config: Config) -> None:
     """Call a model over context-parallel ranks with the layout of one."""
-    trainer, sample = start(config, world_size), packs()[0]
+    trained, sample = start(config, world_size), packs()[0]
     params = PackedBatchParams.of(SequenceLayout.build(sample.cu_seqlens))
-    trainer.chunks[0](sample.tokens[None], None, None, packed_seq_params=params)
+    trained.chunks[0](sample.tokens[None], None, None, packed_seq_params=params)
 
 
 def test_a_layout_of_one_rank_is_not_taken_for_the_groups(workers: WorkerPool) -> None:
@@ -147,30 +154,30 @@ def test_the_last_tokens_count(workers: WorkerPool) -> None:
 
 def step_with_targets(rank: int, world_size: int, config: Config, targets: int) -> StepResult:
     """One step on packs of which only the first ``targets`` targets count."""
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     batch = packs()
     for sample in batch:
         sample.loss_mask[targets:] = 0.0
-    return train_step(trainer, my_share(trainer, batch), lr=0.0)
+    return train_step(trained, my_share(trained, batch), lr=0.0)
 
 
 def test_ranks_without_targets(workers: WorkerPool) -> None:
     (truth,) = workers.run(step_with_targets, run_config({}), 11, world_size=1)
     for found in workers.run(step_with_targets, run_config({CP: 3}), 11, world_size=3):
-        assert found.loss_tokens == truth.loss_tokens
-        for name in ("loss", "aux_loss", "grad_norm"):
-            assert getattr(found, name) == pytest.approx(getattr(truth, name), rel=GRADIENT_TOLERANCE), name
+        assert found.weight == truth.weight
+        for figure in (LOSS, AUX_LOSS, GRAD_NORM):
+            assert found.figures[figure] == pytest.approx(truth.figures[figure], rel=GRADIENT_TOLERANCE), figure.name
 
 
 def micro_batch_facts(rank: int, world_size: int, config: Config) -> dict[str, Any]:
     """What a rank holds of the first pack of its share, and which packs those are."""
-    trainer = start(config, world_size)
-    share = my_share(trainer, packs())
+    trained = start(config, world_size)
+    share = my_share(trained, packs())
     batch = make_micro_batch(
         share[1],
-        trainer.mesh,
-        seq_length=trainer.seq_length,
-        pack_tokens=padded_pack_tokens(config),
+        trained.mesh,
+        seq_length=trained.seq_length,
+        pack_tokens=trained.pack_tokens,
         cost=None,
     )
     assert batch.params.layout is not None
@@ -197,8 +204,8 @@ def test_positions_go_beyond_a_ranks_tokens(workers: WorkerPool) -> None:
 
 def shared_objects(rank: int, world_size: int, config: Config) -> list[bool]:
     """Whether a stage's virtual chunks are given the same objects, micro-batch by micro-batch."""
-    trainer = start(config, world_size)
-    first, second = shared_micro_batches(trainer, packs())
+    trained = start(config, world_size)
+    first, second = shared_micro_batches(trained, packs())
     return [one is other for one, other in zip(first, second, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""The head in the whole model, split over tensor ranks: no caller gets its loss from the logits of the sequence."""
+"""The head in the whole model, split over tensor ranks: no step gets its loss from the logits of the sequence."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_m1.config import Config
+from megatron_m1.layers.head import token_losses
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.runtime.pool import WorkerPool
@@ -41,17 +42,17 @@ class LogitRows(TorchDispatchMode):
 
 def rows_and_losses(rank: int, world_size: int, config: Config) -> dict[str, Any]:
     """Logit rows of a step, of a validation and of whole logits; each token's loss by the head and by its logits."""
-    trainer = start(config, world_size)
+    trained = start(config, world_size)
     batch = packs()[:2]
     meters = {name: LogitRows(VOCAB // world_size) for name in ("train", "evaluate", "logits")}
     with meters["train"]:
-        assert train_step(trainer, batch, lr=0.0).updated
+        assert train_step(trained, batch, lr=0.0).updated
     with meters["evaluate"]:
-        evaluate(trainer, batch)
-    sample, model = batch[0], trainer.chunks[0]
+        evaluate(trained, batch)
+    sample, model = batch[0], trained.chunks[0]
     params = PackedBatchParams.of(SequenceLayout.build(sample.cu_seqlens))
     with torch.no_grad(), meters["logits"]:
-        loss = model(sample.tokens[None], None, None, labels=sample.labels[None], packed_seq_params=params)
+        loss = token_losses(model, sample.tokens[None], sample.labels[None], params)
         logits = model(sample.tokens[None], None, None, packed_seq_params=params, runtime_gather_output=True)
     whole = cross_entropy(logits[0].double(), sample.labels, reduction="none")
     return {

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_m1.runtime.pool import WorkerPool
+from megatron_m1.training.step import AUX_LOSS, EXPERT_LOAD, GRAD_NORM, LOSS
 from tests.model.meshes import assemble, gradients_and_trace, router_gradient, run_config
 
 GRADIENT_TOLERANCE = 2e-6
@@ -98,16 +99,17 @@ def test_a_mesh_computes_what_one_process_computes(name: str, workers: WorkerPoo
     for result in results:
         _assert_same(result["first"], one_process["first"], GRADIENT_TOLERANCE)
         # Later steps' weights differ by more than some router's choice between two experts may bear.
-        assert result["first"].expert_load == pytest.approx(one_process["first"].expert_load, rel=GRADIENT_TOLERANCE)
+        load = one_process["first"].routing[EXPERT_LOAD]
+        assert result["first"].routing[EXPERT_LOAD] == pytest.approx(load, rel=GRADIENT_TOLERANCE)
         for step, truth in zip(result["trace"], one_process["trace"][:steps], strict=True):
             _assert_same(step, truth, TRACE_TOLERANCE)
 
 
 def _assert_same(step: Any, truth: Any, tolerance: float) -> None:
     assert step.updated and truth.updated
-    assert step.loss_tokens == truth.loss_tokens
-    for field in ("loss", "aux_loss", "grad_norm"):
-        assert getattr(step, field) == pytest.approx(getattr(truth, field), rel=tolerance), field
+    assert step.weight == truth.weight
+    for figure in (LOSS, AUX_LOSS, GRAD_NORM):
+        assert step.figures[figure] == pytest.approx(truth.figures[figure], rel=tolerance), figure.name
 
 
 def test_aux_loss_gradient_does_not_depend_on_masked_targets(workers: WorkerPool) -> None:

@@ -21,8 +21,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from megatron_m1.cli import run
-from megatron_m1.config import Config, ModelConfig, ParallelConfig
+from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.resolve import resolve
+from megatron_m1.config.resolved import ResolvedParallelConfig
 from megatron_m1.layers import registry as layers
 from megatron_m1.layers.caches import Caches
 from megatron_m1.layers.engine import EngineConfig
@@ -67,7 +68,7 @@ class AverageShape(MixerShape):
     def state_bytes(self, model: ModelConfig) -> int:
         return 4 * model.num_attention_heads * model.kv_channels
 
-    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+    def check_split(self, model: ModelConfig, parallel: ResolvedParallelConfig) -> None:
         if parallel.context_parallel_size > 1:
             raise ValueError(f"parallel.context_parallel_size = {parallel.context_parallel_size}: {KIND} takes only 1")
 
@@ -184,7 +185,8 @@ def test_its_parameters_and_flops() -> None:
         "norms": 9 * 40,
         "head": 104 * 40,
     }
-    first, second = rank_counts(model, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2))
+    mesh = own_config({"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})
+    first, second = rank_counts(model, resolve(mesh, 4, has_gpu=False).parallel)
     assert first["gated average"] == second["gated average"] == average // 2
     per_token = 2 * (6 * 40 * 64) + 2 * (10 * 40 * 64 + 4 * 64 * 16) + 4 * (2 * 6 * 40 * 36 + 2 * 40 * 4) + 2 * 40 * 104
     assert training_flops(model, [3, 2]) == 3 * 5 * per_token

@@ -12,7 +12,8 @@ from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import Config
 from megatron_m1.config.io import config_text
 from megatron_m1.runtime.pool import WorkerPool
-from megatron_m1.training.step import Trainer, evaluate, train_step
+from megatron_m1.training.step import evaluate, train_step
+from megatron_m1.training.trained_model import TrainedModel
 from tests.model.meshes import my_share, packs, run_config, start
 
 FP32_WEIGHTS = ("mlp.router.weight", "output_layer.weight")
@@ -20,9 +21,9 @@ BF16_TOLERANCE = 2.0**-8
 """Relative; one rounding to bf16, which a loss averaged over the batch stays within."""
 
 
-def _wrong_dtypes(trainer: Trainer, head: torch.dtype) -> list[str]:
+def _wrong_dtypes(trained: TrainedModel, head: torch.dtype) -> list[str]:
     wrong = []
-    for chunk in trainer.chunks:
+    for chunk in trained.chunks:
         for name, parameter in chunk.named_parameters():
             expected = torch.bfloat16
             if name.endswith(FP32_WEIGHTS):
@@ -36,7 +37,7 @@ def _wrong_dtypes(trainer: Trainer, head: torch.dtype) -> list[str]:
             slopes = getattr(layer.self_attention, "slopes", None)
             if slopes is not None and slopes.dtype != torch.float32:
                 wrong.append(f"slopes {slopes.dtype}")
-    for part in trainer.optimizer.chained_optimizers:
+    for part in trained.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 state = part.optimizer.state.get(parameter, {})
@@ -47,20 +48,20 @@ def _wrong_dtypes(trainer: Trainer, head: torch.dtype) -> list[str]:
 
 def bf16_run(rank: int, world_size: int, config: Config, folder: str, head: torch.dtype) -> dict[str, Any]:
     """Two steps in bf16, saved and loaded; dtypes at each point, losses before and after."""
-    trainer = start(config, world_size)
-    wrong = {"built": _wrong_dtypes(trainer, head)}
-    batch = my_share(trainer, packs())
-    losses = [train_step(trainer, batch, lr=1e-3).loss for _ in range(2)]
-    wrong["stepped"] = _wrong_dtypes(trainer, head)
+    trained = start(config, world_size)
+    wrong = {"built": _wrong_dtypes(trained, head)}
+    batch = my_share(trained, packs())
+    losses = [train_step(trained, batch, lr=1e-3).loss for _ in range(2)]
+    wrong["stepped"] = _wrong_dtypes(trained, head)
     checkpoints = Checkpoints(
         Path(folder), keep=1, async_save=False, config_text=config_text(config), note=lambda line: None
     )
-    checkpoints.save(trainer, {"step": 2})
-    at_save = evaluate(trainer, batch).loss
-    train_step(trainer, batch, lr=1e-2)
-    assert checkpoints.load_newest(trainer) == {"step": 2}
-    wrong["loaded"] = _wrong_dtypes(trainer, head)
-    return {"wrong": wrong, "losses": losses, "at_save": at_save, "after_load": evaluate(trainer, batch).loss}
+    checkpoints.save(trained, {"step": 2})
+    at_save = evaluate(trained, batch).loss
+    train_step(trained, batch, lr=1e-2)
+    assert checkpoints.load_newest(trained) == {"step": 2}
+    wrong["loaded"] = _wrong_dtypes(trained, head)
+    return {"wrong": wrong, "losses": losses, "at_save": at_save, "after_load": evaluate(trained, batch).loss}
 
 
 @pytest.mark.parametrize("head", ["fp32", "bf16"])
@@ -74,8 +75,8 @@ def test_dtypes_hold_through_build_step_save_and_load(head: str, workers: Worker
 
 def first_loss(rank: int, world_size: int, config: Config) -> float:
     """Loss of one batch under the initial weights."""
-    trainer = start(config, world_size)
-    return evaluate(trainer, my_share(trainer, packs())).loss
+    trained = start(config, world_size)
+    return evaluate(trained, my_share(trained, packs())).loss
 
 
 def test_bf16_agrees_with_fp32(workers: WorkerPool) -> None:

@@ -23,11 +23,11 @@ Span = tuple[str, float, float]
 
 def time_line(rank: int, world_size: int, config: Config) -> list[Span]:
     """The marked spans (name, start, end) of one step on one pack, in the order of their starts."""
-    trainer = start(config, world_size)
-    batch = my_share(trainer, packs(documents=BOUNDS))
-    train_step(trainer, batch, lr=0.0)
+    trained = start(config, world_size)
+    batch = my_share(trained, packs(documents=BOUNDS))
+    train_step(trained, batch, lr=0.0)
     with profile(activities=[ProfilerActivity.CPU]) as recorded:
-        train_step(trainer, batch, lr=0.0)
+        train_step(trained, batch, lr=0.0)
     spans = [
         (event.name, event.time_range.start, event.time_range.end)
         for event in recorded.events()

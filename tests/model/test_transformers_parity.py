@@ -14,13 +14,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks.common.transformers_weights import expected
-from megatron_m1.config import Config, ModelConfig
+from megatron_m1.config import Config, ModelConfig, ResolvedConfig
 from megatron_m1.config.resolve import resolve
+from megatron_m1.layers.head import token_losses
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.runtime import mesh
 from megatron_m1.runtime.pool import WorkerPool
-from megatron_m1.training.trainer import build_chunks
+from megatron_m1.training.trained_model import build_chunks
 from tests.reference.transformers_minimax import build, partial_rotary
 
 TOLERANCE = 1e-4
@@ -28,7 +29,7 @@ VOCAB = 99
 SHAPE: dict[str, Any] = {"layers": 8, "hidden": 48, "heads": 4, "kv_heads": 2, "head_dim": 24, "ffn": 40, "experts": 5}
 
 
-def _our_config(rotary_dim: int, theta: float, alpha: float | None) -> Config:
+def _our_config(rotary_dim: int, theta: float, alpha: float | None) -> ResolvedConfig:
     config = Config()
     config.model = ModelConfig(
         num_layers=SHAPE["layers"],
@@ -71,7 +72,7 @@ def compare(rank: int, world_size: int, bounds: list[int], rotary_dim: int, alph
     their_loss.backward()
     params = PackedBatchParams.of(SequenceLayout.build(bounds))
     our_logits = ours(tokens[None], None, None, packed_seq_params=params)[0]  # [n, vocab]
-    our_loss = ours(tokens[None], None, None, labels=labels[None], packed_seq_params=params).sum()
+    our_loss = token_losses(ours, tokens[None], labels[None], params).sum()
     our_loss.backward()
     gradients = {
         name: ((parameters[name].grad - value).abs().max() / value.abs().max()).item()

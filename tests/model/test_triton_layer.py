@@ -33,8 +33,8 @@ def kernels_ran(output: Tensor) -> set[str]:
 def layer_gradients(rank: int, world_size: int, backend: str) -> tuple[dict[str, Tensor], set[str]]:
     """The first layer's output and the gradients of its input and of every parameter; the autograd functions' names."""
     parallel: dict[str, Any] = {"tensor_model_parallel_size": world_size}
-    trainer = start(run_config(parallel, lightning_backend=backend), world_size)
-    layer = trainer.chunks[0].module.decoder.layers[0]
+    trained = start(run_config(parallel, lightning_backend=backend), world_size)
+    layer = trained.chunks[0].module.decoder.layers[0]
     generator = torch.Generator().manual_seed(5 + rank)
     shape = (PACKS[0][-1] // world_size, 1, 40)
     x = torch.randn(shape, generator=generator).requires_grad_()

@@ -60,7 +60,7 @@ def test_the_ranks_hold_the_model_once_and_its_copies(flags: list[str], world_si
     config = resolve(parse_config([], flags), world_size, has_gpu=False)
     model, parallel = config.model, config.parallel
     tensor = parallel.tensor_model_parallel_size
-    experts = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1)
+    experts = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     whole = model_counts(model)
     held = rank_counts(model, parallel)
     assert len(held) == parallel.pipeline_model_parallel_size

@@ -14,7 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_m1.config import ParallelConfig
+from megatron_m1.config import Config
+from megatron_m1.config.resolve import resolve
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.runtime.watchdog import (
     HUNG_EXIT_CODE,
@@ -103,7 +104,9 @@ def group_timeouts(rank: int, world_size: int, seconds: float) -> tuple[set[floa
     before = set(dist.distributed_c10d._world.pg_map)
     # Imports take longer than the ranks may differ from here on.
     dist.barrier()
-    mesh.initialise(ParallelConfig(distributed_backend="gloo", distributed_timeout_seconds=seconds), seed=1)
+    config = Config()
+    config.parallel.distributed_timeout_seconds = seconds
+    mesh.initialise(resolve(config, world_size, has_gpu=False).parallel, seed=1)
     made = set(dist.distributed_c10d._world.pg_map) - before
     found = {group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in made}
     said = ""

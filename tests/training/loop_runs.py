@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import resource
@@ -10,19 +11,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 
-from megatron_m1.config import Config
+from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.resolve import resolve
 from megatron_m1.runtime import mesh
-from megatron_m1.training.loop import Run, pretrain
+from megatron_m1.training.loop import open_trainer, pretrain
 from megatron_m1.training.steps_guard import NonFiniteError
+from megatron_m1.training.trainer import Trainer
 
 STEPS = 12
 PACKS_IN_A_PASS = 16
@@ -66,7 +69,7 @@ def train(rank: int, world_size: int, settings: Path) -> dict[str, Any]:
     return pretrain(_config(settings, world_size))
 
 
-def _config(settings: Path, world_size: int) -> Config:
+def _config(settings: Path, world_size: int) -> ResolvedConfig:
     return resolve(parse_config([str(settings)], []), world_size, has_gpu=False)
 
 
@@ -157,10 +160,10 @@ def train_until_not_finite(rank: int, world_size: int, settings: Path) -> str:
     return "came to its end"
 
 
-def _snapshot(run: Run) -> list[torch.Tensor]:
+def _snapshot(trainer: Trainer) -> list[torch.Tensor]:
     """Copies of all that an optimizer step changes: parameters, their fp32 shards, both moments, the step counts."""
-    tensors = [p.detach().clone() for chunk in run.trainer.chunks for p in chunk.parameters()]
-    for part in run.trainer.optimizer.chained_optimizers:
+    tensors = [p.detach().clone() for chunk in trainer.trained.chunks for p in chunk.parameters()]
+    for part in trainer.trained.optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:
             tensors.append(torch.tensor(group.get("step", 0)))
         for state in part.optimizer.state.values():
@@ -168,21 +171,26 @@ def _snapshot(run: Run) -> list[torch.Tensor]:
     return tensors
 
 
-def _same(run: Run, before: list[torch.Tensor]) -> bool:
-    now = _snapshot(run)
+def _same(trainer: Trainer, before: list[torch.Tensor]) -> bool:
+    now = _snapshot(trainer)
     return len(now) == len(before) and all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
 
 
 def poison_one_gradient(rank: int, world_size: int, settings: Path, value: float) -> dict[str, Any]:
     """Four steps; in the third, one element of one gradient on the last rank alone is ``value``."""
     config = _config(settings, world_size)
-    run = Run(config, mesh.initialise(config.parallel, seed=config.train.seed))
+    grid = mesh.initialise(config.parallel, seed=config.train.seed)
+    with ExitStack() as held:
+        return _poison(open_trainer(config, grid, held, console=Console(file=io.StringIO())), value)
+
+
+def _poison(trainer: Trainer, value: float) -> dict[str, Any]:
     for number in (1, 2):
-        run.step(number)
-    before = _snapshot(run)
+        trainer.step(number)
+    before = _snapshot(trainer)
     hook = None
-    if rank == world_size - 1:
-        weight = next(run.trainer.chunks[0].parameters())
+    if trainer.trained.mesh.rank == trainer.trained.mesh.world_size - 1:
+        weight = next(trainer.trained.chunks[0].parameters())
 
         def poison(gradient: torch.Tensor) -> torch.Tensor:
             gradient = gradient.clone()
@@ -190,16 +198,16 @@ def poison_one_gradient(rank: int, world_size: int, settings: Path, value: float
             return gradient
 
         hook = weight.register_hook(poison)
-    skipped = run.step(3)
-    unchanged = _same(run, before)
-    counts = (run.progress.skipped_total, run.progress.skipped_in_row)
+    skipped = trainer.step(3)
+    unchanged = _same(trainer, before)
+    counts = (trainer.progress.skipped_total, trainer.progress.skipped_in_row)
     if hook is not None:
         hook.remove()
-    good = run.step(4)
+    good = trainer.step(4)
     return {
         "updated": (skipped.updated, good.updated),
-        "unchanged": (unchanged, _same(run, before)),
-        "counts": (counts, (run.progress.skipped_total, run.progress.skipped_in_row)),
+        "unchanged": (unchanged, _same(trainer, before)),
+        "counts": (counts, (trainer.progress.skipped_total, trainer.progress.skipped_in_row)),
         "next_loss": good.loss,
     }
 

@@ -12,18 +12,21 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_m1.training import step, trainer
+from megatron_m1.training.figures import Figure
 from megatron_m1.training.metrics import MetricsLog, rewind
 
-RECORD = {
-    "tokens": 81920,
-    "loss": 7.25,
-    "aux_loss": 1.0312,
-    "grad_norm": 0.5,
-    "lr": 2e-4,
-    "tokens_per_second": 3141.0,
-    "model_tflops_per_device": 0.0123,
-    "expert_load_max_over_mean": 1.5,
-    "skipped_steps": 0,
+LOSS, VALIDATION_LOSS = step.LOSS, trainer.VALIDATION_LOSS
+RECORD: dict[Figure, float] = {
+    trainer.TOKENS: 81920,
+    LOSS: 7.25,
+    step.AUX_LOSS: 1.0312,
+    step.GRAD_NORM: 0.5,
+    trainer.LR: 2e-4,
+    trainer.TOKENS_PER_SECOND: 3141.0,
+    trainer.TFLOPS: 0.0123,
+    step.EXPERT_LOAD: 1.5,
+    trainer.SKIPPED_STEPS: 0,
 }
 
 
@@ -52,11 +55,13 @@ def records(folder: Path) -> list[dict[str, float | None]]:
 
 def test_one_strict_json_line_per_record(tmp_path: Path) -> None:
     with open_log(tmp_path / "new" / "run") as log:
-        log.log_step({"step": 1, **RECORD})
+        log.log_step(1, RECORD)
         # Readers see a record at once, not when the run ends.
-        assert records(tmp_path / "new" / "run") == [{"step": 1, **RECORD}]
-        log.log_step({"step": 2, "loss": math.nan, "grad_norm": math.inf})
-        log.log_validation(2, 6.5)
+        assert records(tmp_path / "new" / "run") == [
+            {"step": 1, **{figure.name: value for figure, value in RECORD.items()}}
+        ]
+        log.log_step(2, {LOSS: math.nan, step.GRAD_NORM: math.inf})
+        log.log_validation(2, {VALIDATION_LOSS: 6.5})
     assert records(tmp_path / "new" / "run")[1:] == [
         {"step": 2, "loss": None, "grad_norm": None},
         {"step": 2, "validation_loss": 6.5},
@@ -65,13 +70,13 @@ def test_one_strict_json_line_per_record(tmp_path: Path) -> None:
 
 def test_resume_drops_later_records_and_the_torn_line(tmp_path: Path) -> None:
     with open_log(tmp_path) as log:
-        for step in range(1, 6):
-            log.log_step({"step": step, "loss": float(step)})
-            log.log_validation(step, 2.0)
+        for number in range(1, 6):
+            log.log_step(number, {LOSS: float(number)})
+            log.log_validation(number, {VALIDATION_LOSS: 2.0})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "lo')
     with open_log(tmp_path, start_step=3) as log:
-        log.log_step({"step": 4, "loss": 40.0})
+        log.log_step(4, {LOSS: 40.0})
     assert [record["step"] for record in records(tmp_path)] == [1, 1, 2, 2, 3, 3, 4]
     assert records(tmp_path)[-1]["loss"] == 40.0
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -95,9 +100,9 @@ def test_tensorboard_events(tmp_path: Path) -> None:
             total_steps=20,
             console=Console(file=io.StringIO()),
         ) as log:
-            for step in steps:
-                log.log_step({"step": step, "loss": loss})
-            log.log_validation(steps[-1], 0.25)
+            for number in steps:
+                log.log_step(number, {LOSS: loss})
+            log.log_validation(steps[-1], {VALIDATION_LOSS: 0.25})
 
     write(0, range(1, 4), 1.0)
     write(2, range(3, 5), 2.0)
@@ -109,11 +114,11 @@ def test_tensorboard_events(tmp_path: Path) -> None:
 
 def test_plain_lines(tmp_path: Path) -> None:
     with open_log(tmp_path, log_interval=4) as log:
-        for step in range(1, 9):
-            log.log_step({"step": step, **RECORD, "skipped_steps": int(step > 4)})
-        log.log_step({"step": 9, "loss": math.nan})
-        log.log_validation(9, 6.54321)
-        log.log_step({"step": 20, "loss": 5.0})
+        for number in range(1, 9):
+            log.log_step(number, {**RECORD, trainer.SKIPPED_STEPS: int(number > 4)})
+        log.log_step(9, {LOSS: math.nan})
+        log.log_validation(9, {VALIDATION_LOSS: 6.54321})
+        log.log_step(20, {LOSS: 5.0})
     lines = printed(log).splitlines()
     assert lines[0].startswith(
         "step  4/20 | tokens 81.92K | loss 7.2500 | aux 1.0312 | grad norm 0.500 | lr 2.00e-04 | 3.14K tokens/s | "
@@ -136,12 +141,19 @@ def test_plain_lines(tmp_path: Path) -> None:
 
 def test_status_line_on_a_terminal(tmp_path: Path) -> None:
     with open_log(tmp_path, log_interval=3, terminal=True) as log:
-        log.log_step({"step": 1, **RECORD})
+        log.log_step(1, RECORD)
         assert "1/20" in printed(log)
         assert "loss 7.2500" in printed(log)
         assert "step  3/20" not in printed(log)
-        log.log_step({"step": 3, **RECORD})
+        log.log_step(3, RECORD)
         assert "step  3/20" in printed(log)
+
+
+def test_a_line_of_text_is_shown_as_it_is(tmp_path: Path) -> None:
+    line = "starting from runs/:smile:/[red]x " + 300 * "y"
+    with open_log(tmp_path) as log:
+        log.note(line)
+    assert printed(log) == f"{line}\n"
 
 
 def test_wrong_settings_are_named(tmp_path: Path) -> None:

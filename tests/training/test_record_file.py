@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_m1.training.figures import Figure
 from megatron_m1.training.metrics import MetricsLog
 from megatron_m1.training.record_file import RecordFile
 from tests.checkpoint.checkpoint_runs import file_size_limit
@@ -68,16 +69,19 @@ def test_a_folder_that_goes_and_comes_back(tmp_path: Path) -> None:
     assert len(notes) == 2
 
 
+LOSS = Figure("loss", "loss {:.4f}")
+
+
 def test_the_log_of_a_run(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=300)
     settings = dict(tensorboard=True, wandb_project=None, log_interval=1, total_steps=9, console=console)
     with MetricsLog(tmp_path, start_step=0, **settings) as log:  # type: ignore[arg-type]
         for step in range(1, 4):
-            log.log_step({"step": step, "loss": 1.0})
+            log.log_step(step, {LOSS: 1.0})
         with file_size_limit(100):
             for step in range(4, 9):
-                log.log_step({"step": step, "loss": 1.0})
-        log.log_step({"step": 9, "loss": 1.0})
+                log.log_step(step, {LOSS: 1.0})
+        log.log_step(9, {LOSS: 1.0})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 10))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
