@@ -180,12 +180,15 @@ def check_model_size(contents: CheckpointContents) -> None:
     """Refuse a configuration of another size than the tensors: before a model of that size is made.
 
     Raises:
-        ValueError: they differ; one line.
+        ValueError: they differ, or it has kinds of layers that are not known; one line.
     """
     model, tensors = contents.config.model, contents.tensors
     held = sum(math.prod(t.shape) for t in tensors if not t.name.startswith(OPTIMIZER_PREFIX))
-    # Layers are counted one by one.
-    described = model_counts(model).total if 0 < model.num_layers <= len(tensors) else None
+    try:
+        # Layers are counted one by one.
+        described = model_counts(model).total if 0 < model.num_layers <= len(tensors) else None
+    except ValueError as error:
+        raise ValueError(f"checkpoint {contents.folder} has another model than this program's: {error}") from error
     if described != held:
         raise ValueError(
             f"checkpoint {contents.folder} is damaged: its tensors have {held:,} parameters, "

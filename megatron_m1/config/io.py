@@ -141,9 +141,13 @@ def parse_config(
     for file in files:
         values |= read_yaml(file)
     values |= read_flags(flags, command_options)
-    name = str(preset_name or values.get("preset") or Config().preset)
-    tree = _typed(values | {"preset": name}, Config(preset=name, model=model or preset(name)))
+    tree = _over_preset(values, preset_name, model)
     return _expanded(tree, values) if expand_paths else tree
+
+
+def _over_preset(values: Mapping[str, Any], preset_name: str | None = None, model: ModelConfig | None = None) -> Config:
+    name = str(preset_name or values.get("preset") or Config().preset)
+    return _typed({**values, "preset": name}, Config(preset=name, model=model or preset(name)))
 
 
 def load_config(path: str | Path) -> Config:
@@ -160,14 +164,12 @@ def load_config(path: str | Path) -> Config:
 
 
 def config_of_text(text: str) -> Config:
-    """Read what ``config_text`` returned.
+    """Read what ``config_text`` returned, in this version or an older one.
 
     Raises:
         ValueError: as ``parse_config``.
     """
-    values = translate(_flatten(parse_yaml(text), ""))
-    name = str(values.get("preset") or Config().preset)
-    return _typed(values | {"preset": name}, Config(preset=name, model=preset(name)))
+    return _over_preset(translate(_flatten(parse_yaml(text), "")))
 
 
 def config_text(config: Config) -> str:

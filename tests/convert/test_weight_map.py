@@ -16,7 +16,7 @@ import torch
 from megatron_m1.cli import run
 from megatron_m1.config.presets import m1_456b, tiny
 from megatron_m1.convert.families.minimax_m1.config import VLLM, caveats, hub_config, model_from_hf, native_config
-from megatron_m1.convert.families.minimax_m1.weights import check_names, to_hub, to_ours, units
+from megatron_m1.convert.families.minimax_m1.weights import check_names, check_spelled, to_hub, to_ours, units
 from megatron_m1.convert.hub_folder import expected_bytes
 from megatron_m1.plan.parameters import model_counts
 from megatron_m1.shapes.registry import FFNS, MIXERS, layer_mixers
@@ -235,6 +235,12 @@ def test_the_map_and_the_shapes_have_the_same_parameters() -> None:
             for parameter in shape.parameters(model):
                 stack = (parameter.copies,) if parameter.split == "expert" else ()
                 assert by_name[f"decoder.layers.{layer}.{place}.{parameter.name}"] == (*stack, *parameter.shape)
+
+
+def test_a_residual_that_the_format_has_no_words_for() -> None:
+    check_spelled(tiny())
+    with pytest.raises(ValueError, match=r"^model\.residual = prenorm can't be converted"):
+        check_spelled(replace(tiny(), residual="prenorm"))
 
 
 def test_null_is_as_good_as_missing() -> None:

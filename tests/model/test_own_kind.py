@@ -29,7 +29,7 @@ from megatron_m1.layers.caches import Caches
 from megatron_m1.layers.engine import EngineConfig
 from megatron_m1.layers.kind import LayerKind, Matrix
 from megatron_m1.layers.pack import batch_params, layout_of
-from megatron_m1.plan.flops import layout_cost, training_flops
+from megatron_m1.plan.flops import FLOPS_PER_BYTE, layout_cost, training_flops
 from megatron_m1.plan.parameters import model_counts, rank_counts
 from megatron_m1.runtime import mesh
 from megatron_m1.runtime.pool import WorkerPool
@@ -190,7 +190,9 @@ def test_its_parameters_and_flops() -> None:
     assert first["gated average"] == second["gated average"] == average // 2
     per_token = 2 * (6 * 40 * 64) + 2 * (10 * 40 * 64 + 4 * 64 * 16) + 4 * (2 * 6 * 40 * 36 + 2 * 40 * 4) + 2 * 40 * 104
     assert training_flops(model, [3, 2]) == 3 * 5 * per_token
-    assert layout_cost(model).per_pair == 0
+    cost = layout_cost(model)
+    assert (cost.per_token, cost.per_pair) == (3 * per_token, 0)
+    assert cost.per_state == FLOPS_PER_BYTE * 2 * (2 * 4 * 4 * 16**2 + 2 * 4 * 64)  # fp32, there and back
 
 
 def test_it_is_in_the_tables(capsys: pytest.CaptureFixture[str]) -> None:
