@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_m1.parallel.segments import Ints
+from megatron_m1.parallel.balance import Ints
 
 
 @dataclass(frozen=True)

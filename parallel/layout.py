@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_m1.parallel.balance import ModelCost, choose_segments
 from megatron_m1.parallel.crossings import Crossings
 from megatron_m1.parallel.ring_plan import RingPlan, plan_ring
-from megatron_m1.parallel.segments import ModelCost, choose_segments
 from megatron_m1.parallel.state_plan import StatePlan, plan_states
 
 

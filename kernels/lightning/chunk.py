@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_m1.kernels.lightning.naive import state_dtype
-from megatron_m1.kernels.lightning.segments import NONE, state_slots
+from megatron_m1.kernels.lightning.walk_plan import NONE, state_slots
 
 CHUNK_SIZE = 64
 

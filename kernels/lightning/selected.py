@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_m1.kernels.backend import choose_backend
+from megatron_m1.kernels.choice import choose_backend
 from megatron_m1.kernels.lightning.checks import check_cu_seqlens, check_heads, check_state, whole_numbers
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
 from megatron_m1.kernels.lightning.naive import naive_lightning_attention, state_dtype

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_m1.kernels.lightning.segments import NONE, state_slots
 from megatron_m1.kernels.lightning.triton_launch import Documents
 from megatron_m1.kernels.lightning.triton_tune import tuned_walk
+from megatron_m1.kernels.lightning.walk_plan import NONE, state_slots
 from megatron_m1.kernels.triton_inputs import check_triton
 
 MAX_WIDTH = 256
@@ -165,7 +165,7 @@ def triton_lightning_attention(
     """Run the kernels; arguments as in ``lightning_attention`` and ``selected.py``, already checked.
 
     Args:
-        segment_tokens: the most tokens that one program walks; default by the GPU, see ``segments.segment_tokens``.
+        segment_tokens: the most tokens that one program walks; default by the GPU, see ``walk_plan.segment_tokens``.
 
     Returns:
         The output [T, H, Dv] in v's dtype; the final states in float32, or None.

@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_m1.kernels.lightning.segments import NONE, Plan, plan_walk, segment_tokens
 from megatron_m1.kernels.lightning.triton_config import NO_SILU, Silu, WalkConfig
 from megatron_m1.kernels.lightning.triton_walk import chain, walk
+from megatron_m1.kernels.lightning.walk_plan import NONE, Plan, plan_walk, segment_tokens
 
 CHAIN_BLOCK = 1024
 MAX_SEGMENTS = 65535

@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_m1.kernels.lightning.segments import NONE, plan_walk
 from megatron_m1.kernels.lightning.triton_config import NO_SILU, Silu, WalkConfig, walk_configs
 from megatron_m1.kernels.lightning.triton_launch import Walk
+from megatron_m1.kernels.lightning.walk_plan import NONE, plan_walk
 
 TOKENS = 4096
 """Of the pack that is measured: 64 chunks are enough to fill the pipeline, and take some 0.1 ms."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_m1.config import Config, ParallelConfig
-from megatron_m1.config.pipeline import Chunk, plan_stages
+from megatron_m1.config.pipeline import StageLayers, plan_stages
 from megatron_m1.config.resolve import data_parallel_size, padded_pack_tokens
 from megatron_m1.data.corpora.prefix import PrefixSummary, parse_blend
 from megatron_m1.launch import Launch
@@ -80,7 +80,7 @@ def _stage_lines(config: Config) -> list[str]:
     return lines
 
 
-def _describe_chunk(chunk: Chunk) -> str:
+def _describe_chunk(chunk: StageLayers) -> str:
     layers = chunk.layers
     if not layers:
         text = "no layer"

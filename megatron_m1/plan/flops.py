@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from megatron_m1.config import ModelConfig
-from megatron_m1.parallel.segments import ModelCost
+from megatron_m1.parallel.balance import ModelCost
 
 PEAK_BF16_FLOPS = {
     "H100 PCIe": 756e12,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from megatron_m1.config import ModelConfig, ParallelConfig
-from megatron_m1.config.pipeline import Chunk, plan_stages
+from megatron_m1.config.pipeline import StageLayers, plan_stages
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def rank_counts(model: ModelConfig, parallel: ParallelConfig) -> list[Counts]:
     return [sum((_chunk_counts(chunk, model, parallel) for chunk in chunks), Counts()) for chunks in stages.by_rank]
 
 
-def _chunk_counts(chunk: Chunk, model: ModelConfig, parallel: ParallelConfig) -> Counts:
+def _chunk_counts(chunk: StageLayers, model: ModelConfig, parallel: ParallelConfig) -> Counts:
     tensor = parallel.tensor_model_parallel_size
     expert_ranks = parallel.expert_model_parallel_size * (parallel.expert_tensor_parallel_size or 1)
     vocabulary = model.vocab_size // tensor * model.hidden_size

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_m1.data.packed import PackedSample
-from megatron_m1.parallel.segments import ModelCost
+from megatron_m1.parallel.balance import ModelCost
 from megatron_m1.runtime.mesh import Mesh
 from megatron_m1.training.microbatch import MicroBatch, make_micro_batch
 from megatron_m1.training.optimizer import step_if_finite

@@ -20,8 +20,8 @@ from megatron_m1.kernels.lightning import (
     silu_lightning_attention,
     triton_launch,
 )
-from megatron_m1.kernels.lightning.segments import Segment, plan_walk, segment_tokens
 from megatron_m1.kernels.lightning.triton_attention import triton_lightning_state, triton_silu_attention
+from megatron_m1.kernels.lightning.walk_plan import Segment, plan_walk, segment_tokens
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
 
 BOUNDS = [0, 70, 71, 200]

@@ -1,4 +1,4 @@
-"""The implementations of lightning attention, by the names that ``kernels.backend`` chooses between."""
+"""The implementations of lightning attention, by the names that ``kernels.choice`` chooses between."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -7,12 +7,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_m1.kernels.backend import choose_backend
+from megatron_m1.kernels.choice import choose_backend
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
 from megatron_m1.kernels.lightning.naive import naive_lightning_attention
 
 
-class Backend(Protocol):
+class Form(Protocol):
     """An implementation of ``lightning_attention``."""
 
     def __call__(
@@ -44,15 +44,15 @@ def _triton(
     return triton_lightning_attention(q, k, v, slopes, cu_seqlens, initial_state, output_final_state)
 
 
-BACKENDS: Mapping[str, Backend] = MappingProxyType(
+FORMS: Mapping[str, Form] = MappingProxyType(
     {"naive": naive_lightning_attention, "chunk": chunk_lightning_attention, "triton": _triton}
 )
 
 
-def find_backend(name: str | None, device: torch.device) -> Backend:
+def find_form(name: str | None, device: torch.device) -> Form:
     """The implementation called ``name``, or the fastest one on ``device`` when ``name`` is None.
 
     Raises:
         ValueError: see ``choose_backend``.
     """
-    return BACKENDS[choose_backend(device, name)]
+    return FORMS[choose_backend(device, name)]
