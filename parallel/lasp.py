@@ -140,7 +140,8 @@ class _Lasp(torch.autograd.Function):
         exchange, grad = call.plan.backward, grads[0]
         own = _own_states(q, grad, exchange.sends, slopes, call, backwards=True)
         if own is not None:
-            # The first token has been decayed once.
+            # These sums leave the first token undecayed, as the forward ones do the last; but the state in front of a
+            # document has decayed once by the time it meets that token.
             own = own * torch.exp(-slopes.to(own.dtype))[:, None, None]
         gather = _Gather(own, exchange, tuple(entered.shape[1:]), q, call)
         with record_function("lasp: local attention backward"):

@@ -125,7 +125,7 @@ def _check_small_files(folder: Path) -> None:
     The tensors' are compared by those who read them: of a large model that takes many minutes.
     """
     if not (folder / MANIFEST).exists():
-        return  # whoever loads it insists
+        return  # old checkpoints can be looked at without; loading one insists on the manifest
     try:
         expected = read_manifest(folder)
     except ValueError as error:
@@ -157,7 +157,7 @@ def check_model_size(contents: CheckpointContents) -> None:
     """
     model, tensors = contents.config.model, contents.tensors
     held = sum(math.prod(t.shape) for t in tensors if not t.name.startswith(OPTIMIZER_PREFIX))
-    # Layers are counted one by one.
+    # Counting goes layer by layer: a damaged configuration with a trillion of them would never come to an end.
     described = model_counts(model).total if 0 < model.num_layers <= len(tensors) else None
     if described != held:
         raise ValueError(

@@ -116,9 +116,9 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     # asked for must be there; megatron-core 0.19 has stricter checks, but they fail with torch 2.15, whose
     # TensorProperties have one more field.
     with warnings.catch_warnings():
-        # About arguments that megatron-core passes to torch.
+        # The warnings are about arguments that megatron-core passes to torch: who trains can't change them.
         warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
-        # megatron-core unpickles it by itself: only what has been found harmless.
+        # megatron-core unpickles the metadata without looking at it, so what it names is checked here first.
         read_metadata(folder)
         try:
             with only_tensors():
