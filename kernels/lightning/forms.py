@@ -1,6 +1,6 @@
 """The implementations of lightning attention, by the names that ``kernels.choice`` chooses between."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_m1.kernels.choice import choose_backend
+from megatron_m1.kernels.lightning.call import Call
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
 from megatron_m1.kernels.lightning.naive import naive_lightning_attention
 
@@ -15,33 +16,16 @@ from megatron_m1.kernels.lightning.naive import naive_lightning_attention
 class Form(Protocol):
     """An implementation of ``lightning_attention``."""
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        slopes: Tensor,
-        cu_seqlens: Sequence[int],
-        initial_state: Tensor | None,
-        output_final_state: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Take checked arguments; return the output, and the final states or None if they are not asked for."""
+    def __call__(self, call: Call, /) -> tuple[Tensor, Tensor | None]:
+        """Return the output, and the final states or None if they are not asked for."""
         ...
 
 
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    cu_seqlens: Sequence[int],
-    initial_state: Tensor | None,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _triton(call: Call) -> tuple[Tensor, Tensor | None]:
     # Triton exists for Linux alone, and takes long to import.
     from megatron_m1.kernels.lightning.triton_attention import triton_lightning_attention
 
-    return triton_lightning_attention(q, k, v, slopes, cu_seqlens, initial_state, output_final_state)
+    return triton_lightning_attention(call)
 
 
 FORMS: Mapping[str, Form] = MappingProxyType(

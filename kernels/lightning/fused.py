@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_m1.kernels.choice import choose_backend
+from megatron_m1.kernels.lightning.call import Call
 from megatron_m1.kernels.lightning.checks import check_cu_seqlens, check_heads
 from megatron_m1.kernels.lightning.forms import find_form
 
@@ -52,5 +53,5 @@ def silu_lightning_attention(
     run = find_form(name, parts.device)
     q, k, v = (torch.nn.functional.silu(x) for x in (q, k, v))
     with torch.autocast(parts.device.type, enabled=False):
-        o, _ = run(q, k, v, slopes, bounds, None, False)
+        o, _ = run(Call(q, k, v, slopes, tuple(bounds)))
     return o, parts[:, :, 3:]
