@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from megatron_m1.parallel.block_attention import Block, attend, attend_backward
+from megatron_m1.parallel.crossings import Rows
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.parallel.ring_plan import Rectangle, RingPlan, Step
-from megatron_m1.parallel.state_plan import Rows
 
 
 def _at(x: Tensor, rows: Rows) -> Tensor:
