@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))  # for benchmarks.common
 
 from benchmarks.common.context_ranks import Case, counted_bytes, predicted_bytes  # noqa: E402
 from megatron_m1.config.presets import m1_456b  # noqa: E402
+from megatron_m1.parallel.balance import ModelCost  # noqa: E402
 from megatron_m1.parallel.layout import SequenceLayout  # noqa: E402
-from megatron_m1.parallel.segments import ModelCost  # noqa: E402
 from megatron_m1.parallel.traffic import attention_pairs, ring_memory, ring_traffic, state_traffic  # noqa: E402
 from megatron_m1.plan.flops import layout_cost  # noqa: E402
 from megatron_m1.runtime.pool import WorkerPool  # noqa: E402

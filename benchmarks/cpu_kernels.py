@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_m1.kernels.lightning import layer_slopes
+from megatron_m1.kernels.lightning.call import Call
 from megatron_m1.kernels.lightning.chunk import CHUNK_SIZE, chunk_lightning_attention
 from megatron_m1.kernels.matmul.naive import naive_matmul
 from megatron_m1.kernels.matmul.onednn import onednn_matmul, onednn_serves
@@ -91,11 +92,11 @@ def lightning(head_dim: int, lengths: tuple[int, ...], chunk_size: int) -> Calla
     shape = (sum(lengths), HEADS, head_dim)
     q, k, v = (torch.randn(shape, generator=generator).requires_grad_() for _ in range(3))
     grad = torch.randn(shape, generator=generator)
-    bounds = [0, *itertools.accumulate(lengths)]
+    bounds = (0, *itertools.accumulate(lengths))
     slopes = layer_slopes(HEADS, layer_index=1, num_layers=8)
 
     def run() -> list[Tensor]:
-        output, _ = chunk_lightning_attention(q, k, v, slopes, bounds, None, False, chunk_size)
+        output, _ = chunk_lightning_attention(Call(q, k, v, slopes, bounds), chunk_size)
         return [output.detach(), *torch.autograd.grad(output, (q, k, v), grad)]
 
     return run

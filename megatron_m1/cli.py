@@ -79,7 +79,7 @@ def exit_status(command: Callable[[], int]) -> int:
         report_error(error)
         return 2
     except KeyboardInterrupt:
-        return 130  # as a shell reports SIGINT
+        return 130  # 128 + SIGINT's number, which shells report for a program that Ctrl-C ended
     except BrokenPipeError:
         return 0  # the reader (head, less) went away: not a fault
     finally:

@@ -68,7 +68,7 @@ def _open_lock(path: Path) -> tuple[int, bool]:
     except FileExistsError:
         pass
     else:
-        # On a full disk an empty one does as well.
+        # By the mark, later starts know our locks. A full disk takes no mark: an empty file counts as well.
         with suppress(OSError):
             os.pwrite(descriptor, LOCK_MARK, 0)
         return descriptor, True

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_m1.parallel.segments import Ints
+from megatron_m1.parallel.balance import Ints
+
+type Rows = tuple[int, int]
+"""[start, end) of local tokens."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,39 @@ class Crossings:
         """[S] whether a document came in from the segment before."""
         return self.origin < np.arange(len(self.origin))
 
-    def local_starts(self, owned: Sequence[int]) -> dict[int, int]:
-        """Where each of a rank's segments begins among the rank's tokens."""
-        lengths = self.lengths[list(owned)]
-        return dict(zip(owned, (np.cumsum(lengths) - lengths).tolist(), strict=True))
+
+class RankSegments:
+    """One rank's segments, and where their pieces lie among the rank's own tokens."""
+
+    def __init__(self, crossings: Crossings, owned: Sequence[int]) -> None:
+        """``owned`` are the rank's segments, rising: in this order it holds them, one after the other."""
+        self.crossings = crossings
+        self.owned = owned
+        lengths = crossings.lengths[list(owned)]
+        starts = np.cumsum(lengths) - lengths
+        self._offsets = dict(zip(owned, (starts - crossings.segment_bounds[list(owned)]).tolist(), strict=True))
+
+    def tail_rows(self, segment: int) -> Rows:
+        """Local tokens of a segment's tail."""
+        crossings, offset = self.crossings, self._offsets[segment]
+        return int(crossings.tail_start[segment]) + offset, int(crossings.segment_bounds[segment + 1]) + offset
+
+    def head_rows(self, segment: int) -> Rows:
+        """Local tokens of a segment's head."""
+        crossings, offset = self.crossings, self._offsets[segment]
+        return int(crossings.segment_bounds[segment]) + offset, int(crossings.head_end[segment]) + offset
+
+    def document_bounds(self, *, joined: bool) -> tuple[int, ...]:
+        """[N + 1] bounds of the documents' pieces in local tokens.
+
+        A document that goes on from one of the rank's segments into its next is one piece if ``joined``, else two.
+        """
+        crossings, pieces = self.crossings, [np.zeros(1, dtype=np.int64)]
+        for segment, following in itertools.zip_longest(self.owned, self.owned[1:]):
+            start, end = crossings.segment_bounds[segment], crossings.segment_bounds[segment + 1]
+            first, last = np.searchsorted(crossings.document_bounds, [start, end], side="right")
+            inner = crossings.document_bounds[first:last]
+            pieces.append(inner[inner < end] + self._offsets[segment])
+            if not joined or following is None or following > crossings.reach[segment]:
+                pieces.append(np.array([end + self._offsets[segment]]))
+        return tuple(np.concatenate(pieces).tolist())

@@ -24,9 +24,10 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from megatron_m1.kernels.lightning import lightning_attention, lightning_state
+from megatron_m1.parallel.crossings import Rows
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.parallel.scan import Decay, scan
-from megatron_m1.parallel.state_plan import Rows, StateExchange, StatePlan
+from megatron_m1.parallel.state_plan import StateExchange, StatePlan
 
 ROWS_AT_ONCE = 4096
 """Tokens of a piece that are multiplied with a state at once: bounds the float32 copies of them."""
@@ -104,7 +105,7 @@ def _own_states(a: Tensor, b: Tensor, pieces: tuple[Rows, ...], slopes: Tensor, 
     for start, end in pieces:
         bounds.append(bounds[-1] + end - start)
     a, b = _pieces(a, pieces, backwards=backwards), _pieces(b, pieces, backwards=backwards)
-    return lightning_state(a, b, slopes, cu_seqlens=bounds, final_index=range(len(pieces)), backend=call.backend)
+    return lightning_state(a, b, slopes, cu_seqlens=bounds, backend=call.backend)
 
 
 class _Lasp(torch.autograd.Function):
@@ -140,7 +141,8 @@ class _Lasp(torch.autograd.Function):
         exchange, grad = call.plan.backward, grads[0]
         own = _own_states(q, grad, exchange.sends, slopes, call, backwards=True)
         if own is not None:
-            # The first token has been decayed once.
+            # These sums leave the first token undecayed, as the forward ones do the last; but the state in front of a
+            # document has decayed once by the time it meets that token.
             own = own * torch.exp(-slopes.to(own.dtype))[:, None, None]
         gather = _Gather(own, exchange, tuple(entered.shape[1:]), q, call)
         with record_function("lasp: local attention backward"):

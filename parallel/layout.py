@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_m1.parallel.crossings import Crossings
+from megatron_m1.parallel.balance import ModelCost, choose_segments
+from megatron_m1.parallel.crossings import Crossings, RankSegments
 from megatron_m1.parallel.ring_plan import RingPlan, plan_ring
-from megatron_m1.parallel.segments import ModelCost, choose_segments
 from megatron_m1.parallel.state_plan import StatePlan, plan_states
 
 
@@ -145,14 +145,7 @@ class SequenceLayout:
     @cached_property
     def local_document_bounds(self) -> tuple[int, ...]:
         """``local_cu_seqlens`` as plain ints, which no one waits for a device to read."""
-        documents, pieces, offset = np.asarray(self.document_bounds), [np.zeros(1, dtype=np.int64)], 0
-        for start, end in self.segments:
-            first, last = np.searchsorted(documents, [start, end], side="right")
-            inner = documents[first:last]
-            pieces.append(inner[inner < end] + (offset - start))
-            offset += end - start
-            pieces.append(np.array([offset]))
-        return tuple(np.concatenate(pieces).tolist())
+        return RankSegments(self.crossings, self.local_segments).document_bounds(joined=False)
 
     @cached_property
     def local_cu_seqlens(self) -> Tensor:

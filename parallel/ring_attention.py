@@ -22,9 +22,9 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from megatron_m1.parallel.block_attention import Block, attend, attend_backward
+from megatron_m1.parallel.crossings import Rows
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.parallel.ring_plan import Rectangle, RingPlan, Step
-from megatron_m1.parallel.state_plan import Rows
 
 
 def _at(x: Tensor, rows: Rows) -> Tensor:
@@ -76,7 +76,7 @@ class _Blocks:
             parts = [_at(self.kv, rows) for rows in step.sends]
             send = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else self.kv[:0]
             receive = self.buffers[index % 2][: step.receives]
-            # Keys and values have even tags, their gradients odd ones.
+            # Keys and values have even tags and their gradients odd ones: both may be on their way at once.
             return _Message(self.group, 2 * step.distance, send, rank + step.distance, receive, rank - step.distance)
 
     def take(self, index: int) -> Tensor:

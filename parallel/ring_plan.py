@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_m1.parallel.crossings import Crossings
-from megatron_m1.parallel.state_plan import Rows
+from megatron_m1.parallel.crossings import Crossings, RankSegments, Rows
 
 
 @dataclass(frozen=True)
@@ -72,72 +71,38 @@ def plan_ring(crossings: Crossings, owners: Sequence[int], rank: int) -> RingPla
         last = np.append(owned, len(owner))[following]  # the next segment of r after each tail, or none
         needs[:, r] = (last <= reach[tails]) & (owner[tails] != r)
     pairs = np.unique((np.arange(ranks)[None, :] - owner[tails][:, None])[needs] % ranks)
-    mine = _Mine(crossings, by_rank[rank].tolist())
+    mine = RankSegments(crossings, by_rank[rank].tolist())
     steps = []
     for distance in pairs.tolist():
         ahead, behind = (rank + distance) % ranks, (rank - distance) % ranks
         to_send = tails[needs[:, ahead] & (owner[tails] == rank)]
         to_receive = tails[needs[:, rank] & (owner[tails] == behind)]
-        received, rectangles = mine.rectangles(to_receive.tolist())
+        received, rectangles = _rectangles(mine, to_receive.tolist())
         steps.append(Step(distance, tuple(mine.tail_rows(t) for t in to_send.tolist()), received, rectangles))
-    return RingPlan(mine.local_bounds(), tuple(steps))
+    return RingPlan(mine.document_bounds(joined=True), tuple(steps))
 
 
-class _Mine:
-    """One rank's segments, in local tokens."""
+def _rectangles(mine: RankSegments, tails: list[int]) -> tuple[int, tuple[Rectangle, ...]]:
+    """Tokens of ``tails`` end to end, and which heads attend to which of them.
 
-    def __init__(self, crossings: Crossings, owned: list[int]) -> None:
-        self.crossings = crossings
-        self.owned = owned
-        self.starts = crossings.local_starts(owned)
-
-    def tail_rows(self, segment: int) -> Rows:
-        """Local tokens of a segment's tail."""
-        crossings, offset = self.crossings, self.starts[segment] - int(self.crossings.segment_bounds[segment])
-        return int(crossings.tail_start[segment]) + offset, int(crossings.segment_bounds[segment + 1]) + offset
-
-    def head_rows(self, segment: int) -> Rows:
-        """Local tokens of a segment's head."""
-        crossings, offset = self.crossings, self.starts[segment] - int(self.crossings.segment_bounds[segment])
-        return self.starts[segment], int(crossings.head_end[segment]) + offset
-
-    def rectangles(self, tails: list[int]) -> tuple[int, tuple[Rectangle, ...]]:
-        """Tokens of ``tails`` end to end, and which heads attend to which of them.
-
-        The tails of one document lie side by side in the block. A head attends to those before it; neighbouring heads
-        that attend to the same ones lie side by side too, and share a rectangle.
-        """
-        crossings, offset = self.crossings, 0
-        found: list[Rectangle] = []
-        first: dict[int, int] = {}
-        ends: list[tuple[int, int]] = []
-        for tail in tails:
-            first.setdefault(int(crossings.reach[tail]), offset)
-            offset += int(crossings.segment_bounds[tail + 1] - crossings.tail_start[tail])
-            ends.append((tail, offset))
-        for head in self.owned:
-            before = [(tail, end) for tail, end in ends if tail < head <= crossings.reach[tail]]
-            if not before:
-                continue
-            tail, end = before[-1]
-            keys, rows = (first[int(crossings.reach[tail])], end), self.head_rows(head)
-            if found and found[-1].keys == keys and found[-1].queries[1] == rows[0]:
-                rows = (found.pop().queries[0], rows[1])
-            found.append(Rectangle(rows, keys))
-        return offset, tuple(found)
-
-    def local_bounds(self) -> tuple[int, ...]:
-        """Bounds of the rank's tokens of each document."""
-        crossings = self.crossings
-        documents, pieces = crossings.document_bounds, [np.zeros(1, dtype=np.int64)]
-        for position, segment in enumerate(self.owned):
-            start, end = crossings.segment_bounds[segment], crossings.segment_bounds[segment + 1]
-            first, last = np.searchsorted(documents, [start, end], side="right")
-            inner = documents[first:last]
-            offset = self.starts[segment]
-            pieces.append(inner[inner < end] - start + offset)
-            following = self.owned[position + 1] if position + 1 < len(self.owned) else None
-            # A document that goes on into this rank's next segment is not cut between them.
-            if following is None or following > crossings.reach[segment]:
-                pieces.append(np.array([end - start + offset]))
-        return tuple(np.concatenate(pieces).tolist())
+    The tails of one document lie side by side in the block. A head attends to those before it; neighbouring heads
+    that attend to the same ones lie side by side too, and share a rectangle.
+    """
+    crossings, offset = mine.crossings, 0
+    found: list[Rectangle] = []
+    first: dict[int, int] = {}
+    ends: list[tuple[int, int]] = []
+    for tail in tails:
+        first.setdefault(int(crossings.reach[tail]), offset)
+        offset += int(crossings.segment_bounds[tail + 1] - crossings.tail_start[tail])
+        ends.append((tail, offset))
+    for head in mine.owned:
+        before = [(tail, end) for tail, end in ends if tail < head <= crossings.reach[tail]]
+        if not before:
+            continue
+        tail, end = before[-1]
+        keys, rows = (first[int(crossings.reach[tail])], end), mine.head_rows(head)
+        if found and found[-1].keys == keys and found[-1].queries[1] == rows[0]:
+            rows = (found.pop().queries[0], rows[1])
+        found.append(Rectangle(rows, keys))
+    return offset, tuple(found)

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_m1.parallel.crossings import Crossings
+from megatron_m1.parallel.crossings import Crossings, RankSegments, Rows
 from megatron_m1.parallel.scan import Chain, Link
-
-type Rows = tuple[int, int]
-"""[start, end) of local tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,17 +49,9 @@ def plan_states(crossings: Crossings, owners: Sequence[int], rank: int) -> State
         owners: [S] the rank of each segment.
         rank: this one.
     """
-    owned = [s for s, owner in enumerate(owners) if owner == rank]
-    starts = crossings.local_starts(owned)
-    first = crossings.segment_bounds
+    mine = RankSegments(crossings, [s for s, owner in enumerate(owners) if owner == rank])
     tails, heads = (np.flatnonzero(flags).tolist() for flags in (crossings.goes_on, crossings.came_in))
     my_tails, my_heads = ([s for s in segments if owners[s] == rank] for segments in (tails, heads))
-
-    def tail_rows(s: int) -> Rows:
-        return starts[s] + int(crossings.tail_start[s] - first[s]), starts[s] + int(first[s + 1] - first[s])
-
-    def head_rows(s: int) -> Rows:
-        return starts[s], starts[s] + int(crossings.head_end[s] - first[s])
 
     lengths = crossings.lengths.tolist()
     origin, reach = crossings.origin.tolist(), crossings.reach.tolist()
@@ -72,9 +61,10 @@ def plan_states(crossings: Crossings, owners: Sequence[int], rank: int) -> State
     backward_slots, sources = _number(heads, owners)
     # The gradient of the state that leaves segment s comes from the document's segments, the last one first.
     backward = _chains(my_tails, lambda s: range(reach[s], s, -1), sources, lengths)
+    tail_rows, head_rows = tuple(map(mine.tail_rows, my_tails)), tuple(map(mine.head_rows, my_heads))
     return StatePlan(
-        StateExchange(forward_slots, tuple(map(tail_rows, my_tails)), tuple(map(head_rows, my_heads)), forward),
-        StateExchange(backward_slots, tuple(map(head_rows, my_heads)), tuple(map(tail_rows, my_tails)), backward),
+        StateExchange(forward_slots, tail_rows, head_rows, forward),
+        StateExchange(backward_slots, head_rows, tail_rows, backward),
     )
 
 

@@ -88,7 +88,7 @@ def _precision(x: Tensor, *, ieee_fp32: bool) -> Iterator[None]:
 
 def _chunks(rows: int, ranks: int, weight: Tensor, chunk_bytes: int) -> list[slice]:
     """Equal shares of each rank's ``rows`` tokens, the logits of which fit ``chunk_bytes``."""
-    # Low-precision logits exist beside their fp32 copy for a moment.
+    # bf16 and fp16 logits are made before their fp32 copy, and both take memory until the copy is whole.
     bytes_per_logit = 4 if weight.dtype == torch.float32 else 4 + weight.element_size()
     most = max(1, chunk_bytes // (ranks * weight.shape[0] * bytes_per_logit))
     size = math.ceil(rows / math.ceil(rows / most))
@@ -174,7 +174,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         top, total, target = (hidden.new_empty(labels.shape, dtype=torch.float32) for _ in range(3))
         with _precision(hidden, ieee_fp32=ieee_fp32):
             for rows, tokens in zip(chunks, _gathered(hidden, chunks, group, weight.dtype), strict=True):
-                logits = None  # the last chunk's, before there are two
+                logits = None  # frees the last chunk's, so that there never are two at a time
                 logits = matmul(tokens, weight.t()).float()  # [tp * c, V / tp]
                 own, column = _columns(labels[:, rows].flatten(), weight, group)
                 highest = logits.amax(dim=1)
@@ -217,7 +217,7 @@ class _VocabParallelLoss(torch.autograd.Function):
                 logits = logits.to(weight.dtype)
                 part, work = _scattered(matmul(logits, weight), group)
                 weight_grad.add(logits.t(), tokens)
-                del logits  # before there are two
+                del logits  # so that the next chunk's never lie beside them
                 if work is not None:
                     work.wait()
                 hidden_grad[rows] = part

@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.common.packs import bounds_of, named_packs
 from benchmarks.common.poison import nan_filled_empty
 from megatron_m1.kernels.lightning import layer_slopes
+from megatron_m1.parallel.balance import ModelCost
 from megatron_m1.parallel.lasp import lasp_attention
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.parallel.ring_attention import ring_attention
-from megatron_m1.parallel.segments import ModelCost
 from megatron_m1.parallel.traffic import ring_traffic, state_traffic
 
 PAIRS_ONLY = ModelCost(per_token=0.0, per_pair=1.0, per_state=0.0)

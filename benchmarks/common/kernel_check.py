@@ -91,7 +91,7 @@ def _state_shares(case: Case) -> dict[str, float]:
     found = []
     for backend, of in (("triton", case), ("naive", case.upcast())):
         k, v = (x.detach().requires_grad_() for x in (of.k, of.v))
-        state = lightning_state(k, v, of.slopes, cu_seqlens=of.cu_seqlens, final_index=range(count), backend=backend)
+        state = lightning_state(k, v, of.slopes, cu_seqlens=of.cu_seqlens, backend=backend)
         gradients = torch.autograd.grad(state, (k, v), torch.ones_like(state))
         rows = [x[:count].detach() for x in (of.q, of.k, of.v)]
         step = lightning_attention_step(rows[0], rows[1], rows[2], of.slopes, state.detach(), backend=backend)

@@ -34,7 +34,8 @@ class FusedExpertMlp(torch.autograd.Function):
         weighted = (silu(gate).mul_(up) * scale.unsqueeze(-1)).to(x.dtype)  # [m', ffn]
         ctx.save_for_backward(x, scale, fc1, fc2, projected)
         ctx.rows, ctx.extra = rows, extra
-        return matmul(weighted, fc2.t()).resize_(rows, x.shape[1])  # not a slice: an output may not be a view
+        # Shrunk in place: a slice is a view, and what a custom function returns must not be one if it is written to.
+        return matmul(weighted, fc2.t()).resize_(rows, x.shape[1])
 
     @staticmethod
     @once_differentiable

@@ -9,20 +9,20 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from megatron_m1.kernels.backend import choose_backend
-from megatron_m1.kernels.lightning.backend import find_backend
+from megatron_m1.kernels.choice import choose_backend
+from megatron_m1.kernels.lightning.call import Call
 from megatron_m1.kernels.lightning.checks import check_cu_seqlens, check_heads, check_state
+from megatron_m1.kernels.lightning.forms import find_form
 from megatron_m1.kernels.lightning.fused import silu_lightning_attention
 from megatron_m1.kernels.lightning.naive import state_dtype
-from megatron_m1.kernels.lightning.selected import lightning_attention_selected, lightning_state
 from megatron_m1.kernels.lightning.slopes import head_slopes, layer_slopes
+from megatron_m1.kernels.lightning.state import lightning_state
 
 __all__ = [
     "choose_backend",
     "head_slopes",
     "layer_slopes",
     "lightning_attention",
-    "lightning_attention_selected",
     "lightning_attention_step",
     "lightning_state",
     "silu_lightning_attention",
@@ -112,10 +112,10 @@ def lightning_attention(
     bounds = check_cu_seqlens(cu_seqlens, q.shape[0])
     if initial_state is not None:
         check_state(initial_state, "initial_state", q, v, len(bounds) - 1)
-    run = find_backend(backend, q.device)
+    run = find_form(backend, q.device)
     # Autocast would take the float32 products of the states to bfloat16.
     with torch.autocast(q.device.type, enabled=False):
-        output, final_state = run(q, k, v, slopes, bounds, initial_state, output_final_state)
+        output, final_state = run(Call(q, k, v, slopes, tuple(bounds), initial_state, output_final_state))
     return output if final_state is None else (output, final_state)
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_m1.kernels.lightning.call import Call
 from megatron_m1.kernels.lightning.naive import state_dtype
-from megatron_m1.kernels.lightning.segments import NONE, state_slots
 
 CHUNK_SIZE = 64
 
@@ -37,10 +37,8 @@ class Piece:
     """The document begins with this piece."""
     is_last: bool
     """The document ends with this piece."""
-    state_in: int
-    """The initial state's slot that this piece begins with, ``NONE`` for zero or the piece before."""
-    state_out: int
-    """The final state's slot that this piece ends with, ``NONE`` if it is not kept."""
+    document: int
+    """Its number in the pack, from 0."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,8 @@ class Chunk:
     pieces: tuple[Piece, ...]
 
 
-def cut_into_chunks(
-    cu_seqlens: Sequence[int], initial: Sequence[int], final: Sequence[int], chunk_size: int
-) -> list[Chunk]:
-    """Cut a pack every ``chunk_size`` tokens and list each chunk's pieces of documents.
-
-    ``initial`` and ``final`` are the N slots of the states that documents begin with and leave, or ``NONE``.
-    """
+def cut_into_chunks(cu_seqlens: Sequence[int], chunk_size: int) -> list[Chunk]:
+    """Cut a pack every ``chunk_size`` tokens and list each chunk's pieces of documents."""
     chunks, document = [], 0
     for start in range(0, cu_seqlens[-1], chunk_size):
         end = min(start + chunk_size, cu_seqlens[-1])
@@ -66,9 +59,7 @@ def cut_into_chunks(
         while at < end:
             begins, ends = cu_seqlens[document], cu_seqlens[document + 1]
             stop = min(end, ends)
-            slot_in = initial[document] if at == begins else NONE
-            slot_out = final[document] if stop == ends else NONE
-            pieces.append(Piece(at - start, stop - start, at == begins, stop == ends, slot_in, slot_out))
+            pieces.append(Piece(at - start, stop - start, at == begins, stop == ends, document))
             document += stop == ends
             at = stop
         chunks.append(Chunk(start, end, tuple(pieces)))
@@ -127,7 +118,7 @@ def _state_entering(piece: Piece, carried: Tensor | None, initial_state: Tensor 
     """The state [H, Dk, Dv] with which a piece begins, ``carried`` being the one before it; None where it is zero."""
     if not piece.is_first:
         return carried
-    return None if initial_state is None or piece.state_in == NONE else initial_state[piece.state_in]
+    return None if initial_state is None else initial_state[piece.document]
 
 
 class _ChunkLightningAttention(torch.autograd.Function):
@@ -140,15 +131,16 @@ class _ChunkLightningAttention(torch.autograd.Function):
         slopes: Tensor,
         initial_state: Tensor | None,
         chunks: list[Chunk],
-        states_kept: int,
+        output_final_state: bool,
         chunk_size: int,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = state_dtype(q.dtype)
         decays = Decays(slopes, chunk_size, dtype)
         output = torch.empty_like(v, memory_format=torch.contiguous_format)  # [T, H, Dv]
         final_state = None
-        if states_kept:
-            final_state = output.new_empty((states_kept, q.shape[1], q.shape[2], v.shape[2]), dtype=dtype)
+        if output_final_state:
+            documents = chunks[-1].pieces[-1].document + 1
+            final_state = output.new_empty((documents, q.shape[1], q.shape[2], v.shape[2]), dtype=dtype)
         state: Tensor | None = None
         for chunk in chunks:
             q_chunk, k_chunk, v_chunk = (_head_major(x, chunk, dtype) for x in (q, k, v))
@@ -159,10 +151,10 @@ class _ChunkLightningAttention(torch.autograd.Function):
                 state = _state_entering(piece, state, initial_state)
                 if state is not None:
                     o_chunk[:, rows].baddbmm_(q_chunk[:, rows] * decays.entering(piece.end - piece.start), state)
-                if piece.state_out != NONE or not piece.is_last:
+                if final_state is not None or not piece.is_last:
                     state = _leaving_state(k_chunk, v_chunk, piece, state, decays)
-                    if final_state is not None and piece.state_out != NONE:
-                        final_state[piece.state_out] = state
+                    if final_state is not None and piece.is_last:
+                        final_state[piece.document] = state
             output[chunk.start : chunk.end] = o_chunk.transpose(0, 1)  # [H, m, Dv] -> [m, H, Dv]
         ctx.save_for_backward(q, k, v, slopes, initial_state)
         ctx.chunks, ctx.chunk_size = chunks, chunk_size
@@ -222,8 +214,7 @@ class _ReverseScan:
     def __init__(self, decays: Decays, grad_final_state: Tensor | None, initial_state: Tensor | None) -> None:
         self._decays = decays
         self._grad_final_state = grad_final_state
-        # A slot that no document begins with has no gradient.
-        self.grad_initial_state = None if initial_state is None else torch.zeros_like(initial_state)
+        self.grad_initial_state = None if initial_state is None else torch.empty_like(initial_state)
         self._grad_state: Tensor | None = None
 
     def step(self, chunk: Chunk, q: Tensor, k: Tensor, v: Tensor, do: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,45 +231,31 @@ class _ReverseScan:
                 dk[:, rows].baddbmm_(v[:, rows] * leaving, grad_leaving.mT)
                 dv[:, rows].baddbmm_(k[:, rows] * leaving, grad_leaving)
             self._grad_state = None
-            if not piece.is_first or piece.state_in != NONE:
+            if not piece.is_first or self.grad_initial_state is not None:
                 grad_entering = q[:, rows].mT @ (do[:, rows] * self._decays.entering(length))  # [H, Dk, Dv]
                 if grad_leaving is not None:
                     grad_entering.addcmul_(grad_leaving, self._decays.over(length))
                 self._grad_state = grad_entering
-                if self.grad_initial_state is not None and piece.state_in != NONE:
-                    self.grad_initial_state[piece.state_in] = grad_entering
+                if self.grad_initial_state is not None and piece.is_first:
+                    self.grad_initial_state[piece.document] = grad_entering
         return dq, dk, dv
 
     def _grad_leaving(self, piece: Piece) -> Tensor | None:
         if not piece.is_last:
             return self._grad_state
-        if self._grad_final_state is None or piece.state_out == NONE:
-            return None
-        return self._grad_final_state[piece.state_out]
+        return None if self._grad_final_state is None else self._grad_final_state[piece.document]
 
 
-def chunk_lightning_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    cu_seqlens: Sequence[int],
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    chunk_size: int = CHUNK_SIZE,
-    *,
-    initial_index: Sequence[int] | None = None,
-    final_index: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Run the chunked form; arguments as in ``lightning_attention`` and ``selected.py``, already checked.
+def chunk_lightning_attention(call: Call, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor | None]:
+    """Run the chunked form by chunks of ``chunk_size`` tokens.
 
-    ``chunk_size`` is in tokens. Without indices every document has its own states. Differentiable once, in q, k, v and
-    initial_state. Only the inputs are kept for the backward pass.
+    Differentiable once, in q, k, v and initial_state. Only the inputs are kept for the backward pass.
 
     Returns:
         The output [T, H, Dv] in v's dtype; the final states [N, H, Dk, Dv] in ``state_dtype(q.dtype)``, or None.
     """
-    size = min(chunk_size, q.shape[0])
-    initial, final = state_slots(len(cu_seqlens) - 1, initial_state, initial_index, output_final_state, final_index)
-    chunks, kept = cut_into_chunks(cu_seqlens, initial, final, size), sum(slot != NONE for slot in final)
-    return _ChunkLightningAttention.apply(q, k, v, slopes, initial_state, chunks, kept, size)
+    size = min(chunk_size, call.q.shape[0])
+    chunks = cut_into_chunks(call.cu_seqlens, size)
+    return _ChunkLightningAttention.apply(
+        call.q, call.k, call.v, call.slopes, call.initial_state, chunks, call.output_final_state, size
+    )

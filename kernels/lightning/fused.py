@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_m1.kernels.backend import choose_backend
-from megatron_m1.kernels.lightning.backend import find_backend
+from megatron_m1.kernels.choice import choose_backend
+from megatron_m1.kernels.lightning.call import Call
 from megatron_m1.kernels.lightning.checks import check_cu_seqlens, check_heads
+from megatron_m1.kernels.lightning.forms import find_form
 
 
 def silu_lightning_attention(
@@ -49,8 +50,8 @@ def silu_lightning_attention(
         from megatron_m1.kernels.lightning.triton_attention import triton_silu_attention
 
         return triton_silu_attention(parts, slopes, bounds)
-    run = find_backend(name, parts.device)
+    run = find_form(name, parts.device)
     q, k, v = (torch.nn.functional.silu(x) for x in (q, k, v))
     with torch.autocast(parts.device.type, enabled=False):
-        o, _ = run(q, k, v, slopes, bounds, None, False)
+        o, _ = run(Call(q, k, v, slopes, tuple(bounds)))
     return o, parts[:, :, 3:]

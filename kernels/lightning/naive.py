@@ -6,10 +6,11 @@ One document after the other, one token after the other, differentiated by autog
 """
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from megatron_m1.kernels.lightning.call import Call
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,24 +18,17 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def naive_lightning_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    cu_seqlens: Sequence[int],
-    initial_state: Tensor | None,
-    output_final_state: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Run the recurrence over every token; arguments as in ``lightning_attention``, already checked.
+def naive_lightning_attention(call: Call) -> tuple[Tensor, Tensor | None]:
+    """Run the recurrence over every token.
 
     Returns:
         The output [T, H, Dv] in v's dtype; the final states [N, H, Dk, Dv] in ``state_dtype(q.dtype)``, or None.
     """
+    q, k, v, initial_state = call.q, call.k, call.v, call.initial_state
     dtype = state_dtype(q.dtype)
-    decay = torch.exp(-slopes.to(dtype))[:, None, None]  # [H, 1, 1]
+    decay = torch.exp(-call.slopes.to(dtype))[:, None, None]  # [H, 1, 1]
     outputs, final_states = [], []
-    for document, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
+    for document, (start, end) in enumerate(itertools.pairwise(call.cu_seqlens)):
         if initial_state is None:
             state = torch.zeros(q.shape[1], q.shape[2], v.shape[2], dtype=dtype, device=q.device)
         else:
@@ -44,4 +38,4 @@ def naive_lightning_attention(
             state = decay * state + update
             outputs.append((q[token].to(dtype).unsqueeze(-2) @ state).squeeze(-2))  # [H, Dv]
         final_states.append(state)
-    return torch.stack(outputs).to(v.dtype), torch.stack(final_states) if output_final_state else None
+    return torch.stack(outputs).to(v.dtype), torch.stack(final_states) if call.output_final_state else None

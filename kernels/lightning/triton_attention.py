@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_m1.kernels.lightning.segments import NONE, state_slots
+from megatron_m1.kernels.lightning.call import Call
 from megatron_m1.kernels.lightning.triton_launch import Documents
 from megatron_m1.kernels.lightning.triton_tune import tuned_walk
 from megatron_m1.kernels.triton_inputs import check_triton
@@ -31,12 +31,11 @@ def _forward(
     documents: Documents,
     silu: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The output, and the final states if any document keeps its own."""
+    """The output, and the final states if they are kept."""
     output = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    kept = documents.states_kept
     final_state = None
-    if kept:
-        final_state = torch.empty(kept, *k.shape[1:], v.shape[2], dtype=torch.float32, device=v.device)
+    if documents.keeps_final:
+        final_state = torch.empty(documents.count, *k.shape[1:], v.shape[2], dtype=torch.float32, device=v.device)
     walk_o = tuned_walk(q, k, v, slopes, silu=(silu, silu, silu))
     plan = documents.plan(walk_o)
     carries = walk_o.carries(plan, initial_state)
@@ -63,8 +62,7 @@ def _backward(
 
     grad_initial = None
     if initial_state is not None:
-        make = torch.empty_like if documents.states_read == initial_state.shape[0] else torch.zeros_like
-        grad_initial = make(initial_state, memory_format=torch.contiguous_format)
+        grad_initial = torch.empty_like(initial_state, memory_format=torch.contiguous_format)
     walk_v = tuned_walk(k, q, grad_output, slopes, reverse=True, silu=(silu, silu, False))
     plan = documents.plan(walk_v)
     carries = walk_v.carries(plan, grad_final)
@@ -149,23 +147,12 @@ def _check(x: Tensor, *widths: int) -> None:
         raise ValueError(f"head dims {widths}: the triton backend takes at most {MAX_WIDTH}, backend='chunk' any")
 
 
-def triton_lightning_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    slopes: Tensor,
-    cu_seqlens: Sequence[int],
-    initial_state: Tensor | None,
-    output_final_state: bool,
-    *,
-    initial_index: Sequence[int] | None = None,
-    final_index: Sequence[int] | None = None,
-    segment_tokens: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Run the kernels; arguments as in ``lightning_attention`` and ``selected.py``, already checked.
+def triton_lightning_attention(call: Call, *, segment_tokens: int | None = None) -> tuple[Tensor, Tensor | None]:
+    """Run the kernels.
 
     Args:
-        segment_tokens: the most tokens that one program walks; default by the GPU, see ``segments.segment_tokens``.
+        call: the arguments.
+        segment_tokens: the most tokens that one program walks; default by the GPU, see ``walk_plan.segment_tokens``.
 
     Returns:
         The output [T, H, Dv] in v's dtype; the final states in float32, or None.
@@ -173,12 +160,16 @@ def triton_lightning_attention(
     Raises:
         ValueError: see ``check_triton``; head dims above 256.
     """
-    _check(q, q.shape[2], v.shape[2])
-    slots = state_slots(len(cu_seqlens) - 1, initial_state, initial_index, output_final_state, final_index)
-    documents = Documents(tuple(cu_seqlens), *slots, segment_tokens)
-    state = None if initial_state is None else initial_state.contiguous()
+    _check(call.q, call.q.shape[2], call.v.shape[2])
+    state = call.initial_state
+    documents = Documents(call.cu_seqlens, state is not None, call.output_final_state, segment_tokens)
     result: tuple[Tensor, Tensor | None] = _Attention.apply(
-        _rows(q), _rows(k), _rows(v), slopes.float().contiguous(), state, documents
+        _rows(call.q),
+        _rows(call.k),
+        _rows(call.v),
+        call.slopes.float().contiguous(),
+        None if state is None else state.contiguous(),
+        documents,
     )
     return result
 
@@ -188,8 +179,7 @@ def triton_silu_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention of SiLU(q), SiLU(k), SiLU(v) out of ``parts`` [T, H, P, D]; see ``fused.silu_lightning_attention``."""
     _check(parts, parts.shape[3])
-    nobody = (NONE,) * (len(cu_seqlens) - 1)
-    documents = Documents(tuple(cu_seqlens), nobody, nobody, segment_tokens)
+    documents = Documents(tuple(cu_seqlens), segment_tokens=segment_tokens)
     result: tuple[Tensor, Tensor] = _SiluAttention.apply(_rows(parts), slopes.float().contiguous(), documents)
     return result
 
@@ -199,13 +189,13 @@ class _State(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, k: Tensor, v: Tensor, slopes: Tensor, documents: Documents) -> Tensor:
-        """[K, H, Dk, Dv]."""
+        """[N, H, Dk, Dv]."""
         ctx.save_for_backward(k, v, slopes)
         ctx.documents = documents
-        states = torch.empty(documents.states_kept, *k.shape[1:], v.shape[2], dtype=torch.float32, device=k.device)
+        states = torch.empty(documents.count, *k.shape[1:], v.shape[2], dtype=torch.float32, device=k.device)
         with torch.cuda.device_of(k):
             walk_s = tuned_walk(k, k, v, slopes)
-            plan = documents.plan(walk_s, only_kept=True)
+            plan = documents.plan(walk_s)
             carries = walk_s.carries(plan, None)
             walk_s.launch(plan.segments, None, None, carries, states)
         return states
@@ -213,7 +203,7 @@ class _State(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of k and v: zero in documents whose state was not asked for."""
+        """Gradients of k and v."""
         k, v, slopes = ctx.saved_tensors
         dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (k, v))
         grad = grads[0].contiguous()
@@ -232,13 +222,11 @@ def triton_lightning_state(
     v: Tensor,
     slopes: Tensor,
     cu_seqlens: Sequence[int],
-    final_index: Sequence[int],
     *,
     segment_tokens: int | None = None,
 ) -> Tensor:
-    """Run the kernels; arguments and result as in ``selected.lightning_state``, already checked."""
+    """Run the kernels; arguments and result as in ``state.lightning_state``, already checked."""
     _check(k, k.shape[2], v.shape[2])
-    nobody = (NONE,) * len(final_index)
-    documents = Documents(tuple(cu_seqlens), nobody, tuple(final_index), segment_tokens)
+    documents = Documents(tuple(cu_seqlens), keeps_final=True, segment_tokens=segment_tokens)
     result: Tensor = _State.apply(_rows(k), _rows(v), slopes.float().contiguous(), documents)
     return result

@@ -61,7 +61,8 @@ def walk_configs(
     block_a, block_c = _padded(width_a), _padded(width_c)
     if dtype == torch.float32:
         return (WalkConfig(16, block_a, min(block_c, 16), 4 if block_a <= 64 else 8, 2),)
-    if capability < 90 or capability >= 120:  # mma.sync, and as little as 99 KiB of shared memory
+    # These GPUs have no asynchronous products (wgmma, tcgen05), and as little as 99 KiB of shared memory.
+    if capability < 90 or capability >= 120:
         if any(silu):
             return (WalkConfig(32, block_a, min(block_c, 64), 8, 2),)
         return (WalkConfig(32, block_a, min(block_c, 32), 4 if block_a <= 64 else 8, 4),)

@@ -6,9 +6,9 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_m1.kernels.lightning.segments import NONE, Plan, plan_walk, segment_tokens
 from megatron_m1.kernels.lightning.triton_config import NO_SILU, Silu, WalkConfig
 from megatron_m1.kernels.lightning.triton_walk import chain, walk
+from megatron_m1.kernels.lightning.walk_plan import Plan, plan_walk, segment_tokens
 
 CHAIN_BLOCK = 1024
 MAX_SEGMENTS = 65535
@@ -17,29 +17,24 @@ MAX_SEGMENTS = 65535
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a pack, and the slots of the states they begin with and leave."""
+    """The documents of a pack, and whether they begin with states and leave some."""
 
     bounds: tuple[int, ...]
-    initial: tuple[int, ...]
-    final: tuple[int, ...]
+    has_initial: bool = False
+    keeps_final: bool = False
     segment_tokens: int | None = None
     """The longest segment that one program walks; None chooses by the GPU."""
 
     @property
-    def states_kept(self) -> int:
-        """Final states to be written."""
-        return sum(slot != NONE for slot in self.final)
+    def count(self) -> int:
+        """How many they are."""
+        return len(self.bounds) - 1
 
-    @property
-    def states_read(self) -> int:
-        """Initial states that documents begin with."""
-        return sum(slot != NONE for slot in self.initial)
-
-    def plan(self, walk: "Walk", only_kept: bool = False) -> Plan:
+    def plan(self, walk: "Walk") -> Plan:
         """Cut the pack for ``walk``."""
         most = walk.segment_tokens(self.bounds[-1]) if self.segment_tokens is None else self.segment_tokens
-        states = (self.final, self.initial) if walk.reverse else (self.initial, self.final)
-        return plan_walk(self.bounds, *states, most, walk.reverse, only_kept)
+        first, last = (self.keeps_final, self.has_initial) if walk.reverse else (self.has_initial, self.keeps_final)
+        return plan_walk(self.bounds, first, last, most, walk.reverse)
 
 
 def _processors(device: torch.device) -> int:

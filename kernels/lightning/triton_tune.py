@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_m1.kernels.lightning.segments import NONE, plan_walk
 from megatron_m1.kernels.lightning.triton_config import NO_SILU, Silu, WalkConfig, walk_configs
 from megatron_m1.kernels.lightning.triton_launch import Walk
+from megatron_m1.kernels.lightning.walk_plan import plan_walk
 
 TOKENS = 4096
 """Of the pack that is measured: 64 chunks are enough to fill the pipeline, and take some 0.1 ms."""
@@ -81,7 +81,6 @@ def fastest(kind: Kind, time: Callable[[Callable[[], None]], float], tokens: int
     for config in kind.candidates:
         walk = Walk(config, a, b, c, slopes, kind.reverse, kind.transposed, kind.silu)
         bounds = (*range(0, tokens, walk.segment_tokens(tokens)), tokens)
-        nothing = (NONE,) * (len(bounds) - 1)
-        table = plan_walk(bounds, nothing, nothing, tokens, kind.reverse).segments.to(kind.device)
+        table = plan_walk(bounds, False, False, tokens, kind.reverse).segments.to(kind.device)
         times.append(time(functools.partial(walk.launch, table, output, None, None, None)))
     return kind.candidates[times.index(min(times))]

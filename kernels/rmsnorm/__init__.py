@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_m1.kernels.backend import choose_backend
+from megatron_m1.kernels.choice import choose_backend
 from megatron_m1.kernels.rmsnorm.fused import FusedRmsNorm
 from megatron_m1.kernels.rmsnorm.naive import naive_gated_rms_norm
 

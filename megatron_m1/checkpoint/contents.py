@@ -152,7 +152,7 @@ def _check_small_files(folder: Path) -> None:
     The tensors' are compared by those who read them: of a large model that takes many minutes.
     """
     if not (folder / MANIFEST).exists():
-        return  # whoever loads it insists
+        return  # old checkpoints can be looked at without; loading one insists on the manifest
     try:
         expected = read_manifest(folder)
     except ValueError as error:
@@ -185,7 +185,7 @@ def check_model_size(contents: CheckpointContents) -> None:
     model, tensors = contents.config.model, contents.tensors
     held = sum(math.prod(t.shape) for t in tensors if not t.name.startswith(OPTIMIZER_PREFIX))
     try:
-        # Layers are counted one by one.
+        # Counting goes layer by layer: a damaged configuration with a trillion of them would never end.
         described = model_counts(model).total if 0 < model.num_layers <= len(tensors) else None
     except ValueError as error:
         raise ValueError(f"checkpoint {contents.folder} has another model than this program's: {error}") from error

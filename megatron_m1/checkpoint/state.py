@@ -141,7 +141,7 @@ def _read(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
     # asked for must be there; megatron-core 0.19 has stricter checks, but they fail with torch 2.15, whose
     # TensorProperties have one more field.
     with warnings.catch_warnings():
-        # About arguments that megatron-core passes to torch.
+        # The warnings are about arguments that megatron-core passes to torch: who trains can't change them.
         warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
         # megatron-core opens and unpickles these by itself: only what has been found harmless.
         check_folder(folder)

@@ -55,7 +55,9 @@ def run(arguments: Sequence[str]) -> int:
     for text in options.prompt:
         try:
             text.encode()
-        except UnicodeEncodeError:  # of bytes on the command line that are none, Python makes lone surrogates
+        except UnicodeEncodeError:
+            # Python turns bytes of the command line that are no UTF-8 into lone surrogates, which no tokenizer takes
+            # and which could not be printed before the answer either.
             raise ValueError(f"prompt {text!r} is not UTF-8: give it in this encoding") from None
     from megatron_m1.convert.families.minimax_m1.config import DTYPES
     from megatron_m1.convert.sources import open_any, tokenizer_of

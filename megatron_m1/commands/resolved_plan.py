@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_m1.config import ResolvedConfig
-from megatron_m1.config.pipeline import Chunk, plan_stages
+from megatron_m1.config.pipeline import StageLayers, plan_stages
 from megatron_m1.config.resolve import data_parallel_size
 from megatron_m1.config.resolved import ResolvedParallelConfig
 from megatron_m1.data.corpora.prefix import PrefixSummary, parse_blend
@@ -81,7 +81,7 @@ def _stage_lines(config: ResolvedConfig) -> list[str]:
     return lines
 
 
-def _describe_chunk(chunk: Chunk) -> str:
+def _describe_chunk(chunk: StageLayers) -> str:
     layers = chunk.layers
     if not layers:
         text = "no layer"

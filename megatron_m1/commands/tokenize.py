@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
     keep_output()
     try:
         if options.train_tokenizer is not None:
-            # Before minutes of work, too.
+            # ``tokenize_corpus`` checks this as well, but only after training the tokenizer, which takes minutes.
             check_outputs(options.output, find_files(options.inputs), options.tokenizer)
             print(f"training a SentencePiece tokenizer of {options.train_tokenizer:,} tokens", flush=True)
             train_tokenizer(

@@ -9,8 +9,8 @@ from megatron_m1.config.tree import ModelConfig, ParallelConfig
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """One model chunk of one pipeline rank."""
+class StageLayers:
+    """What one model chunk of one pipeline rank holds: some layers, and perhaps an end of the model."""
 
     layers: range
     """Layer indices over the whole model, from 0."""
@@ -22,7 +22,7 @@ class Chunk:
 class Stages:
     """The chunks of every pipeline rank."""
 
-    by_rank: tuple[tuple[Chunk, ...], ...]
+    by_rank: tuple[tuple[StageLayers, ...], ...]
     """``by_rank[pipeline rank][virtual stage]``."""
 
     @property
@@ -99,6 +99,6 @@ def _place(texts: list[str], pipeline: int) -> Stages:
     first = 0
     for text in texts:
         count = text.count("t")
-        chunks.append(Chunk(range(first, first + count), "E" in text, "L" in text))
+        chunks.append(StageLayers(range(first, first + count), "E" in text, "L" in text))
         first += count
     return Stages(tuple(tuple(chunks[rank::pipeline]) for rank in range(pipeline)))

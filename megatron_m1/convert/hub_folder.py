@@ -120,7 +120,8 @@ def open_hub_folder(folder: Path, *, headers: bool = True) -> HubFolder:
         _read_headers(opened)
     elif announced is not None:
         sizes = {expected_bytes(wanted, dtype): dtype for dtype in (torch.bfloat16, torch.float32)}
-        if announced not in list(sizes):  # by comparing: it may be anything
+        # A list compares, where a dict would hash: the file may hold a list here, which has no hash.
+        if announced not in list(sizes):
             given = " or ".join(f"{size:,} in {str(dtype)[6:]}" for size, dtype in sizes.items())
             raise ValueError(f"{folder / INDEX}: total_size is {announced}, but the map's tensors have {given}")
         opened.announced = sizes[announced]

@@ -199,7 +199,7 @@ class _PieceFile(io.BufferedWriter):
     fault: OSError | None = None
 
     def write(self, data: Buffer) -> int:
-        # any buffer -> its bytes
+        # Pieces and the result count bytes, and a buffer of another type would count its items.
         view = memoryview(data).cast("B")
         try:
             for start in range(0, len(view), PIECE):
@@ -225,7 +225,8 @@ class _PieceFiles(FileSystem):
             yield file
             file.close()
         except (OSError, RuntimeError) as error:
-            raw.close()  # without what could not be written
+            # Closing ``file`` itself would try once more to write what could not be written.
+            raw.close()
             raise file.fault or error from None
 
 
@@ -247,7 +248,7 @@ class LateWriter:
         resolve: Callable[[Unit], Tensor],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        # Nothing to copy ahead: everything is on the CPU.
+        # Copying ahead is for tensors on a GPU, and these are all on the CPU.
         self._writer = FileSystemWriter(folder, per_thread_copy_ahead=0, sync_files=False)
         self._writer.fs = _PieceFiles()
         self._resolve = resolve

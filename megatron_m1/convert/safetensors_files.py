@@ -107,7 +107,8 @@ class StreamedFile:
             }
             start += entry.size
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # readers may map the data, which begin aligned so
+        # The data begin after the header: padded to 8 bytes, they are aligned for readers that map the file.
+        text += b" " * (-len(text) % 8)
         self._header = _LENGTH.pack(len(text)) + text
 
     def __enter__(self) -> StreamedFile:

@@ -99,7 +99,8 @@ def ready_tokenizer(path: Path, vocab_size: int) -> ReadyTokenizer:
     except OSError as error:
         raise ValueError(f"tokenizer {path} can't be read: {error.strerror or error}") from error
     if (path / GENERATION).is_file():
-        read_json_object(path / GENERATION)  # before hours of work on weights
+        # It is read again when it is copied, at the end: a fault in it is told before hours of work on weights.
+        read_json_object(path / GENERATION)
     if loaded.vocab_size > vocab_size:
         raise ValueError(f"tokenizer {path} has {loaded.vocab_size} tokens, the model's embedding {vocab_size} rows")
     converted = None if path.is_dir() else from_sentencepiece(path)

@@ -133,7 +133,7 @@ def stamps(folder: Path) -> dict[str, list[int]]:
 
 
 def _disk_fault(error: OSError) -> str:
-    # Of two files the second was written.
+    # A rename or a copy names two files; the one that the disk refused is the second, which was being written.
     place = error.filename2 or error.filename
     place = f"{place}: " if place else ""
     return f"{place}{error.strerror or error}"
@@ -171,7 +171,7 @@ class WorkFolder:
     def __init__(self, out: Path, description: Mapping[str, Any], ranks: Ranks, *, reads: Sequence[Path] = ()) -> None:
         self.out = out
         self._reads = reads
-        # By text: "." has no name.
+        # The ending goes to the absolute path, as text: ``.`` and ``..`` have no name that could take one.
         self.path = Path(os.path.abspath(out) + PARTIAL)
         self._journal = self.path / JOURNAL
         self._ranks = ranks
@@ -200,7 +200,7 @@ class WorkFolder:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise ValueError(f"{self.out} can't be made: {_disk_fault(error)}; choose another OUT") from error
-        # The other process was faster.
+        # Asked again under the lock: another process may have finished this result since the first look.
         refuse_existing(self.out)
         known = self.path / DESCRIPTION
         is_ours = not self.path.is_symlink() and (known.is_file() or self._is_empty())
@@ -266,12 +266,14 @@ class WorkFolder:
 
         def rename() -> None:
             finish()
+            # A write that was killed leaves a file with a temporary name, which is no part of the result.
             for torn in self.path.rglob(".*.partial"):
-                torn.unlink()  # of a write that was killed
+                torn.unlink()
             for path in self.path.rglob("*"):
                 sync(path)
             sync(self.path)
-            # First of all: without its journal, a folder that still had the old name would be begun anew.
+            # The rename comes before the journal goes: killed between the two, a folder without a journal that still
+            # had its old name would be begun anew.
             self.path.rename(self.out)
             shutil.rmtree(self.out / JOURNAL, ignore_errors=True)
             with suppress(OSError):

@@ -23,10 +23,6 @@ class NgramEntropy:
     """Cross-entropy under the training data's unigram counts: what a model that ignores its context can reach."""
     bigram: float
     """Cross-entropy under the training data's bigram counts: what a model that sees one token can reach."""
-    unigram_own: float
-    """Entropy of the held-out labels under their own counts: no unigram model of any data scores lower."""
-    bigram_own: float
-    """Entropy of the held-out labels given the token before, under their own counts: far too low on few tokens."""
     scored_tokens: int
     """Held-out labels that were scored."""
 
@@ -80,8 +76,6 @@ def ngram_entropy(
     return NgramEntropy(
         unigram=float(-np.log(unigram[labels]).mean()),
         bigram=float(-np.log(bigram).mean()),
-        unigram_own=_entropy(labels),
-        bigram_own=_entropy(wanted) - _entropy(before),
         scored_tokens=int(labels.size),
     )
 
@@ -119,9 +113,3 @@ def _document_pairs(prefix: str, vocab_size: int, max_tokens: int) -> IntArray:
     opens_document = np.zeros(tokens.size, dtype=bool)
     opens_document[starts[starts < tokens.size]] = True
     return (tokens[:-1] * vocab_size + tokens[1:])[~opens_document[1:]]
-
-
-def _entropy(events: IntArray) -> float:
-    """Empirical entropy of ``events`` [n] in nats."""
-    counts = np.unique(events, return_counts=True)[1]
-    return float(-(counts / events.size * np.log(counts / events.size)).sum())

@@ -96,7 +96,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     # Differences to the largest: divided by a very small temperature, logits themselves would overflow.
     probabilities = torch.softmax((logits - logits.max()).double() / sampling.temperature, dim=-1)
     ordered, ids = probabilities.sort(descending=True)
-    # Those before which less than top_p is taken; the first always is.
+    # A token is kept while the ones before it add up to less than top_p: so the likeliest always is.
     kept = ordered * (ordered.cumsum(-1) - ordered < sampling.top_p)
     return int(ids[torch.multinomial(kept, 1, generator=generator)])
 
@@ -145,7 +145,7 @@ def generate(model: GPTModel, prompts: Sequence[Sequence[int]], sampling: Sampli
             raise ValueError("a prompt is empty: this model has no begin mark, give at least one token")
         if not all(0 <= token < rows for token in prompt):
             raise ValueError(f"a prompt has a token beyond the model's {rows} ids: it is another tokenizer's")
-    # A stream for each sequence.
+    # A stream of random numbers for each sequence: what one draws does not depend on how long the others run.
     streams = [torch.Generator().manual_seed(sampling.seed + index) for index in range(len(prompts))]
     caches = Caches(len(prompts))
     active = list(range(len(prompts)))

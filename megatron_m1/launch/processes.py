@@ -161,7 +161,7 @@ class _Signals:
 
     def _kill(self, number: int) -> None:
         self.status = 128 + number
-        self._agent.kill()  # the workers die with it
+        self._agent.kill()  # its workers ask the kernel to be killed when it ends
 
 
 def pause(number: int, frame: FrameType | None) -> None:

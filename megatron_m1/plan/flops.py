@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from megatron_m1.config import ModelConfig
-from megatron_m1.parallel.segments import ModelCost
+from megatron_m1.parallel.balance import ModelCost
 from megatron_m1.shapes.kind import MixerShape
 from megatron_m1.shapes.registry import FFNS, MIXERS, layer_ffns, layer_mixers
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_m1.config import ModelConfig
-from megatron_m1.config.pipeline import Chunk, plan_stages
+from megatron_m1.config.pipeline import StageLayers, plan_stages
 from megatron_m1.config.resolved import ResolvedParallelConfig
 from megatron_m1.shapes.kind import Parameter
 from megatron_m1.shapes.registry import FFNS, MIXERS, layer_ffns, layer_mixers
@@ -104,7 +104,7 @@ def rank_counts(model: ModelConfig, parallel: ResolvedParallelConfig) -> list[Co
 
     layers = _layers(model, held)
 
-    def chunk_counts(chunk: Chunk) -> Counts:
+    def chunk_counts(chunk: StageLayers) -> Counts:
         outside = [_vocabulary(model, EMBEDDING)] if chunk.has_embedding else []
         outside += [_norm(model), _vocabulary(model, HEAD)] if chunk.has_head else []
         return sum((layers[index] for index in chunk.layers), _count(outside, held))

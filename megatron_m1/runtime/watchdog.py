@@ -120,7 +120,8 @@ class Watchdog:
             CollectiveError: in place of the error of a collective in the body.
         """
         with self._changed:
-            # The deadline of the step before has passed long ago, perhaps: a new one first.
+            # The deadline is still that of the step before, and may have passed while nothing was watched. The watching
+            # thread looks at it as soon as there is a step number: so the new deadline is set first.
             self.progress()
             self._step = number
             self._changed.notify()
@@ -159,7 +160,8 @@ class Watchdog:
                 if self._gloo and not cut:
                     remaining -= self._grace_seconds
                     if remaining <= 0:
-                        # What the main thread waits for fails now, and it says so; one that hangs elsewhere does not.
+                        # A main thread that waits for a collective gets an error now, and reports it by itself.
+                        # One that hangs elsewhere notices nothing: it is ended when the grace is over.
                         cut = True
                         cut_connections()
                         continue

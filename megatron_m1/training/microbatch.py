@@ -9,8 +9,8 @@ from torch import Tensor
 
 from megatron_m1.data.packed import PackedSample, pad_pack
 from megatron_m1.layers.pack import PackedBatchParams
+from megatron_m1.parallel.balance import ModelCost
 from megatron_m1.parallel.layout import SequenceLayout
-from megatron_m1.parallel.segments import ModelCost
 from megatron_m1.runtime.mesh import Mesh
 
 

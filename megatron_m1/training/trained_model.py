@@ -22,7 +22,7 @@ from megatron_m1.config import ResolvedConfig
 from megatron_m1.layers.engine import engine_config
 from megatron_m1.model.build import build_chunk
 from megatron_m1.model.initialise import initialise_weights
-from megatron_m1.parallel.segments import ModelCost
+from megatron_m1.parallel.balance import ModelCost
 from megatron_m1.plan.flops import layout_cost
 from megatron_m1.runtime.mesh import Mesh
 from megatron_m1.training.objective import NextToken, Objective

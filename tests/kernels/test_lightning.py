@@ -7,17 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.common.lightning_cases import KEY_DIM, VALUE_DIM, Case, assert_close, make_case, run
+from benchmarks.common.lightning_cases import Case, assert_close, make_case, run
 from benchmarks.common.tolerances import rounded
 from megatron_m1.kernels.lightning import (
     choose_backend,
     layer_slopes,
     lightning_attention,
-    lightning_attention_selected,
     lightning_attention_step,
 )
+from megatron_m1.kernels.lightning.call import Call
 from megatron_m1.kernels.lightning.chunk import chunk_lightning_attention
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
 from megatron_m1.layers.lightning import LightningCache
@@ -81,9 +80,8 @@ def test_extreme_slopes(lengths: list[int], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("chunk_size", [1, 7, 100, 10_000])
 def test_chunk_size_does_not_matter(chunk_size: int) -> None:
     case = make_case(PACKS[2])
-    o, final_state = chunk_lightning_attention(
-        case.q, case.k, case.v, case.slopes, case.cu_seqlens, case.initial_state, True, chunk_size
-    )
+    call = Call(case.q, case.k, case.v, case.slopes, tuple(case.cu_seqlens), case.initial_state, True)
+    o, final_state = chunk_lightning_attention(call, chunk_size)
     expected = run(case, "naive")
     assert final_state is not None
     assert_close("o", o, expected["o"], rounded(torch.float64, 500))
@@ -215,20 +213,6 @@ def test_autocast_does_not_reach_the_states(length: int) -> None:
     assert torch.equal(actual_grad, expected_grad)
 
 
-@pytest.mark.usefixtures("nan_memory")
-def test_an_unused_slot_has_no_gradient() -> None:
-    """Of three states one is entered with; memory is poisoned, so what is not written would be NaN."""
-    case = make_case([5, 80], dtype=torch.float32, initial=False, final=False)
-    states = torch.randn(3, 3, KEY_DIM, VALUE_DIM, requires_grad=True)
-    slots: dict[str, Any] = dict(cu_seqlens=case.cu_seqlens, initial_index=[-1, 1])
-    for backend in ("naive", "chunk"):
-        o, _ = lightning_attention_selected(
-            case.q, case.k, case.v, case.slopes, initial_state=states, backend=backend, **slots
-        )
-        (grad,) = torch.autograd.grad(o.square().sum(), states)
-        assert grad[[0, 2]].count_nonzero() == 0 and grad[1].count_nonzero() > 0
-
-
 def test_backward_keeps_only_the_inputs() -> None:
     case = make_case([1000], initial=False, final=False)
     kept: list[int] = []
@@ -295,30 +279,6 @@ def test_step_checks_its_state() -> None:
     assert case.initial_state is not None
     with pytest.raises(ValueError, match=r"state has shape \(1, 3, 6, 5\): give \[B, H, Dk, Dv\] = \[2, 3, 6, 5\]"):
         lightning_attention_step(case.q, case.k, case.v, case.slopes, case.initial_state)
-
-
-def test_selected_states_make_no_others() -> None:
-    """Of 50 documents two have a state: the chunked form holds no state for each of them, in neither direction."""
-    case = make_case([2] * 50, dtype=torch.float32, initial=False, final=False)
-    states = torch.randn(1, 3, KEY_DIM, VALUE_DIM, requires_grad=True)
-    enter, leave = [-1] * 49 + [0], [0] + [-1] * 49
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal largest
-            result = func(*args, **(kwargs or {}))
-            if isinstance(result, Tensor) and result.dim() == 4:
-                largest = max(largest, result.shape[0])
-            return result
-
-    q = case.q.requires_grad_()
-    slots: dict[str, Any] = dict(cu_seqlens=case.cu_seqlens, initial_index=enter, final_index=leave)
-    with Watch():
-        o, kept = lightning_attention_selected(q, case.k, case.v, case.slopes, initial_state=states, **slots)
-        assert kept is not None
-        torch.autograd.grad([o.sum() + kept.sum()], [q, states])
-    assert largest == 1
 
 
 def test_decoding_takes_the_model_s_backend() -> None:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron_m1.kernels.lightning import lightning_attention, lightning_attention_step
-from megatron_m1.kernels.lightning.segments import Segment
 from megatron_m1.kernels.lightning.triton_config import walk_configs
 from megatron_m1.kernels.lightning.triton_launch import Walk
 from megatron_m1.kernels.lightning.triton_walk import chain
+from megatron_m1.kernels.lightning.walk_plan import Segment
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
 
 FAR = 2**31

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_m1.kernels.lightning import triton_launch, triton_walk
+from megatron_m1.kernels.lightning.call import Call
 from megatron_m1.kernels.lightning.triton_attention import (
     triton_lightning_attention,
     triton_lightning_state,
@@ -80,11 +81,11 @@ def test_every_variant_that_runs_is_compiled(monkeypatch: pytest.MonkeyPatch) ->
     for most in (None, 2):
         for given, kept in itertools.product((False, True), (False, True)):
             state = torch.zeros(2, 1, 16, 16).requires_grad_() if given else None
-            o, final = triton_lightning_attention(x, x, x, slopes, bounds, state, kept, segment_tokens=most)
+            o, final = triton_lightning_attention(Call(x, x, x, slopes, (0, 3, 9), state, kept), segment_tokens=most)
             torch.autograd.grad(o.sum(), x, retain_graph=final is not None)
             if final is not None:
                 torch.autograd.grad(o.sum() + final.sum(), x)
-        states = triton_lightning_state(x, x, slopes, bounds, [0, 1], segment_tokens=most)
+        states = triton_lightning_state(x, x, slopes, bounds, segment_tokens=most)
         torch.autograd.grad(states.sum(), x)
         o, _ = triton_silu_attention(parts, slopes, bounds, segment_tokens=most)
         torch.autograd.grad(o.sum(), parts)

@@ -13,6 +13,7 @@ from benchmarks.common.kernel_check import check_kernels, check_timed, shares, s
 from benchmarks.common.lightning_cases import EXTREME, Case, assert_close, make_case, run
 from benchmarks.common.tolerances import KERNEL_DTYPES, rounded
 from megatron_m1.kernels.lightning import triton_launch, triton_tune
+from megatron_m1.kernels.lightning.call import Call
 from megatron_m1.kernels.lightning.triton_attention import triton_lightning_attention
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +71,8 @@ def test_documents_cut_in_segments(most: int) -> None:
     assert case.initial_state is not None
     leaves = [x.clone().requires_grad_() for x in (case.q, case.k, case.v, case.initial_state)]
     q, k, v, state = leaves
-    o, final = triton_lightning_attention(q, k, v, case.slopes, case.cu_seqlens, state, True, segment_tokens=most)
+    call = Call(q, k, v, case.slopes, tuple(case.cu_seqlens), state, True)
+    o, final = triton_lightning_attention(call, segment_tokens=most)
     assert final is not None
     results = (o, final)
     gradients = torch.autograd.grad(results, leaves, [case.grad_o, case.grad_final_state])

@@ -1,4 +1,4 @@
-"""What surrounds the walk, under the interpreter: selected states, pieces of documents, SiLU on load, a decode step."""
+"""What surrounds the walk, under the interpreter: states, pieces of documents, SiLU on load, a decode step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from benchmarks.common.lightning_cases import EXTREME, assert_close
 from benchmarks.common.tolerances import rounded
 from megatron_m1.kernels.lightning import (
     lightning_attention,
-    lightning_attention_selected,
     lightning_attention_step,
     lightning_state,
     silu_lightning_attention,
     triton_launch,
 )
-from megatron_m1.kernels.lightning.segments import Segment, plan_walk, segment_tokens
 from megatron_m1.kernels.lightning.triton_attention import triton_lightning_state, triton_silu_attention
+from megatron_m1.kernels.lightning.walk_plan import NONE, Segment, plan_walk, segment_tokens
 from megatron_m1.kernels.rmsnorm import gated_rms_norm
 
 BOUNDS = [0, 70, 71, 200]
@@ -49,26 +48,9 @@ def compare(op: Callable[..., Any], *leaves: Tensor) -> None:
         assert_close(str(index), actual.detach(), expected.detach(), rounded(torch.float32, 200, 24))
 
 
-def test_selected_states() -> None:
-    def op(q: Tensor, k: Tensor, v: Tensor, states: Tensor, backend: str) -> Any:
-        slots: dict[str, Any] = dict(initial_index=torch.tensor([2, -1, 0], dtype=torch.int32), final_index=[-1, 1, 0])
-        return lightning_attention_selected(
-            q, k, v, SLOPES, cu_seqlens=BOUNDS, initial_state=states, backend=backend, **slots
-        )
-
-    compare(op, *leaves_of((200, 2, 16), (200, 2, 16), (200, 2, 24), (3, 2, 16, 24)))
-
-
-def test_no_state_selected() -> None:
-    def op(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
-        return lightning_attention_selected(q, k, v, SLOPES, cu_seqlens=BOUNDS, backend=backend)
-
-    compare(op, *leaves_of((200, 2, 16), (200, 2, 16), (200, 2, 24)))
-
-
 def test_state_of_tokens_alone() -> None:
     def op(k: Tensor, v: Tensor, backend: str) -> Any:
-        return lightning_state(k, v, SLOPES, cu_seqlens=BOUNDS, final_index=[-1, 1, 0], backend=backend)
+        return lightning_state(k, v, SLOPES, cu_seqlens=BOUNDS, backend=backend)
 
     compare(op, *leaves_of((200, 2, 16), (200, 2, 24)))
 
@@ -76,8 +58,8 @@ def test_state_of_tokens_alone() -> None:
 def test_state_of_tokens_alone_in_segments() -> None:
     def op(k: Tensor, v: Tensor, backend: str) -> Any:
         if backend == "naive":
-            return lightning_state(k, v, SLOPES, cu_seqlens=BOUNDS, final_index=[-1, 1, 0], backend=backend)
-        return triton_lightning_state(k, v, SLOPES, BOUNDS, [-1, 1, 0], segment_tokens=48)
+            return lightning_state(k, v, SLOPES, cu_seqlens=BOUNDS, backend=backend)
+        return triton_lightning_state(k, v, SLOPES, BOUNDS, segment_tokens=48)
 
     compare(op, *leaves_of((200, 2, 16), (200, 2, 24)))
 
@@ -96,7 +78,7 @@ def test_pieces_make_the_whole() -> None:
     def op(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Any:
         if backend == "naive":
             return lightning_attention(q, k, v, SLOPES, backend=backend)[30:]
-        state = lightning_state(k[:30], v[:30], SLOPES, final_index=[0], backend=backend)
+        state = lightning_state(k[:30], v[:30], SLOPES, backend=backend)
         return lightning_attention(q[30:], k[30:], v[30:], SLOPES, initial_state=state, backend=backend)
 
     compare(op, *leaves_of((90, 2, 16), (90, 2, 16), (90, 2, 16)))
@@ -216,8 +198,10 @@ def test_more_segments_than_a_grid_has_rows(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_plan_covers_every_token_once() -> None:
     for reverse in (False, True):
-        plan = plan_walk((0, 5, 6, 30), (0, -1, 1), (-1, 0, 1), 7, reverse)
+        plan = plan_walk((0, 5, 6, 30), True, False, 7, reverse)
         segments = [Segment(*row) for row in plan.segments.tolist()]
+        assert sorted(s.state_in for s in segments) == [NONE, NONE, NONE, 0, 1, 2]
+        assert {s.state_out for s in segments} == {NONE}
         assert sorted(t for s in segments for t in range(s.start, s.start + s.length)) == list(range(30))
         assert [s.length for s in segments] == [7, 7, 7, 5, 3, 1]
         assert plan.chains.tolist() == [[0, 3]]
@@ -238,30 +222,14 @@ def test_all_segments_run_at_once_where_heads_are_few(programs: int, resident: i
 X, STATE, NARROW = torch.zeros(3, 1, 16), torch.zeros(3, 1, 16, 16), torch.zeros(3, 1, 4, 16)
 WIDE, DOUBLE = torch.zeros(3, 1, 300), X.double()
 SLOPE = torch.ones(1)
-INT: Any = 3
-FLOATS: Any = [0.0]
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "index rank": (
-        lambda: lightning_state(X, X, SLOPE, final_index=torch.zeros(1, 1, dtype=torch.int32)),
-        r"final_index has shape \(1, 1\): give one slot per document, \[1\]",
-    ),
-    "index an int": (lambda: lightning_state(X, X, SLOPE, final_index=INT), "final_index is 3: give one slot"),
-    "index of floats": (lambda: lightning_state(X, X, SLOPE, final_index=FLOATS), "final_index holds 0.0, a float"),
-    "state's shape": (
-        lambda: lightning_attention_selected(X, X, X, SLOPE, initial_state=STATE[0, 0], initial_index=[0]),
-        r"initial_state has shape \(16, 16\): give \[M, H, Dk, Dv\]",
-    ),
     "keys and values": (
-        lambda: lightning_state(X, X[:2], SLOPE, final_index=[0]),
+        lambda: lightning_state(X, X[:2], SLOPE),
         r"shapes k \(3, 1, 16\), v \(2, 1, 16\) do not go together: give k \[T, H, Dk\]",
     ),
     "float64": (lambda: lightning_attention(DOUBLE, DOUBLE, DOUBLE, SLOPE, backend="triton"), "no torch.float64"),
-    "float64 selected": (
-        lambda: lightning_attention_selected(DOUBLE, DOUBLE, DOUBLE, SLOPE, final_index=[0], backend="triton"),
-        "no torch.float64",
-    ),
     "float64 state": (
-        lambda: lightning_state(DOUBLE, DOUBLE, SLOPE, final_index=[0], backend="triton"),
+        lambda: lightning_state(DOUBLE, DOUBLE, SLOPE, backend="triton"),
         "no torch.float64",
     ),
     "float64 silu": (
@@ -277,18 +245,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "no torch.float64",
     ),
     "head dim": (lambda: lightning_attention(WIDE, WIDE, WIDE, SLOPE, backend="triton"), "at most 256"),
-    "final index": (
-        lambda: lightning_attention_selected(X, X, X, SLOPE, final_index=[1], backend="triton"),
-        "number the 1 states",
-    ),
-    "index length": (
-        lambda: lightning_attention_selected(X, X, X, SLOPE, final_index=[0, 1], backend="triton"),
-        "each of 1 documents",
-    ),
-    "index dtype": (
-        lambda: lightning_state(X, X, SLOPE, final_index=torch.tensor([0.0]), backend="triton"),
-        "torch.float32",
-    ),
 }
 
 

@@ -9,10 +9,10 @@ import torch
 
 from benchmarks.common.lightning_cases import assert_close
 from benchmarks.common.tolerances import rounded
-from megatron_m1.kernels.lightning.segments import Segment
 from megatron_m1.kernels.lightning.triton_config import NO_SILU, Silu
 from megatron_m1.kernels.lightning.triton_launch import Walk
 from megatron_m1.kernels.lightning.triton_tune import Kind, fastest, tuned_walk
+from megatron_m1.kernels.lightning.walk_plan import Segment
 
 CPU = torch.device("cpu")
 KINDS = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.resolve import resolve
 from megatron_m1.data.packed import PackedSample
-from megatron_m1.parallel.segments import ModelCost
+from megatron_m1.parallel.balance import ModelCost
 from megatron_m1.runtime import mesh
 from megatron_m1.training.objective import Objective
 from megatron_m1.training.step import StepResult, train_step

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.common.packs import bounds_of, named_packs, packs_and_ranks
+from megatron_m1.parallel.balance import BALANCE, ModelCost, by_work, causal_pairs, choose_segments, cut
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.parallel.scan import Link, scan
-from megatron_m1.parallel.segments import BALANCE, ModelCost, by_work, causal_pairs, choose_segments, cut
 
 PAIRS_ONLY = ModelCost(per_token=0.0, per_pair=1.0, per_state=0.0)
 """A model that is all softmax attention and gets its states for nothing: it asks for the most segments."""

@@ -10,28 +10,11 @@ import torch
 from torch import Tensor
 
 NONE = -1
-"""The slot of a state that is zero or not kept."""
-
-
-def state_slots(
-    documents: int,
-    initial_state: Tensor | None,
-    initial_index: Sequence[int] | None,
-    output_final_state: bool,
-    final_index: Sequence[int] | None,
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The slots of the states that documents begin with and leave; without an index every document has its own."""
-    everyone, nobody = tuple(range(documents)), (NONE,) * documents
-    initial = nobody if initial_state is None else everyone
-    final = everyone if output_final_state else nobody
-    return (
-        initial if initial_index is None else tuple(initial_index),
-        final if final_index is None else tuple(final_index),
-    )
+"""In place of the row of a state that is zero or not kept."""
 
 
 class Segment(NamedTuple):
-    """Consecutive tokens of one document, and where its states are: slots, or ``NONE``. The kernels read such rows."""
+    """Consecutive tokens of one document, and where its states are: rows, or ``NONE``. The kernels read such tables."""
 
     start: int
     length: int
@@ -70,11 +53,10 @@ def _table(rows: Sequence[tuple[int, ...]], columns: int) -> Tensor:
 @lru_cache(maxsize=64)
 def plan_walk(
     bounds: tuple[int, ...],
-    state_in: tuple[int, ...],
-    state_out: tuple[int, ...],
+    states_in: bool,
+    states_out: bool,
     most: int,
     reverse: bool,
-    only_kept: bool = False,
 ) -> Plan:
     """Cut documents [bounds[n], bounds[n + 1]) into segments of at most ``most`` tokens.
 
@@ -82,18 +64,15 @@ def plan_walk(
 
     Args:
         bounds: N + 1 ints, rising from 0.
-        state_in: N slots of the states that documents are entered with, at their end if ``reverse``.
-        state_out: N slots of the states that they are left with.
+        states_in: documents are entered with a state each, at their end if ``reverse``; else with zero.
+        states_out: the states that they are left with are kept.
         most: tokens, at least 1.
         reverse: walk from each document's last token to its first.
-        only_kept: leave out the documents whose state is not kept.
     """
     segments: list[Segment] = []
     carries: list[Segment] = []
     chains: list[tuple[int, int]] = []
     for document, (start, end) in enumerate(itertools.pairwise(bounds)):
-        if only_kept and state_out[document] == NONE:
-            continue
         pieces = _cut(start, end, most)
         if reverse:
             pieces.reverse()
@@ -101,9 +80,10 @@ def plan_walk(
         if last > 0:
             chains.append((first_slot, last))
         for i, (at, length) in enumerate(pieces):
-            entry = state_in[document] if i == 0 else NONE
+            entry = document if states_in and i == 0 else NONE
             carry = NONE if i == 0 else first_slot + i - 1
-            segments.append(Segment(at, length, entry, carry, state_out[document] if i == last else NONE))
+            leaves = document if states_out and i == last else NONE
+            segments.append(Segment(at, length, entry, carry, leaves))
             if i < last:
                 carries.append(Segment(at, length, entry, NONE, first_slot + i))
     segments.sort(key=lambda segment: -segment.length)
