@@ -12,8 +12,6 @@ import hashlib
 import json
 import os
 import struct
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,15 +89,7 @@ def check_prefix(prefix: str, *, tokenizer_digest: str | None = None) -> PrefixS
             if named != prefix and Path(prefix).is_file():
                 raise FileNotFoundError(f"{prefix} is one file of a corpus: name the prefix that both share, {named}")
             raise FileNotFoundError(f"{path} does not exist; make it with megatron-m1 tokenize, or correct the prefix")
-    dtype, sequences, documents = _read_index_header(idx_path(prefix))
-    expected = 0
-    if sequences:
-        with idx_path(prefix).open("rb") as stream:
-            stream.seek(_INDEX_HEADER.size + 4 * (sequences - 1))
-            (last_length,) = struct.unpack("<i", stream.read(4))
-            stream.seek(_INDEX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
-            (last_offset,) = struct.unpack("<q", stream.read(8))
-        expected = last_offset + last_length * np.dtype(dtype).itemsize
+    dtype, documents, expected = _read_index(idx_path(prefix))
     size = bin_path(prefix).stat().st_size
     if size != expected:
         raise ValueError(
@@ -118,8 +108,19 @@ def check_prefix(prefix: str, *, tokenizer_digest: str | None = None) -> PrefixS
     return PrefixSummary(prefix, documents, tokens, dtype, digest, vocab_size)
 
 
-def _read_index_header(path: Path) -> tuple[type[np.integer[Any]], int, int]:
-    """Token dtype, number of sequences, number of documents, after the checks that the index allows by itself."""
+def is_index_of_sidecar(prefix: str) -> bool:
+    """Whether the index of ``prefix`` has the counts that its sidecar, which must be one, tells of."""
+    sidecar = _sidecar_content(sidecar_path(prefix))
+    assert sidecar is not None
+    try:
+        dtype, documents, size = _read_index(idx_path(prefix))
+    except ValueError:
+        return False
+    return (sidecar["documents"], sidecar["tokens"]) == (documents, size // np.dtype(dtype).itemsize)
+
+
+def _read_index(path: Path) -> tuple[type[np.integer[Any]], int, int]:
+    """Token dtype, number of documents and bytes of all tokens, after the checks that the index allows by itself."""
     with path.open("rb") as stream:
         head = stream.read(_INDEX_HEADER.size)
     if len(head) < _INDEX_HEADER.size or not head.startswith(_INDEX_MAGIC):
@@ -135,7 +136,15 @@ def _read_index_header(path: Path) -> tuple[type[np.integer[Any]], int, int]:
             f"{path} has {sequences} sequences in {document_bounds - 1} documents; packing needs one sequence per"
             " document: tokenise again without splitting sentences"
         )
-    return _TOKEN_DTYPES[code], sequences, document_bounds - 1
+    size = 0
+    if sequences:
+        with path.open("rb") as stream:
+            stream.seek(_INDEX_HEADER.size + 4 * (sequences - 1))
+            (last_length,) = struct.unpack("<i", stream.read(4))
+            stream.seek(_INDEX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+            (last_offset,) = struct.unpack("<q", stream.read(8))
+        size = last_offset + last_length * np.dtype(_TOKEN_DTYPES[code]).itemsize
+    return _TOKEN_DTYPES[code], sequences, size
 
 
 def _read_sidecar(prefix: str, documents: int, tokens: int) -> dict[str, Any]:
@@ -153,7 +162,7 @@ def _read_sidecar(prefix: str, documents: int, tokens: int) -> dict[str, Any]:
     if (sidecar["documents"], sidecar["tokens"]) != (documents, tokens):
         raise ValueError(
             f"{path} tells of {sidecar['documents']} documents and {sidecar['tokens']} tokens, the index of"
-            f" {documents} and {tokens}; tokenise the corpus again"
+            f" {documents} and {tokens}; move it if it is of another corpus, or tokenise the corpus again"
         )
     return sidecar
 
@@ -239,124 +248,3 @@ def open_tokens(prefix: str) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[
         idx_path(prefix), dtype=np.int32, mode="r", offset=_INDEX_HEADER.size, shape=(summary.documents,)
     )
     return tokens, lengths
-
-
-def parse_blend(blend: Sequence[str]) -> tuple[list[str], list[float]]:
-    """Split a blend into prefixes and weights that sum to 1.
-
-    A corpus that stands there more than once, by whatever path or link, comes once, in its first place and with the sum
-    of its weights: two datasets of one corpus have the same order, so that every pack would come twice.
-
-    Args:
-        blend: prefixes, each preceded by its weight (``["0.7", "code", "0.3", "prose"]``), or all without; then
-            every corpus has the weight of its number of tokens, which reads their indices.
-
-    Raises:
-        ValueError: empty, weights on some prefixes only, a weight or sum of weights that is not above 0 and finite.
-        FileNotFoundError: without weights, a file is missing.
-    """
-    prefixes, weights = _split_blend(blend)
-    summed: dict[str, float] = {}
-    for first, weight in zip(_first_spellings(prefixes), weights, strict=True):
-        summed[first] = summed.get(first, 0.0) + weight
-    total = sum(summed.values())
-    shares = [weight / total for weight in summed.values()]
-    if not all(share > 0.0 for share in shares):
-        raise ValueError(f"blend {list(blend)} has weights too large or too far apart to have shares; scale them down")
-    return list(summed), shares
-
-
-def repeated_corpora(blend: Sequence[str]) -> list[tuple[str, str]]:
-    """Corpora that stand in a blend again: (this spelling, that of the first). Errors as of ``parse_blend``."""
-    prefixes, _ = _split_blend(blend)
-    seen: set[str] = set()
-    repeated = []
-    for prefix, first in zip(prefixes, _first_spellings(prefixes), strict=True):
-        if first in seen:
-            repeated.append((prefix, first))
-        seen.add(first)
-    return repeated
-
-
-def shared_corpora(blend: Sequence[str], other: Sequence[str]) -> list[tuple[str, str]]:
-    """Corpora of ``blend`` with the one of ``other`` that is the same file or a copy. All must be there."""
-    candidates = parse_blend(other)[0]
-    same = {_identity(candidate): candidate for candidate in candidates}
-    pairs = []
-    for prefix in parse_blend(blend)[0]:
-        found = same.get(_identity(prefix))
-        if found is not None:
-            pairs.append((prefix, found))
-        else:
-            pairs += [(prefix, first) for first, again in _copies([*candidates, prefix]) if again == prefix]
-    return pairs
-
-
-def _split_blend(blend: Sequence[str]) -> tuple[list[str], list[float]]:
-    items = [str(item) for item in blend]
-    numbers = [_number(item) for item in items]
-    if not items:
-        raise ValueError("the blend is empty; give at least one tokenised prefix")
-    if all(number is None for number in numbers):
-        return items, [float(check_prefix(prefix).tokens) for prefix in items]
-    weights = [number for number in numbers[::2] if number is not None]
-    if 2 * len(weights) != len(items) or any(number is not None for number in numbers[1::2]):
-        raise ValueError(f"blend {items} mixes prefixes with and without weight; write weight prefix weight prefix")
-    if not all(0.0 < weight < float("inf") for weight in weights):
-        raise ValueError(f"blend {items} has a weight that is not above 0 and finite; drop that prefix instead")
-    return items[1::2], weights
-
-
-def _number(item: str) -> float | None:
-    try:
-        return float(item)
-    except ValueError:
-        return None
-
-
-def _first_spellings(prefixes: Sequence[str]) -> list[str]:
-    """Every prefix as the first one that names the same file spells it."""
-    spellings: dict[tuple[int, ...] | str, str] = {}
-    return [spellings.setdefault(_identity(prefix), prefix) for prefix in prefixes]
-
-
-def _identity(prefix: str) -> tuple[int, ...] | str:
-    """What is the same for all paths and links to one .bin."""
-    try:
-        status = bin_path(prefix).stat()
-    except OSError:
-        # Whoever opens it says so.
-        return os.path.realpath(prefix)
-    # Size and time as well: some network file systems give an inode's number out twice.
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _copies(prefixes: Sequence[str]) -> list[tuple[str, str]]:
-    """Corpora of one content: the first, and each that comes again. Only those of one size are read."""
-    sizes = [(bin_path(prefix).stat().st_size, idx_path(prefix).stat().st_size) for prefix in prefixes]
-    often = Counter(sizes)
-    first: dict[str, str] = {}
-    pairs = []
-    for prefix, size in zip(prefixes, sizes, strict=True):
-        if often[size] > 1:
-            content = sampled_content(prefix)
-            if content in first:
-                pairs.append((first[content], prefix))
-            first.setdefault(content, prefix)
-    return pairs
-
-
-def check_blend(blend: Sequence[str], *, tokenizer_digest: str | None = None) -> list[PrefixSummary]:
-    """:func:`check_prefix` on every corpus of a blend, with the errors of :func:`parse_blend`.
-
-    Raises:
-        ValueError: besides, two corpora are copies of each other, which would have the same order as well.
-    """
-    prefixes, _ = parse_blend(blend)
-    summaries = [check_prefix(prefix, tokenizer_digest=tokenizer_digest) for prefix in prefixes]
-    for first, again in _copies(prefixes):
-        raise ValueError(
-            f"{first} and {again} are copies of one corpus, whose packs would come twice in the same order; name one of"
-            " them, with the sum of their weights"
-        )
-    return summaries

@@ -20,8 +20,9 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from megatron_m1.data.corpora.blend import check_blend, parse_blend
 from megatron_m1.data.corpora.ids import check_token_ids
-from megatron_m1.data.corpora.prefix import check_blend, fingerprint, parse_blend
+from megatron_m1.data.corpora.prefix import fingerprint
 from megatron_m1.files import file_lock
 
 
@@ -169,7 +170,7 @@ def build_packed_dataset(
     read them from ``cache_folder``, which they must share.
 
     Args:
-        blend: ``[weight, prefix, weight, prefix, ...]`` or ``[prefix, ...]``, see ``prefix.parse_blend``. The weights
+        blend: ``[weight, prefix, weight, prefix, ...]`` or ``[prefix, ...]``, see ``blend.parse_blend``. The weights
             are shares of packs. Training and validation have blends, and datasets, of their own.
         sequence_length: tokens n of one pack, at least 2.
         num_samples: packs, at least 1. The order depends on it: keep it for the life of a run.

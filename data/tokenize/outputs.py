@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_m1.data.corpora.prefix import bin_path, idx_path, is_sidecar, sidecar_path
+from megatron_m1.data.corpora.prefix import bin_path, idx_path, is_index_of_sidecar, is_sidecar, sidecar_path
 from megatron_m1.files import refuse_overwriting
 
 WORKING_MARK = ".tokenize"
@@ -40,6 +40,11 @@ def check_outputs(prefix: str, files: Sequence[Path], tokenizer: Path) -> None:
         raise ValueError(
             f"{there[0]} is there, and not by megatron-m1 tokenize ({sidecar_path(prefix)} would say so): move it, or "
             "choose another output"
+        )
+    if idx_path(prefix).exists() and not is_index_of_sidecar(prefix):
+        raise ValueError(
+            f"{idx_path(prefix)} is there, and {sidecar_path(prefix)} tells of another corpus or it is damaged: move "
+            "them, or choose another output"
         )
 
 

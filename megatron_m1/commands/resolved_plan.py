@@ -8,7 +8,8 @@ from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.pipeline import StageLayers, plan_stages
 from megatron_m1.config.resolve import data_parallel_size
 from megatron_m1.config.resolved import ResolvedParallelConfig
-from megatron_m1.data.corpora.prefix import PrefixSummary, parse_blend
+from megatron_m1.data.corpora.blend import parse_blend
+from megatron_m1.data.corpora.prefix import PrefixSummary
 from megatron_m1.launch import Launch
 from megatron_m1.plan.parameters import model_counts, rank_counts
 from megatron_m1.training.preflight import check_data, check_folders, find_embedded_corpus, newest_checkpoint

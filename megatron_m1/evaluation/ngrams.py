@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_m1.data.corpora.prefix import open_tokens, parse_blend
+from megatron_m1.data.corpora.blend import parse_blend
+from megatron_m1.data.corpora.prefix import open_tokens
 from megatron_m1.data.packed import PackedSample
 
 FloatArray = npt.NDArray[np.float64]

@@ -15,15 +15,9 @@ from megatron_m1.checkpoint.contents import check_shape, complete_checkpoints
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import load_config
 from megatron_m1.cores import usable_cores
+from megatron_m1.data.corpora.blend import check_blend, parse_blend, repeated_corpora, shared_corpora
 from megatron_m1.data.corpora.ids import check_token_ids, unread_bytes
-from megatron_m1.data.corpora.prefix import (
-    PrefixSummary,
-    check_blend,
-    parse_blend,
-    repeated_corpora,
-    shared_corpora,
-    sidecar_path,
-)
+from megatron_m1.data.corpora.prefix import PrefixSummary, sidecar_path
 from megatron_m1.data.demo.corpus import PreparedCorpus, find_corpus, prepare_corpus
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.training.run_folder import check_run_folder

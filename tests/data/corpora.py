@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,9 +26,15 @@ class FakeTokenizer:
         return "0" * 64
 
 
-def write_corpus(prefix: Path, documents: Sequence[Sequence[int]], *, tokenizer_digest: str | None = None) -> str:
+def write_corpus(
+    prefix: Path,
+    documents: Sequence[Sequence[int]],
+    *,
+    tokenizer_digest: str | None = None,
+    dtype: type[np.integer[Any]] = np.uint16,
+) -> str:
     """Write documents of token ids as .bin and .idx, with a sidecar if there is a digest; returns the prefix."""
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     for document in documents:
         builder.add_document(torch.tensor(document), [len(document)])
     builder.finalize(f"{prefix}.idx")

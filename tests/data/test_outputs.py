@@ -12,6 +12,7 @@ import pytest
 from megatron_m1.cli import run
 from megatron_m1.data.corpora.prefix import check_prefix
 from megatron_m1.data.tokenizers import train_sentencepiece
+from tests.data.corpora import unique_documents, write_corpus
 
 DOCUMENTS = "".join(json.dumps({"text": f"document {i} of the corpus"}) + "\n" for i in range(9))
 
@@ -108,6 +109,20 @@ def test_somebodys_files_are_not_replaced(tmp_path: Path, model: Path, names: li
     words = ["tokenize", str(tmp_path / "docs.jsonl"), "--tokenizer", str(model), "--workers", "1"]
     with pytest.raises(ValueError, match=rf"{names[0]} is there, and not by megatron-m1 tokenize .*: move it, or choo"):
         run([*words, "--output", str(tmp_path / "web")])
+    assert contents(tmp_path) == before
+
+
+def test_another_tools_corpus_is_not_replaced_for_an_old_sidecar(tmp_path: Path, model: Path) -> None:
+    (tmp_path / "docs.jsonl").write_text(DOCUMENTS)
+    words = ["tokenize", str(tmp_path / "docs.jsonl"), "--tokenizer", str(model), "--workers", "1"]
+    words += ["--output", str(tmp_path / "web")]
+    assert run(words) == 0
+    write_corpus(tmp_path / "web", unique_documents([5, 7]))
+    before = contents(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"web\.idx is there, and .*web\.json tells of another corpus .*: move them, or"
+    ):
+        run(words)
     assert contents(tmp_path) == before
 
 

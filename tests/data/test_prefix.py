@@ -6,21 +6,15 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from megatron_m1.data.corpora.prefix import (
-    check_blend,
-    check_prefix,
-    fingerprint,
-    is_sidecar,
-    parse_blend,
-    repeated_corpora,
-    shared_corpora,
-)
+from megatron_m1.data.corpora.blend import check_blend, parse_blend, repeated_corpora, shared_corpora
+from megatron_m1.data.corpora.prefix import check_prefix, fingerprint, is_sidecar
 from tests.data.corpora import unique_documents, write_corpus
 
 
@@ -234,6 +228,25 @@ def test_copies_of_a_corpus(prefix: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="are copies of one corpus"):
         check_blend(["1", prefix, "1", copy])
     assert shared_corpora([copy], [prefix]) == [(copy, prefix)]
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.int64])
+def test_copies_of_a_corpus_in_another_dtype(prefix: str, tmp_path: Path, dtype: type[np.integer[Any]]) -> None:
+    copy = write_corpus(tmp_path / "copy", unique_documents([5, 1, 9]), dtype=dtype)
+    with pytest.raises(ValueError, match=r"corpus\.v1 and .*copy are copies of one corpus"):
+        check_blend(["1", prefix, "1", copy])
+    assert shared_corpora([copy], [prefix]) == [(copy, prefix)]
+
+
+def test_one_token_file_with_two_indices(prefix: str, tmp_path: Path) -> None:
+    """Other bounds of documents make another order of packs, of the same tokens."""
+    other = write_corpus(tmp_path / "other", [[2, 3, 4, 5, 1, 1, 8], [9, 10, 11, 12, 13, 14, 15, 1]])
+    Path(f"{other}.bin").unlink()
+    Path(f"{other}.bin").symlink_to(f"{prefix}.bin")
+    assert parse_blend(["1", prefix, "1", other]) == ([prefix, other], [0.5, 0.5])
+    with pytest.raises(ValueError, match=r"corpus\.v1 and .*other have the same tokens, which their indices cut"):
+        check_blend(["1", prefix, "1", other])
+    assert shared_corpora([other], [prefix]) == [(other, prefix)]
 
 
 def test_equal_ends_make_no_copy(tmp_path: Path) -> None:
