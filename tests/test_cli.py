@@ -294,7 +294,7 @@ def run_folder(tmp_path: Path) -> Path:
     state = {"layer.weight": torch.ones(3, 5, dtype=torch.bfloat16), "moment": torch.ones(7), "extra": "text"}
     torch_checkpoint.save(state, checkpoint_id=checkpoint, no_dist=True)
     write_config(parse_config([], []), checkpoint / "config.yaml")
-    (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     (folder / "checkpoints" / "step_00000030").mkdir()
     return folder
 

@@ -7,7 +7,14 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_m1.checkpoint.folder import COMMIT_MARK, DATA_SUFFIX, MANIFEST, first_fault, read_manifest
+from megatron_m1.checkpoint.folder import (
+    COMMIT_MARK,
+    DATA_SUFFIX,
+    MANIFEST,
+    checkpoint_folders,
+    first_fault,
+    read_manifest,
+)
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.io import load_config
 from megatron_m1.files import check_folder, read_json_object
@@ -62,9 +69,8 @@ class CheckpointContents:
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    found = [mark.parent for mark in sorted(run_folder.glob(f"checkpoints/step_*/{COMMIT_MARK}"))]
-    return [folder for folder in found if re.fullmatch(r"step_\d+", folder.name)]
+    """Return the checkpoints of a run whose save came to its end, newest first."""
+    return [folder for folder in checkpoint_folders(run_folder / "checkpoints") if (folder / COMMIT_MARK).is_file()]
 
 
 def check_shape(

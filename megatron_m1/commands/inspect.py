@@ -162,5 +162,5 @@ def describe_folder(folder: Path, *, every_tensor: bool = False) -> list[str]:
     checkpoints = complete_checkpoints(folder)
     if not checkpoints:
         raise ValueError(f"run folder {folder} has no complete checkpoint below {folder / 'checkpoints'}")
-    names = ", ".join(checkpoint.name for checkpoint in checkpoints)
-    return [f"run {folder}: {names}", *describe_checkpoint(read_checkpoint(checkpoints[-1]), every_tensor=every_tensor)]
+    names = ", ".join(checkpoint.name for checkpoint in reversed(checkpoints))
+    return [f"run {folder}: {names}", *describe_checkpoint(read_checkpoint(checkpoints[0]), every_tensor=every_tensor)]

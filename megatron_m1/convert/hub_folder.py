@@ -14,7 +14,13 @@ from torch import Tensor
 
 from megatron_m1.config import ModelConfig
 from megatron_m1.convert.families.minimax_m1.config import has_native_heads, model_from_hf, read_hf_config
-from megatron_m1.convert.families.minimax_m1.weights import Unit, check_names, is_native_buffer, to_ours, units
+from megatron_m1.convert.families.minimax_m1.weights import (
+    Unit,
+    check_names,
+    is_native_buffer,
+    to_ours,
+    units,
+)
 from megatron_m1.convert.safetensors_files import Entry, read_header
 from megatron_m1.files import check_folder, regular
 from megatron_m1.printing import shown

@@ -28,7 +28,7 @@ def find_checkpoint(path: Path) -> Path:
     found = complete_checkpoints(path)
     if not found:
         raise ValueError(f"{path} is no checkpoint, and as a run folder it has no complete one below checkpoints/")
-    return found[-1]
+    return found[0]
 
 
 def open_any(path: Path) -> OurCheckpoint | HubFolder:
@@ -54,7 +54,7 @@ def initial_model(config: Config) -> ModelConfig:
     init_from = config.run.init_from
     assert init_from is not None
     own = complete_checkpoints(Path(config.run.folder)) if config.run.resume else []
-    saved = load_config(own[-1] / "config.yaml") if own else None
+    saved = load_config(own[0] / "config.yaml") if own else None
     if saved is not None and saved.run.init_from == init_from:
         return replace(saved.model, transformer_impl=ModelConfig.transformer_impl)
     if init_from == HUGGING_FACE:

@@ -159,7 +159,7 @@ def check_folders(config: ResolvedConfig) -> None:
 
 def newest_checkpoint(config: ResolvedConfig) -> Path | None:
     """Return the newest complete checkpoint of the run folder, from which the run goes on, if there is one."""
-    return next(reversed(complete_checkpoints(Path(config.run.folder))), None)
+    return next(iter(complete_checkpoints(Path(config.run.folder))), None)
 
 
 def _check_writable(name: str, folder: Path) -> None:
