@@ -80,7 +80,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Unit:
+class WeightPiece:
     """The smallest piece that is converted at once: one tensor of ours, or one expert of a stacked one."""
 
     ours: str
@@ -112,7 +112,7 @@ class Unit:
         return torch.float32 if self.keeps_fp32 else wanted
 
 
-def cast(unit: Unit, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(unit: WeightPiece, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor``, a part of ``unit`` or all of it, in ``dtype``.
 
     Raises:
@@ -201,12 +201,12 @@ def rotary_dim(model: ModelConfig) -> int:
     return int(model.kv_channels * model.rotary_percent)
 
 
-def _units_of(rule: Rule, model: ModelConfig, layer: int | None, native_heads: bool) -> Iterator[Unit]:
+def _units_of(rule: Rule, model: ModelConfig, layer: int | None, native_heads: bool) -> Iterator[WeightPiece]:
     heads = (model.kv_channels, rotary_dim(model)) if native_heads else None
     row = () if rule.columns is None else (rule.columns,)
     rows = rule.groups * sum(count for _, count in rule.parts)
     for expert in range(model.num_moe_experts) if rule.stacked else [None]:
-        yield Unit(
+        yield WeightPiece(
             ours=rule.ours.format(layer=layer),
             shape=(model.num_moe_experts, rows, *row) if rule.stacked else (rows, *row),
             expert=expert,
@@ -223,14 +223,14 @@ def _units_of(rule: Rule, model: ModelConfig, layer: int | None, native_heads: b
         )
 
 
-def units(model: ModelConfig, *, native_heads: bool = False) -> list[Unit]:
+def units(model: ModelConfig, *, native_heads: bool = False) -> list[WeightPiece]:
     """Everything that a model of this shape consists of: embedding, layer by layer, final norm, head.
 
     Args:
         model: its shape.
         native_heads: rows of rotated heads are in native transformers' order.
     """
-    found: list[Unit] = []
+    found: list[WeightPiece] = []
     every = rules(model)
     for rule in every[:1]:
         found += _units_of(rule, model, None, native_heads)
@@ -245,7 +245,7 @@ def units(model: ModelConfig, *, native_heads: bool = False) -> list[Unit]:
     return found
 
 
-def to_ours(unit: Unit, parts: Sequence[Tensor]) -> Tensor:
+def to_ours(unit: WeightPiece, parts: Sequence[Tensor]) -> Tensor:
     """Put hub tensors together as ours.
 
     Args:
@@ -263,7 +263,7 @@ def to_ours(unit: Unit, parts: Sequence[Tensor]) -> Tensor:
     return joined.view(unit.sizes)
 
 
-def to_hub(unit: Unit, ours: Tensor) -> list[Tensor]:
+def to_hub(unit: WeightPiece, ours: Tensor) -> list[Tensor]:
     """Take a tensor of ours apart; the inverse of ``to_ours``.
 
     Args:
