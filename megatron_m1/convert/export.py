@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_m1.checkpoint.folder import first_fault, read_manifest
 from megatron_m1.convert.families.minimax_m1.buffers import buffer_entries, buffers_layer, native_buffers
 from megatron_m1.convert.families.minimax_m1.config import CONFIG, hub_config, native_config
-from megatron_m1.convert.families.minimax_m1.weights import Unit, cast, check_spelled, to_hub, units
+from megatron_m1.convert.families.minimax_m1.weights import WeightPiece, cast, check_spelled, to_hub, units
 from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
@@ -60,7 +60,7 @@ class ExportOptions:
 @dataclass(frozen=True)
 class _Shard:
     name: str
-    units: tuple[Unit, ...]
+    units: tuple[WeightPiece, ...]
     entries: tuple[Entry, ...]
 
 
@@ -95,21 +95,21 @@ class _Plan:
         """What config.json says."""
         return self.options.dtype or self.source.stored_dtype(self.source.units[0])
 
-    def dtype_of(self, unit: Unit) -> torch.dtype:
+    def dtype_of(self, unit: WeightPiece) -> torch.dtype:
         """What a unit is written as."""
         return unit.dtype(self.options.dtype or self.source.stored_dtype(unit))
 
-    def _buffers_layer(self, unit: Unit) -> int | None:
+    def _buffers_layer(self, unit: WeightPiece) -> int | None:
         """Layer whose buffers follow this unit, if any do."""
         return buffers_layer(unit) if self.options.format == "native" else None
 
-    def entries(self, unit: Unit) -> list[Entry]:
+    def entries(self, unit: WeightPiece) -> list[Entry]:
         """Tensors that are written for a unit."""
         written = [Entry(part.name, self.dtype_of(unit), part.shape) for part in unit.parts]
         layer = self._buffers_layer(unit)
         return written if layer is None else [*written, *buffer_entries(self.source.model, layer, self.dtype)]
 
-    def tensors(self, unit: Unit) -> Iterator[Tensor]:
+    def tensors(self, unit: WeightPiece) -> Iterator[Tensor]:
         """The same, with their numbers."""
         ours = self.source.read(unit)
         dtype = self.dtype_of(unit)

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_m1.config import ModelConfig
 from megatron_m1.convert.families.minimax_m1.config import has_native_heads, model_from_hf, read_hf_config
 from megatron_m1.convert.families.minimax_m1.weights import (
-    Unit,
+    WeightPiece,
     check_names,
     is_native_buffer,
     to_ours,
@@ -37,7 +37,7 @@ class HubFolder:
     config: Mapping[str, Any]
     """Content of config.json."""
     model: ModelConfig
-    units: list[Unit]
+    units: list[WeightPiece]
     files: dict[str, str]
     """File of every weight, by the weight's name."""
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class HubFolder:
             sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.size
         return max(sizes, key=lambda dtype: sizes[dtype], default=self.announced)
 
-    def stored_dtype(self, unit: Unit) -> torch.dtype:
+    def stored_dtype(self, unit: WeightPiece) -> torch.dtype:
         """dtype in which the folder has a unit.
 
         Raises:
@@ -76,7 +76,7 @@ class HubFolder:
             return expected_bytes(self.units, dtype or self.announced)
         return sum(unit.numel * unit.dtype(self.stored_dtype(unit)).itemsize for unit in self.units)
 
-    def read(self, unit: Unit) -> Tensor:
+    def read(self, unit: WeightPiece) -> Tensor:
         """Read a unit as a tensor of ours: shape ``unit.sizes``, dtype as stored, on the CPU.
 
         Raises:
@@ -134,7 +134,7 @@ def open_hub_folder(folder: Path, *, headers: bool = True) -> HubFolder:
     return opened
 
 
-def expected_bytes(wanted: list[Unit], dtype: torch.dtype) -> int:
+def expected_bytes(wanted: list[WeightPiece], dtype: torch.dtype) -> int:
     """Bytes of a folder's weights when they have ``dtype``, counted on tensors without memory."""
     total = 0
     for unit in wanted:

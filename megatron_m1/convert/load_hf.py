@@ -20,7 +20,7 @@ from megatron_m1.checkpoint.contents import FORMAT
 from megatron_m1.config import Config
 from megatron_m1.config.io import config_text
 from megatron_m1.convert.export import same_bits
-from megatron_m1.convert.families.minimax_m1.weights import Unit, cast
+from megatron_m1.convert.families.minimax_m1.weights import WeightPiece, cast
 from megatron_m1.convert.hub_folder import HubFolder
 from megatron_m1.convert.our_checkpoint import LateWriter, open_checkpoint
 from megatron_m1.convert.tokenizer import TOKENIZER, copy_tokenizer
@@ -67,10 +67,10 @@ class _Loading:
         self.sizes = [sum(sizes[unit] for unit in group) for group in self.groups]
         self.writer = LateWriter(self.folder, self.groups, self.dtype, self.resolve)
 
-    def dtype(self, unit: Unit) -> torch.dtype:
+    def dtype(self, unit: WeightPiece) -> torch.dtype:
         return unit.dtype(self.options.dtype or self.source.stored_dtype(unit))
 
-    def resolve(self, unit: Unit) -> Tensor:
+    def resolve(self, unit: WeightPiece) -> Tensor:
         read = cast(unit, self.source.read(unit), self.dtype(unit))
         # The file's pages must not be handed on: the writer empties what it is given.
         return read.clone() if len(unit.parts) == 1 and read.dtype == self.source.stored_dtype(unit) else read

@@ -45,7 +45,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_m1.checkpoint.contents import OPTIMIZER_PREFIX, CheckpointContents, check_model_size, read_checkpoint
 from megatron_m1.checkpoint.metadata import UNREADABLE, MetadataReader
 from megatron_m1.config import ModelConfig
-from megatron_m1.convert.families.minimax_m1.weights import Unit, check_names, units
+from megatron_m1.convert.families.minimax_m1.weights import WeightPiece, check_names, units
 from megatron_m1.convert.safetensors_files import PIECE
 
 COMMON = "common_state/shard_0_1"
@@ -73,7 +73,7 @@ class OurCheckpoint:
     """An opened checkpoint. Make one with ``open_checkpoint``."""
 
     contents: CheckpointContents
-    units: list[Unit]
+    units: list[WeightPiece]
     metadata: Metadata
     _reader: FileSystemReader
 
@@ -87,16 +87,16 @@ class OurCheckpoint:
         """Its model."""
         return self.contents.config.model
 
-    def _stored(self, unit: Unit) -> TensorStorageMetadata:
+    def _stored(self, unit: WeightPiece) -> TensorStorageMetadata:
         stored = self.metadata.state_dict_metadata[unit.ours]
         assert isinstance(stored, TensorStorageMetadata)
         return stored
 
-    def stored_dtype(self, unit: Unit) -> torch.dtype:
+    def stored_dtype(self, unit: WeightPiece) -> torch.dtype:
         """dtype in which the checkpoint has a unit."""
         return self._stored(unit).properties.dtype
 
-    def read(self, unit: Unit) -> Tensor:
+    def read(self, unit: WeightPiece) -> Tensor:
         """Read a unit: shape ``unit.sizes``, dtype as stored, on the CPU.
 
         Raises:
@@ -147,7 +147,7 @@ def _blob(content: Any) -> io.BytesIO:
     return stream
 
 
-def _tensor_item(unit: Unit, dtype: torch.dtype) -> WriteItem:
+def _tensor_item(unit: WeightPiece, dtype: torch.dtype) -> WriteItem:
     offsets, sizes = torch.Size(unit.offsets), torch.Size(unit.sizes)
     return WriteItem(
         index=MetadataIndex(unit.ours, offsets),
@@ -158,7 +158,7 @@ def _tensor_item(unit: Unit, dtype: torch.dtype) -> WriteItem:
     )
 
 
-def _object_items(wanted: Sequence[Unit]) -> list[WriteItem]:
+def _object_items(wanted: Sequence[WeightPiece]) -> list[WriteItem]:
     """What megatron-core stores besides tensors and asks for on loading: for every linear an (empty) extra state."""
     names = [COMMON]
     for unit in wanted:
@@ -243,9 +243,9 @@ class LateWriter:
     def __init__(
         self,
         folder: Path,
-        groups: Sequence[Sequence[Unit]],
-        dtypes: Callable[[Unit], torch.dtype],
-        resolve: Callable[[Unit], Tensor],
+        groups: Sequence[Sequence[WeightPiece]],
+        dtypes: Callable[[WeightPiece], torch.dtype],
+        resolve: Callable[[WeightPiece], Tensor],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         # Copying ahead is for tensors on a GPU, and these are all on the CPU.

@@ -266,14 +266,12 @@ class WorkFolder:
 
         def rename() -> None:
             finish()
-            # A write that was killed leaves a file with a temporary name, which is no part of the result.
             for torn in self.path.rglob(".*.partial"):
-                torn.unlink()
+                torn.unlink()  # a write that was killed left it under this temporary name
             for path in self.path.rglob("*"):
                 sync(path)
             sync(self.path)
-            # The rename comes before the journal goes: killed between the two, a folder without a journal that still
-            # had its old name would be begun anew.
+            # First of all: without its journal, a folder that still had the old name would be begun anew.
             self.path.rename(self.out)
             shutil.rmtree(self.out / JOURNAL, ignore_errors=True)
             with suppress(OSError):

@@ -9,7 +9,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.resolve import resolve
-from megatron_m1.convert.families.minimax_m1.weights import Unit
+from megatron_m1.convert.families.minimax_m1.weights import WeightPiece
 from megatron_m1.convert.hub_folder import HubFolder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
 from megatron_m1.layers.engine import engine_config
@@ -18,7 +18,7 @@ from megatron_m1.model.build import build_chunk
 from megatron_m1.runtime import mesh
 
 
-def _parameter_name(unit: Unit) -> str:
+def _parameter_name(unit: WeightPiece) -> str:
     return unit.ours if unit.expert is None else parameter_of_expert(unit.ours, unit.expert)
 
 

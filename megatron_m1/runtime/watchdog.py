@@ -92,7 +92,7 @@ class Watchdog:
         self._closed = False
         self._step: int | None = None
         self._last_progress = 0.0
-        self._deadline = 0.0
+        self.deadline = 0.0  # of ``time.monotonic()``: when a step that makes no progress is ended
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
@@ -144,7 +144,7 @@ class Watchdog:
     def progress(self) -> None:
         """Start the allowance of the running step anew, for instance at each micro-batch. Costs next to nothing."""
         self._last_progress = time.monotonic()
-        self._deadline = self._last_progress + self._allowance + self._first_step_seconds * self._first
+        self.deadline = self._last_progress + self._allowance + self._first_step_seconds * self._first
 
     def _watch(self) -> None:
         cut = False
@@ -154,7 +154,7 @@ class Watchdog:
                     self._changed.wait()
                     continue
                 before = time.monotonic()
-                remaining = self._deadline - before
+                remaining = self.deadline - before
                 if remaining <= 0:
                     self._end_process(self._step)
                 if self._gloo and not cut:
@@ -170,7 +170,7 @@ class Watchdog:
                 stopped = time.monotonic() - before - pulse
                 if stopped > PULSE_SECONDS:
                     self._last_progress += stopped
-                    self._deadline += stopped
+                    self.deadline += stopped
 
     def _end_process(self, step: int) -> None:
         waited = time.monotonic() - self._last_progress

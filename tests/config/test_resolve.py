@@ -104,7 +104,11 @@ def test_resolving_again_changes_nothing_and_leaves_its_input_alone() -> None:
     ],
 )
 def test_meshes_that_fit(settings: str, world_size: int) -> None:
-    resolve(read(settings), world_size, has_gpu=False)
+    parallel = resolve(read(settings), world_size, has_gpu=False).parallel
+    model_ranks = (
+        parallel.tensor_model_parallel_size * parallel.context_parallel_size * parallel.pipeline_model_parallel_size
+    )
+    assert model_ranks * data_parallel_size(parallel, world_size) == world_size
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_m1.cli import run
 from megatron_m1.convert import export as exporting
 from megatron_m1.convert.export import ExportOptions, export, source_fault
-from megatron_m1.convert.families.minimax_m1.weights import Unit
+from megatron_m1.convert.families.minimax_m1.weights import WeightPiece
 from megatron_m1.convert.hub_folder import open_hub_folder
 from megatron_m1.convert.load_hf import LoadOptions, load_hf
 from megatron_m1.convert.our_checkpoint import open_checkpoint
@@ -165,7 +165,7 @@ def test_a_folder_that_changes_while_it_is_read(hub: Path, tmp_path: Path) -> No
     source: Any = open_hub_folder(folder)
     read = source.read
 
-    def change_and_read(unit: Unit) -> Tensor:
+    def change_and_read(unit: WeightPiece) -> Tensor:
         os.utime(folder / "config.json", (0, 0))
         tensor: Tensor = read(unit)
         return tensor

@@ -17,6 +17,7 @@ from megatron_m1.runtime import mesh
 from megatron_m1.training.objective import Objective
 from megatron_m1.training.step import StepResult, train_step
 from megatron_m1.training.trained_model import TrainedModel, build_trained_model, finalize_undivided
+from tests.tolerances import whole_model
 
 PACKS = [
     [0, 1, 20, 37, 50],
@@ -53,6 +54,10 @@ def model_config(**changes: Any) -> ModelConfig:
         lm_head_chunk_mib=0.005,  # 48 tokens take several chunks
     )
     return ModelConfig(**(values | changes))
+
+
+COPIES = whole_model(model_config(), PACKS[0][-1], gradients=True)
+"""What two ranks' gradients of one replicated parameter may differ by, relative to their norm."""
 
 
 def run_config(
@@ -124,13 +129,13 @@ def local_parts(trained: TrainedModel, read: str) -> dict[str, Part]:
 
 
 def assemble(by_rank: list[dict[str, Part]]) -> dict[str, Tensor]:
-    """Put the ranks' parts together; copies of the same part must agree exactly enough to be the same part."""
+    """Put the ranks' parts together; copies of a part must be the same but for rounding."""
     pieces: dict[str, dict[int, Part]] = {}
     for parts in by_rank:
         for name, part in parts.items():
             slot = part.tp_rank if part.dim >= 0 else 0
             known = pieces.setdefault(name, {}).setdefault(slot, part)
-            torch.testing.assert_close(part.value, known.value, rtol=1e-5, atol=1e-7)
+            assert (part.value - known.value).norm() <= COPIES * known.value.norm(), name
     whole = {}
     for name, slots in pieces.items():
         values = [slots[rank].value for rank in sorted(slots)]

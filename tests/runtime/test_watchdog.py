@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -150,16 +151,16 @@ def test_other_errors_pass() -> None:
     assert not is_collective_error(ValueError("gloo"))
 
 
-def test_progress_and_idle_time_extend_the_allowance() -> None:
-    """A watchdog of 1.5 s ends the process (and so this test run) if it counts what lies before progress or outside."""
-    with Watchdog(0, 0.75, grace_seconds=0.75, first_step_seconds=0.0) as watchdog:
-        with watchdog.step(0):
-            for _ in range(3):
-                busy(0.6)
+def test_progress_and_a_new_step_give_the_whole_allowance() -> None:
+    """What lies before progress or between steps does not count, and the first step has more."""
+    with Watchdog(0, 60.0, grace_seconds=30.0, first_step_seconds=500.0) as watchdog:
+        for step, allowance in ((0, 590.0), (1, 90.0)):
+            before = time.monotonic()
+            with watchdog.step(step):
+                assert before + allowance <= watchdog.deadline <= time.monotonic() + allowance
+                later = time.monotonic()
                 watchdog.progress()
-        busy(1.6)
-        with watchdog.step(1):
-            busy(0.1)
+                assert later + allowance <= watchdog.deadline <= time.monotonic() + allowance
 
 
 def busy(seconds: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_m1.config import ModelConfig
 from megatron_m1.convert.families.minimax_m1.config import NATIVE_BLOCK
-from megatron_m1.convert.families.minimax_m1.weights import NATIVE_BUFFERS, Unit
+from megatron_m1.convert.families.minimax_m1.weights import NATIVE_BUFFERS, WeightPiece
 from megatron_m1.convert.safetensors_files import Entry
 
 
@@ -37,7 +37,7 @@ def native_buffers(model: ModelConfig, layer: int, dtype: torch.dtype) -> list[T
     return [buffer.to(dtype) for buffer in buffers]
 
 
-def buffers_layer(unit: Unit) -> int | None:
+def buffers_layer(unit: WeightPiece) -> int | None:
     """Layer whose buffers native transformers saves after this unit, if it is followed by any."""
     return int(unit.ours.split(".")[2]) if unit.ours.endswith(".linear_qkvg.weight") else None
 

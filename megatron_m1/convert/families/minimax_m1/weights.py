@@ -81,7 +81,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Unit:
+class WeightPiece:
     """The smallest piece that is converted at once: one tensor of ours, or one expert of a stacked one."""
 
     ours: str
@@ -113,7 +113,7 @@ class Unit:
         return torch.float32 if self.keeps_fp32 else wanted
 
 
-def cast(unit: Unit, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(unit: WeightPiece, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor``, a part of ``unit`` or all of it, in ``dtype``.
 
     Raises:
@@ -204,12 +204,12 @@ def check_spelled(model: ModelConfig) -> None:
         raise ValueError(f"model.residual = {model.residual} can't be converted: readers of MiniMax-M1 know deepnorm")
 
 
-def _units_of(rule: Rule, model: ModelConfig, layer: int | None, *, native_heads: bool) -> Iterator[Unit]:
+def _units_of(rule: Rule, model: ModelConfig, layer: int | None, *, native_heads: bool) -> Iterator[WeightPiece]:
     heads = (model.kv_channels, rotary_dim(model)) if native_heads else None
     row = () if rule.columns is None else (rule.columns,)
     rows = rule.groups * sum(count for _, count in rule.parts)
     for expert in range(model.num_moe_experts) if rule.stacked else [None]:
-        yield Unit(
+        yield WeightPiece(
             ours=rule.ours.format(layer=layer),
             shape=(model.num_moe_experts, rows, *row) if rule.stacked else (rows, *row),
             expert=expert,
@@ -226,11 +226,11 @@ def _units_of(rule: Rule, model: ModelConfig, layer: int | None, *, native_heads
         )
 
 
-def _unspelled(parameter: Parameter, place: str) -> Iterator[Unit]:
+def _unspelled(parameter: Parameter, place: str) -> Iterator[WeightPiece]:
     """Our tensors of a kind for which the hub has no words: they are read from our checkpoints, and have no parts."""
     stacked = parameter.split == "expert"
     for expert in range(parameter.copies) if stacked else [None]:
-        yield Unit(
+        yield WeightPiece(
             ours=f"{place}.{parameter.name}",
             shape=(parameter.copies, *parameter.shape) if stacked else parameter.shape,
             expert=expert,
@@ -240,7 +240,7 @@ def _unspelled(parameter: Parameter, place: str) -> Iterator[Unit]:
         )
 
 
-def units(model: ModelConfig, *, native_heads: bool = False) -> list[Unit]:
+def units(model: ModelConfig, *, native_heads: bool = False) -> list[WeightPiece]:
     """Everything that a model of this shape consists of: embedding, layer by layer, final norm, head.
 
     Args:
@@ -249,12 +249,12 @@ def units(model: ModelConfig, *, native_heads: bool = False) -> list[Unit]:
     """
     hidden, vocabulary = model.hidden_size, model.vocab_size
 
-    def of_rules(rules: Iterable[Rule], layer: int | None = None) -> list[Unit]:
+    def of_rules(rules: Iterable[Rule], layer: int | None = None) -> list[WeightPiece]:
         return [unit for rule in rules for unit in _units_of(rule, model, layer, native_heads=native_heads)]
 
     def of_kind(
         spelled: Callable[[ModelConfig], list[Rule]] | None, shape: LayerShape, layer: int, place: str
-    ) -> list[Unit]:
+    ) -> list[WeightPiece]:
         if spelled is not None:
             return of_rules(spelled(model), layer)
         return [
@@ -280,7 +280,7 @@ def units(model: ModelConfig, *, native_heads: bool = False) -> list[Unit]:
     )
 
 
-def to_ours(unit: Unit, parts: Sequence[Tensor]) -> Tensor:
+def to_ours(unit: WeightPiece, parts: Sequence[Tensor]) -> Tensor:
     """Put hub tensors together as ours.
 
     Args:
@@ -298,7 +298,7 @@ def to_ours(unit: Unit, parts: Sequence[Tensor]) -> Tensor:
     return joined.view(unit.sizes)
 
 
-def to_hub(unit: Unit, ours: Tensor) -> list[Tensor]:
+def to_hub(unit: WeightPiece, ours: Tensor) -> list[Tensor]:
     """Take a tensor of ours apart; the inverse of ``to_ours``.
 
     Args:
