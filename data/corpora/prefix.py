@@ -190,6 +190,8 @@ def _sidecar_content(path: Path) -> dict[str, Any] | None:
         optional = key not in _SIDECAR_KEYS and sidecar.get(key) is None
         if not optional and type(sidecar.get(key)) is not kind:
             raise ValueError(f"{key} is {str(sidecar.get(key))[:40]!r}")
+    if sidecar.get("vocab_size") is not None and sidecar["vocab_size"] < 1:
+        raise ValueError(f"vocab_size is {sidecar['vocab_size']}")
     return sidecar
 
 

@@ -29,8 +29,14 @@ def check_outputs(prefix: str, files: Sequence[Path], tokenizer: Path) -> None:
         tokenizer: a file or a folder; need not exist yet.
 
     Raises:
-        ValueError: a file that would be written or removed is one that is read, or none that ``tokenize`` made.
+        ValueError: ``prefix`` ends in no name, or a file that would be written or removed is one that is read, or none
+            that ``tokenize`` made.
     """
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise ValueError(
+            f"the output {prefix!r} ends in no name that .bin, .idx and .json can follow: give one, such as "
+            f"{os.path.join(prefix, 'corpus')}"
+        )
     outputs = [bin_path(prefix), idx_path(prefix), sidecar_path(prefix)]
     read = [*files, tokenizer, *(tokenizer.rglob("*") if tokenizer.is_dir() else ())]
     refuse_overwriting([*outputs, working_path(prefix)], read)

@@ -47,6 +47,8 @@ def _decoded(file: Path, column: str, max_rows: int, max_bytes: int) -> Iterator
         if column not in table.schema_arrow.names:
             columns = ", ".join(table.schema_arrow.names)
             raise ValueError(f"{file} has no column {column!r}: name its text column with --text-key, from {columns}")
+        if table.schema_arrow.names.count(column) > 1:
+            raise ValueError(f"{file} has several columns called {column!r}: rename those that are not its text")
         at_a_time = max(1, min(max_rows, max_bytes // _row_bytes(table.metadata, column)))
         for batch in table.iter_batches(batch_size=at_a_time, columns=[column]):
             yield table.metadata.num_rows, _as_bytes(batch.column(0))

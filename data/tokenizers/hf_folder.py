@@ -275,4 +275,4 @@ def _notes(folder: TokenizerFolder) -> Iterator[str]:
 
 def first_line(error: BaseException) -> str:
     """What an error of another library says, in one line."""
-    return (str(error).splitlines() or [repr(error)])[0]
+    return next((line for line in str(error).splitlines() if line.strip()), repr(error))

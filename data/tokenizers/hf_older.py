@@ -9,6 +9,8 @@ from megatron_m1.data.tokenizers.token_ids import FastIds, PythonIds, SentencePi
 
 _CLASSES = {("vocab.json", "merges.txt"): "GPT2Tokenizer", ("vocab.txt",): "BertTokenizer"}
 """transformers' class for files that come without the name of one."""
+_OF_BYTES = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")
+"""Its classes that need no vocabulary."""
 
 
 def older_ids(folder: TokenizerFolder, notes: list[str]) -> tuple[TokenIds, int]:
@@ -59,6 +61,11 @@ def _by_transformers(folder: TokenizerFolder, notes: list[str]) -> tuple[TokenId
     import transformers
 
     files = folder.vocabulary_files()
+    if set(files) <= {"tekken.json"} and folder.config.get("tokenizer_class") not in _OF_BYTES:
+        raise ValueError(
+            f"{folder.path} has no {FILE}, vocab or .model ({', '.join(folder.contents)} can't be used alone): fetch "
+            "the folder again, or give another"
+        )
     guess = next((name for known, name in _CLASSES.items() if sorted(known) == sorted(files)), None)
     loader = transformers.AutoTokenizer if folder.names_class or guess is None else getattr(transformers, guess)
     try:

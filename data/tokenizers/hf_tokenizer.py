@@ -117,11 +117,13 @@ def _as_it_is(folder: TokenizerFolder, notes: list[str]) -> Backend:
         ) from error
     if not backend.get_vocab_size(with_added_tokens=True):
         raise ValueError(f"{folder.path} holds no tokenizer that transformers can load: {FILE} has no token")
-    for token, number in folder.declared_tokens():
-        known = backend.token_to_id(token.content)
-        backend.add_tokens([token])
+    declared = list(folder.declared_tokens())
+    known = {token.content for token, _ in declared if backend.token_to_id(token.content) is not None}
+    # At once: after every call the library builds its search for all added tokens anew.
+    backend.add_tokens([token for token, _ in declared])
+    for token, number in declared:
         received = backend.token_to_id(token.content)
-        if known is None and received != number:
+        if token.content not in known and received != number:
             raise ValueError(
                 f"{folder.path / folder.declared_in} says that {token.content!r} is id {number}, which {FILE} lacks"
                 f" and would count as {received}: put it into {FILE}, or correct its id"
@@ -131,6 +133,7 @@ def _as_it_is(folder: TokenizerFolder, notes: list[str]) -> Backend:
                 f"{folder.path}: {folder.declared_in} says that {token.content!r} is id {number}, but it is {received}"
                 f" as {FILE} says"
             )
+        known.add(token.content)
     # The end mark itself has to be there already: an embedding has no row for one that is made up here.
     backend.add_special_tokens([mark for mark in folder.marks() if mark.content != folder.end_mark])
     extra = [mark for mark in folder.extra_marks() if backend.token_to_id(mark.content) is None]

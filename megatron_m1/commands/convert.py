@@ -144,6 +144,7 @@ def _from_hf(options: argparse.Namespace) -> list[str]:
     from megatron_m1.convert.families.minimax_m1.config import DTYPES, unread
     from megatron_m1.convert.hub_folder import open_hub_folder
     from megatron_m1.convert.load_hf import LoadOptions, load_hf
+    from megatron_m1.convert.tokenizer import left_behind
     from megatron_m1.convert.work import parse_size, refuse_existing, started_ranks
 
     choices = LoadOptions(
@@ -154,10 +155,10 @@ def _from_hf(options: argparse.Namespace) -> list[str]:
         source = open_hub_folder(options.source, headers=any(options.source.glob("*.safetensors")))
         dtype = choices.dtype or source.dtype
         size = source.bytes_as(choices.dtype)
-        notes = [f"note: {note}" for note in unread(source.config)]
+        notes = [f"note: {note}" for note in (*unread(source.config), *left_behind(options.source))]
         return [f"would write {len(source.files):,} tensors, {size:,} bytes of weights, {str(dtype)[6:]}", *notes]
     source = open_hub_folder(options.source)
-    notes = [f"note: {note}" for note in unread(source.config)]
+    notes = [f"note: {note}" for note in (*unread(source.config), *left_behind(options.source))]
     with started_ranks() as ranks:
         checkpoint = load_hf(source, options.out, choices, ranks)
     return [f"{checkpoint}: {len(source.files):,} tensors of {options.source}", *notes]

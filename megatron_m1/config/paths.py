@@ -42,6 +42,8 @@ def path_option(text: str) -> Path:
 
 def text_option(text: str) -> str:
     """Read a path on the command line whose spelling is kept: a glob, or the start of file names."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
     try:
         return expand(text)
     except ValueError as error:

@@ -289,6 +289,8 @@ def _check_train(config: Config) -> None:
         )
     if not run.folder:
         raise ValueError("run.folder is empty: give the folder of the run")
+    if data.cache_folder == "":
+        raise ValueError("data.cache_folder is empty: give a folder, or null for the run's own")
     if run.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(f"run.wandb_project = {run.wandb_project!r} needs the wandb package: pip install wandb")
 

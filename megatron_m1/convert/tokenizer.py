@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,12 @@ FILES = (
     "chat_templates/*",
     "additional_chat_templates/*",
     GENERATION,
+    "LICENSE*",
+    "NOTICE*",
 )
 """Patterns of what belongs to a tokenizer in a Hugging Face folder. Its code is copied, and never run."""
+_READ = ("config.json", "*.safetensors", "*.safetensors.index.json")
+"""Patterns of what an import reads."""
 _BPE = 2
 _NORMAL, _USER_DEFINED = 1, 4
 
@@ -41,13 +46,27 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
     Returns:
         Whether there is one.
     """
-    found = sorted({file.relative_to(source) for name in FILES for file in source.glob(name) if file.is_file()})
+    found = _matching(source, FILES)
     if not {str(file) for file in found} & {*FOLDER_FILES, *OTHER_VOCABULARIES}:
         return False
     for file in found:
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file, target / file)
     return True
+
+
+def left_behind(source: Path) -> list[str]:
+    """A line, or none, that names the files of a Hugging Face folder that an import leaves there."""
+    taken = {*_matching(source, FILES), *_matching(source, _READ)}
+    left = [str(file) for file in _matching(source, ("*",)) if file not in taken and not file.name.startswith(".")]
+    if not left:
+        return []
+    code = "; to-hf takes the model's code with --remote-code" if any(name.endswith(".py") for name in left) else ""
+    return [f"left in {source}, and not exported again: {', '.join(left)}{code}"]
+
+
+def _matching(source: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({file.relative_to(source) for name in patterns for file in source.glob(name) if file.is_file()})
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def refuse_existing(out: Path) -> None:
     Raises:
         ValueError: something has.
     """
-    if os.path.lexists(out):
+    if os.path.lexists(os.path.abspath(out)):
         raise ValueError(f"{out} exists: choose another folder, or remove it")
 
 

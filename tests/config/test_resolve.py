@@ -172,6 +172,7 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("data.train_samples=7", 1, ["train_samples = 7"]),
         ("train.profile_step_start=3", 1, ["profile_step_start = 3"]),
         ("run.folder=", 1, ["run.folder is empty"]),
+        ("data.cache_folder=", 1, ["data.cache_folder is empty"]),
     ],
 )
 def test_what_cannot_run_is_one_line(settings: str, world_size: int, parts: list[str]) -> None:

@@ -12,7 +12,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megatron_m1.cli import run
-from megatron_m1.convert.tokenizer import copy_tokenizer, ready_tokenizer
+from megatron_m1.convert.tokenizer import copy_tokenizer, left_behind, ready_tokenizer
 from megatron_m1.data.demo.corpus import build_corpus
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
 from tests.checkpoint.checkpoint_runs import file_size_limit
@@ -113,12 +113,20 @@ def test_an_imported_folder_is_exported_with_the_files_that_it_came_with(tmp_pat
     for name in names:
         (hub / name).write_text("{ }\n")
     names += ["vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "tokenizer.model.v3", "spiece.model"]
+    names += ["LICENSE", "NOTICE.txt"]
     names += ["tekken.json", "m1.tiktoken", "chat_template.jinja", "chat_template.json", "normalizer.json"]
     names += ["chat_templates/tool.jinja", "additional_chat_templates/rag.jinja", "tokenization_m1.py"]
     for name in names[2:]:
         (hub / name).parent.mkdir(exist_ok=True)
         (hub / name).write_bytes(f"\xef{name}\r\n raise SystemExit".encode("latin-1"))
     names += ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    assert left_behind(hub) == []
+    for name in ("README.md", "configuration_minimax_m1.py", ".gitattributes"):
+        (hub / name).touch()
+    assert left_behind(hub) == [
+        f"left in {hub}, and not exported again: README.md, configuration_minimax_m1.py; to-hf takes the model's code"
+        " with --remote-code"
+    ]
     convert("from-hf", hub, tmp_path / "ours")
     convert("to-hf", tmp_path / "ours", tmp_path / "again")
     for name in names:

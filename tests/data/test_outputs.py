@@ -138,6 +138,22 @@ def test_somebodys_files_in_the_way_of_the_work_are_not_removed(tmp_path: Path, 
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("output", ["sub/", "sub/.", "sub/..", ".", "new/", ""])
+def test_an_output_without_a_name_is_refused(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    """Its files would be called ``.bin`` or ``...bin``, which no listing shows."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs.jsonl").write_text(DOCUMENTS)
+    (tmp_path / "sub").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=r"ends in no name|--output: the path is empty"):
+        run(["tokenize", "docs.jsonl", "--tokenizer", str(model), "--output", output, "--workers", "1"])
+    with pytest.raises(ValueError, match=r"must end in \.model|--tokenizer: the path is empty"):
+        run(["tokenize", "docs.jsonl", "--tokenizer", output, "--train-tokenizer", "300", "--output", "web"])
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_earlier_output_is_replaced_whatever_a_kill_left_of_it(tmp_path: Path, model: Path) -> None:
     (tmp_path / "docs.jsonl").write_text(DOCUMENTS)
     words = ["tokenize", str(tmp_path / "docs.jsonl"), "--tokenizer", str(model), "--workers", "1"]

@@ -124,7 +124,10 @@ WHOLE = json.dumps(SIDECAR, indent=1)
         WHOLE.replace('"ab', '"ab\x01'),
         '{"tokenizer_digest": "ab"}',
         *(json.dumps(SIDECAR | {key: value}) for key, value in [("tokenizer_digest", 3), ("tokens", "15")]),
-        *(json.dumps(SIDECAR | {key: value}) for key, value in [("documents", None), ("vocab_size", 7.5)]),
+        *(
+            json.dumps(SIDECAR | {key: value})
+            for key, value in [("documents", None), ("vocab_size", 7.5), ("vocab_size", 0)]
+        ),
     ],
 )
 def test_a_damaged_sidecar_is_refused(prefix: str, broken: str) -> None:

@@ -74,6 +74,10 @@ def test_parquet(tmp_path: Path) -> None:
     assert read([tmp_path], "body") == (TEXTS * 3, [])
     with pytest.raises(ValueError, match=r"a\.parquet has no column 'text': .*--text-key, from .*\bid\b"):
         read([tmp_path / "a.parquet"], "text")
+    twice = pa.Table.from_arrays([pa.array(TEXTS), pa.array(TEXTS)], names=["body", "body"])
+    pq.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(ValueError, match=r"d\.parquet has several columns called 'body': rename"):
+        read([tmp_path / "d.parquet"], "body")
     assert read([tmp_path / "a.parquet"], "id") == ([], ["not a string"] * len(TEXTS))
 
 
