@@ -1,5 +1,7 @@
 # Every target stands alone: the first one that runs makes .venv.
 PYTHON := .venv/bin/python
+# Test files side by side, one a core, each process with one thread: many tests are of one process, others wait for some.
+PYTEST := OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 .PHONY: install pretrain test test-fast checks aot bench clean
 
@@ -12,10 +14,10 @@ pretrain: install  ## corpus, tokenizer, tokens, then the tiny model on 2 CPU pr
 	.venv/bin/megatron-m1 pretrain --config examples/configs/tiny.yaml --nproc-per-node 2
 
 test: install  ## all tests
-	$(PYTHON) -m pytest
+	$(PYTEST)
 
 test-fast: install  ## tests without those that take seconds each
-	$(PYTHON) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 checks: install  ## format, lint, types, import rules
 	.venv/bin/ruff format --check .

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -20,6 +19,7 @@ from torch import distributed as dist
 
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.layers.head import token_losses
+from megatron_m1.layers.router import Router
 from megatron_m1.runtime.mesh import Mesh
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.microbatch import MicroBatch, make_micro_batch
@@ -112,10 +112,12 @@ def _run_schedule(trained: TrainedModel, samples: list[PackedSample], *, forward
     )
 
 
-def _routers(trained: TrainedModel) -> Iterator[tuple[int, Any]]:
+def _routers(trained: TrainedModel) -> Iterator[tuple[int, Router]]:
     for chunk in trained.chunks:
         for layer in get_attr_wrapped_model(chunk, "decoder").layers:
-            yield layer.layer_number - 1, layer.mlp.router
+            # Not every feed-forward kind has one.
+            if isinstance(router := getattr(layer.mlp, "router", None), Router):
+                yield layer.layer_number - 1, router
 
 
 def _reduce_report(

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 from megatron_m1.checkpoint.folder import folder_name
 from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import ResolvedConfig
+from megatron_m1.plan.flops import peak_bf16_flops
 from megatron_m1.runtime.interrupt import any_rank
 from megatron_m1.training.feed import Feed, global_flops
 from megatron_m1.training.figures import Figure
@@ -26,6 +29,8 @@ LR = Figure("lr", "lr {:.2e}")
 TOKENS_PER_SECOND = Figure("tokens_per_second", "{} tokens/s", is_count=True)
 TFLOPS = Figure("model_tflops_per_device", "{:.3g} TFLOP/s per device")
 """Useful ones, see ``plan.flops``."""
+MFU = Figure("mfu", "MFU {:.1%}")
+"""Model FLOPs utilisation: useful FLOPs over the device's dense bf16 peak, where that is known."""
 SKIPPED_STEPS = Figure("skipped_steps", "skipped {}", hides_zero=True)
 """Of the run so far."""
 VALIDATION_LOSS = Figure("validation_loss", "validation loss {:.4f}")
@@ -49,8 +54,12 @@ class Trainer:
     guard: StepsGuard = field(init=False)
     last_save: float = field(init=False)
     """By the monotonic clock; the start counts as one."""
+    peak_flops: float | None = field(init=False)
+    """Of the device, per second; None on a CPU and on a GPU that is not in the list."""
 
     def __post_init__(self) -> None:
+        device = self.trained.mesh.device
+        self.peak_flops = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.guard = StepsGuard(self.config.train.max_skipped_steps)
         self.guard.load_state_dict({"total": self.progress.skipped_total, "in_row": self.progress.skipped_in_row})
         self.last_save = time.monotonic()
@@ -86,12 +95,14 @@ class Trainer:
     def _record(self, result: StepResult, lr: float, flops: float, seconds: float) -> None:
         if self.log is None:
             return
+        achieved = flops / seconds / self.trained.mesh.world_size
         record = {
             TOKENS: self.progress.tokens,
             **result.figures,
             LR: lr,
             TOKENS_PER_SECOND: self.config.tokens_per_step / seconds,
-            TFLOPS: flops / seconds / self.trained.mesh.world_size / 1e12,
+            TFLOPS: achieved / 1e12,
+            **({MFU: achieved / self.peak_flops} if self.peak_flops is not None else {}),
             **result.routing,
             SKIPPED_STEPS: self.progress.skipped_total,
         }
