@@ -36,6 +36,7 @@ from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.shapes import registry as shapes
 from megatron_m1.shapes.kind import MixerShape, Parameter
 from megatron_m1.shapes.residual import inner_gain, output_gain
+from megatron_m1.training.step import GRAD_NORM
 from tests.checkpoint import checkpoint_runs
 from tests.convert import runs
 from tests.model.meshes import assemble, gradients_and_trace, run_config
@@ -239,7 +240,7 @@ def test_a_mesh_trains_it_as_one_process_does(
         for step, truth, tolerance in pairs:
             assert step.updated
             assert step.loss == pytest.approx(truth.loss, rel=tolerance)
-            assert step.grad_norm == pytest.approx(truth.grad_norm, rel=tolerance)
+            assert step.figures[GRAD_NORM] == pytest.approx(truth.figures[GRAD_NORM], rel=tolerance)
 
 
 def test_a_checkpoint_of_one_mesh_goes_on_on_another(workers: WorkerPool, tmp_path: Path) -> None:

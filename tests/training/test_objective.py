@@ -73,7 +73,9 @@ def weighed_packs(step: int, scale: float = 1e-3) -> list[PackedSample]:
 
 def config_on(parallel: dict[str, int], aux_loss: float = 0.0) -> Config:
     """Two layers of each kind; AdamW without decay or clipping, as the reference's."""
-    config = run_config(parallel, documents=DOCUMENTS, num_layers=4, attention_period=2, moe_aux_loss_coeff=aux_loss)
+    config = run_config(
+        parallel, documents=DOCUMENTS, num_layers=4, mixers=["lightning", "softmax"], moe_aux_loss_coeff=aux_loss
+    )
     config.optimizer.clip_grad = config.optimizer.weight_decay = 0.0
     return config
 
