@@ -13,7 +13,8 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_m1 import cli
 from megatron_m1.commands import pretrain
-from megatron_m1.config.io import parse_config, write_config
+from megatron_m1.config.io import parse_config
+from megatron_m1.config.written import write_config
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,9 +9,10 @@ from pathlib import Path
 from megatron_m1.checkpoint.contents import CheckpointContents, StoredTensor, complete_checkpoints, read_checkpoint
 from megatron_m1.commands.options import CommandParser
 from megatron_m1.config import Config, ModelConfig
-from megatron_m1.config.io import config_text, parse_config
+from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import check_model
+from megatron_m1.config.written import config_text
 from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts, model_counts
 from megatron_m1.shapes.registry import layer_mixers
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.commands.resolved_plan import describe_plan, where_from
 from megatron_m1.config import Config, ResolvedConfig
-from megatron_m1.config.io import parse_config, tree_help
+from megatron_m1.config.help import tree_help
+from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import resolve
 from megatron_m1.launch import (

@@ -1,4 +1,4 @@
-"""Read and write the configuration tree: preset < YAML file < dotted flags, and the resolved file of a run.
+"""Read the configuration tree: preset < YAML file < dotted flags.
 
 Every fault of the user's is one ``ValueError`` whose message is one line that names the value and the fix.
 """
@@ -23,7 +23,7 @@ from megatron_m1.config.older import OLDER, translate
 from megatron_m1.config.paths import expand
 from megatron_m1.config.presets import preset
 from megatron_m1.config.tree import PATH, Config, ModelConfig
-from megatron_m1.files import regular, write_atomically
+from megatron_m1.files import regular
 from megatron_m1.printing import shown
 
 _LONGEST_NAME = 120
@@ -82,7 +82,7 @@ def path_fields() -> frozenset[str]:
     )
 
 
-def _groups() -> set[str]:
+def tree_groups() -> set[str]:
     """Names of the groups of the tree."""
     return {path.partition(".")[0] for path in field_types() if "." in path}
 
@@ -172,16 +172,6 @@ def config_of_text(text: str) -> Config:
     return _over_preset(translate(_flatten(parse_yaml(text), "")))
 
 
-def config_text(config: Config) -> str:
-    """Return ``config`` as the YAML that ``load_config`` reads."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None, width=120)
-
-
-def write_config(config: Config, path: str | Path) -> None:
-    """Write ``config`` as YAML, atomically: the file is complete or is not there."""
-    write_atomically(Path(path), config_text(config).encode())
-
-
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """Read a YAML file of the tree into dotted paths, with older settings in today's terms.
 
@@ -217,7 +207,7 @@ def parse_yaml(text: str) -> Any:
 def _flatten(content: Any, prefix: str) -> dict[str, Any]:
     """Turn nested mappings into dotted paths and refuse what the tree does not have."""
     known = field_types()
-    groups = _groups()
+    groups = tree_groups()
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -278,7 +268,7 @@ def read_flags(flags: Sequence[str], command_options: Sequence[str] = ()) -> dic
         path = flag.removeprefix("--")
         if path == flag:
             raise ValueError(f"unexpected argument {flag!r}: settings are --group.field value")
-        if path in _groups():
+        if path in tree_groups():
             raise ValueError(f"--{path} is a group of options: give its fields, such as --{_example(path)}")
         if path not in known:
             raise unknown("option", path, [*field_types(), *command_options], prefix="--")
@@ -385,19 +375,3 @@ def tree_parser() -> jsonargparse.ArgumentParser:
 def _type_checker() -> jsonargparse.ArgumentParser:
     """Return the parser that checks types; parsing leaves it unchanged, and making one takes 50 ms."""
     return tree_parser()
-
-
-def tree_help(base: Config) -> str:
-    """Explain every field: its docstring, its type and its value in ``base``."""
-    parser = tree_parser()
-    values = dataclasses.asdict(base)
-    for path in field_types():
-        group, _, name = path.rpartition(".")
-        if group:
-            parser.set_defaults({path: values[group][name]})
-    groups = _groups()
-    for action in parser._actions:
-        if action.dest in groups or action.dest == "preset":
-            action.help = argparse.SUPPRESS
-    text: str = parser.format_help()
-    return text.strip()

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_m1.checkpoint import folder as folders
 from megatron_m1.checkpoint.contents import FORMAT
 from megatron_m1.config import Config
-from megatron_m1.config.io import config_text
+from megatron_m1.config.written import config_text
 from megatron_m1.convert.export import same_bits
 from megatron_m1.convert.families.minimax_m1.weights import WeightPiece, cast
 from megatron_m1.convert.hub_folder import HubFolder

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from megatron_m1.checkpoint.store import CheckpointError, Checkpoints
 from megatron_m1.config import ResolvedConfig
-from megatron_m1.config.io import config_text, write_config
+from megatron_m1.config.written import config_text, write_config
 from megatron_m1.files import refusal, write_atomically
 from megatron_m1.runtime import mesh as rank_grid
 from megatron_m1.runtime.interrupt import Interrupt

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from megatron_m1.checkpoint.store import CheckpointError, Checkpoints, load_model
 from megatron_m1.config import Config
-from megatron_m1.config.io import config_text
 from megatron_m1.config.resolve import resolve
+from megatron_m1.config.written import config_text
 from megatron_m1.training.step import GRAD_NORM, train_step
 from megatron_m1.training.trained_model import TrainedModel, build_trained_model
 from tests.model import meshes

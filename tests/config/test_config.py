@@ -8,17 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.config import Config
-from megatron_m1.config.io import (
-    config_of_text,
-    config_text,
-    field_types,
-    load_config,
-    parse_config,
-    path_fields,
-    tree_help,
-    write_config,
-)
+from megatron_m1.config.help import tree_help
+from megatron_m1.config.io import config_of_text, field_types, load_config, parse_config, path_fields
 from megatron_m1.config.presets import PRESETS, preset
+from megatron_m1.config.written import config_text, write_config
 
 
 def message_of(files: list[Path], flags: list[str]) -> str:

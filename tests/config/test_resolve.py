@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from megatron_m1.config import Config
-from megatron_m1.config.io import config_text, load_config, parse_config, write_config
+from megatron_m1.config.io import load_config, parse_config
 from megatron_m1.config.pipeline import plan_stages
 from megatron_m1.config.resolve import data_parallel_size, resolve
+from megatron_m1.config.written import config_text, write_config
 
 SHORT = {
     "tp": "parallel.tensor_model_parallel_size",

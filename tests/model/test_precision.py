@@ -10,7 +10,7 @@ import torch
 
 from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import Config
-from megatron_m1.config.io import config_text
+from megatron_m1.config.written import config_text
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.step import evaluate, train_step
 from megatron_m1.training.trained_model import TrainedModel
