@@ -11,12 +11,14 @@ from megatron_m1.checkpoint.folder import (
     COMMIT_MARK,
     DATA_SUFFIX,
     MANIFEST,
+    TOKENIZER,
     checkpoint_folders,
     first_fault,
     read_manifest,
+    run_folder_of,
 )
 from megatron_m1.config import Config, ModelConfig
-from megatron_m1.config.io import load_config
+from megatron_m1.config.written import read_saved
 from megatron_m1.files import check_folder, read_json_object
 from megatron_m1.plan.parameters import model_counts
 from megatron_m1.printing import shown
@@ -58,6 +60,9 @@ class CheckpointContents:
 
     folder: Path
     config: Config
+    """What was asked; ``auto`` and none are left open."""
+    became: Config
+    """What that became where the checkpoint was written. Both have paths that can be opened from here."""
     step: int
     tensors: list[StoredTensor]
     bytes_on_disk: int
@@ -66,6 +71,17 @@ class CheckpointContents:
     def tokens(self) -> int:
         """Tokens trained on up to this checkpoint, if every step was as its configuration says."""
         return self.step * self.config.tokens_per_step
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Where its tokenizer is: the run's own copy, or else where it was. None if nothing names one."""
+        recorded = [Path(path) for path in (self.became.data.tokenizer, self.config.data.tokenizer) if path]
+        if not recorded:
+            return None
+        # An imported model that was moved has it beside itself, and says where that once was.
+        beside = run_folder_of(self.folder) / TOKENIZER
+        places = [recorded[0], *([beside] if beside.is_dir() else []), *recorded]
+        return next((place for place in places if place.exists()), recorded[0])
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
@@ -123,9 +139,11 @@ def read_checkpoint(folder: Path) -> CheckpointContents:
     _check_small_files(folder)
     check_format(folder)
     tensors = _stored_tensors(folder)
+    saved = read_saved(folder, run_folder_of(folder))
     return CheckpointContents(
         folder=folder,
-        config=load_config(folder / "config.yaml"),
+        config=saved.asked,
+        became=saved.became,
         step=int(match[1]),
         tensors=tensors,
         bytes_on_disk=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),

@@ -12,7 +12,7 @@ from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import check_model
-from megatron_m1.config.written import config_text
+from megatron_m1.config.written import config_text, tree_values
 from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts, model_counts
 from megatron_m1.shapes.registry import layer_mixers
 
@@ -129,20 +129,35 @@ def describe_checkpoint(contents: CheckpointContents, *, every_tensor: bool = Fa
     Raises:
         ValueError: its configuration is of no possible model.
     """
-    config, parallel = contents.config, contents.config.parallel
+    config, parallel = contents.config, contents.became.parallel
     check_model(config.model)
+    tokenizer = contents.tokenizer
     return [
         f"checkpoint {contents.folder}",
         f"step {contents.step:,}, {contents.tokens:,} tokens, {_gib(contents.bytes_on_disk)} on disk",
-        f"preset {config.preset}, {model_counts(config.model).total:,} parameters, {config.train.precision}",
+        f"preset {config.preset}, {model_counts(config.model).total:,} parameters, {contents.became.train.precision}",
         f"written by tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}, "
         f"expert {parallel.expert_model_parallel_size} x expert tensor {parallel.expert_tensor_parallel_size}",
+        *([f"tokenizer {tokenizer}" + ("" if tokenizer.exists() else ", which is not there")] if tokenizer else []),
         "config:",
         *(f"  {line}" for line in config_text(config).splitlines()),
+        *_became_lines(contents),
         f"{len(contents.tensors)} tensors, {_gib(sum(t.size for t in contents.tensors))}"
         + (":" if every_tensor else " (--tensors lists them)"),
         *_tensor_lines(contents.tensors if every_tensor else ()),
     ]
+
+
+def _became_lines(contents: CheckpointContents) -> list[str]:
+    """What was left open in the configuration, and what that became where it ran."""
+    asked, became = tree_values(contents.config), tree_values(contents.became)
+    lines = [
+        f"  {group}.{name} {value}"
+        for group in asked.keys() - {"preset"}
+        for name, value in became[group].items()
+        if value != asked[group][name]
+    ]
+    return ["which became:", *sorted(lines)] if lines else []
 
 
 def _tensor_lines(tensors: Sequence[StoredTensor]) -> list[str]:

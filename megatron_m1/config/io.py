@@ -21,8 +21,8 @@ import yaml
 
 from megatron_m1.config.older import OLDER, translate
 from megatron_m1.config.paths import expand
-from megatron_m1.config.presets import preset
-from megatron_m1.config.tree import PATH, Config, ModelConfig
+from megatron_m1.config.presets import preset_config
+from megatron_m1.config.tree import PATH, Config
 from megatron_m1.files import regular
 from megatron_m1.printing import shown
 
@@ -120,7 +120,7 @@ def parse_config(
     preset_name: str | None = None,
     *,
     command_options: Sequence[str] = (),
-    model: ModelConfig | None = None,
+    base: Config | None = None,
     expand_paths: bool = True,
 ) -> Config:
     """Build the configuration from a preset, YAML files (later ones win) and dotted flags, in rising precedence.
@@ -130,7 +130,7 @@ def parse_config(
         flags: command line left after the command's own options: ``--train.max_steps 5`` or ``--train.max_steps=5``.
         preset_name: name given on the command line; None takes the files' ``preset``, else the default one.
         command_options: the command's own options without ``--``, which an unknown flag may have meant.
-        model: what ``model`` starts from instead of the preset's.
+        base: what files and flags are laid over instead of a preset; its paths are as they stand.
         expand_paths: replace ``~`` and environment variables in paths, as a shell would.
 
     Raises:
@@ -141,13 +141,9 @@ def parse_config(
     for file in files:
         values |= read_yaml(file)
     values |= read_flags(flags, command_options)
-    tree = _over_preset(values, preset_name, model)
+    name = str(preset_name or values.get("preset") or (base or Config()).preset)
+    tree = _typed({**values, "preset": name}, base or preset_config(name))
     return _expanded(tree, values) if expand_paths else tree
-
-
-def _over_preset(values: Mapping[str, Any], preset_name: str | None = None, model: ModelConfig | None = None) -> Config:
-    name = str(preset_name or values.get("preset") or Config().preset)
-    return _typed({**values, "preset": name}, Config(preset=name, model=model or preset(name)))
 
 
 def load_config(path: str | Path) -> Config:
@@ -161,15 +157,6 @@ def load_config(path: str | Path) -> Config:
     except OSError as error:
         raise ValueError(f"config file {path} can't be read: {error.strerror}") from error
     return parse_config([path], [], expand_paths=False)
-
-
-def config_of_text(text: str) -> Config:
-    """Read what ``config_text`` returned, in this version or an older one.
-
-    Raises:
-        ValueError: as ``parse_config``.
-    """
-    return _over_preset(translate(_flatten(parse_yaml(text), "")))
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:

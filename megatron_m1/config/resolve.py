@@ -67,6 +67,7 @@ def _filled_in(config: Config, *, has_gpu: bool) -> ResolvedConfig:
                 **vars(config.train)
                 | {"precision": _unless_auto(config.train.precision, "bf16" if has_gpu else "fp32")}
             ),
+            "asked": config,
         }
     )
 

@@ -2,7 +2,7 @@
 
 Field names are Megatron's where Megatron has one. ``docs in the field`` is what ``--help`` prints. A field whose
 default is ``None`` is derived by ``megatron_m1.config.resolve`` from the others. Presets
-(``megatron_m1.config.presets``) are instances of ``ModelConfig``.
+(``megatron_m1.config.presets``) are instances of ``ModelConfig``, whose own defaults are MiniMax-M1's (456B).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PATH = {"path": True}
 
 @dataclass
 class ModelConfig:
-    """Shape and numerics of the model. The defaults are MiniMax-M1 (456B)."""
+    """Shape and numerics of the model."""
 
     num_layers: int = 80
     """Transformer layers, a multiple of the kinds that mixers and ffns list."""
@@ -124,7 +124,8 @@ class DataConfig:
     tokenizer: str = field(default="", metadata=PATH)
     """A SentencePiece .model file or a Hugging Face tokenizer folder."""
     seq_length: int = 8192
-    """Tokens of one pack; one micro-batch is one pack."""
+    """Tokens of one pack; one micro-batch is one pack. Where nothing says, 512 with the preset tiny and 8192 with
+    others; with init_from, what its weights were trained on, or 8192 and no more than their longest sequence."""
     reset_at_documents: bool = True
     """Attention, state and positions restart at every document; false lets them flow through the pack."""
     cache_folder: str | None = field(default=None, metadata=PATH)

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_m1.checkpoint.contents import check_model_size, complete_checkpoints, read_checkpoint
-from megatron_m1.config import Config, ModelConfig
-from megatron_m1.config.io import load_config
+from megatron_m1.config import Config, DataConfig, ModelConfig
 from megatron_m1.config.paths import HUGGING_FACE
+from megatron_m1.config.portable import absolute
+from megatron_m1.config.written import read_saved
 from megatron_m1.convert.families.minimax_m1.config import CONFIG
 from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint, open_checkpoint
-from megatron_m1.convert.tokenizer import TOKENIZER
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -42,8 +42,8 @@ def open_any(path: Path) -> OurCheckpoint | HubFolder:
     return open_checkpoint(find_checkpoint(path))
 
 
-def initial_model(config: Config) -> ModelConfig:
-    """Shape and numerics of the model that a run with ``run.init_from`` trains.
+def initial_base(config: Config) -> Config:
+    """What a run with ``run.init_from`` starts from instead of a preset: the model, and the length of its packs.
 
     A run that goes on with the same ``init_from`` has it in its own checkpoints: their source may be gone. What a
     configuration took from the machine that it ran on is left open again.
@@ -53,28 +53,28 @@ def initial_model(config: Config) -> ModelConfig:
     """
     init_from = config.run.init_from
     assert init_from is not None
-    own = complete_checkpoints(Path(config.run.folder)) if config.run.resume else []
-    saved = load_config(own[0] / "config.yaml") if own else None
-    if saved is not None and saved.run.init_from == init_from:
-        return replace(saved.model, transformer_impl=ModelConfig.transformer_impl)
+    folder = Path(config.run.folder)
+    own = complete_checkpoints(folder) if config.run.resume else []
+    saved = read_saved(own[0], folder).asked if own else None
+    if saved is not None and absolute(saved).run.init_from == absolute(config).run.init_from:
+        return _base(config, saved.model, saved.data.seq_length)
     if init_from == HUGGING_FACE:
         raise ValueError("run.init_from = hf: names no folder: give hf:FOLDER")
     if init_from.startswith(HUGGING_FACE):
-        return open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
+        model = open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
+        longest = model.max_position_embeddings or DataConfig.seq_length
+        return _base(config, model, min(DataConfig.seq_length, longest))
     given = read_checkpoint(find_checkpoint(Path(init_from)))
     check_model_size(given)
-    return replace(given.config.model, transformer_impl=ModelConfig.transformer_impl)
+    return _base(config, given.config.model, given.config.data.seq_length)
+
+
+def _base(config: Config, model: ModelConfig, seq_length: int) -> Config:
+    # Older files have the modules of the machine that wrote them.
+    model = replace(model, transformer_impl=ModelConfig.transformer_impl)
+    return Config(preset=config.preset, model=model, data=DataConfig(seq_length=seq_length))
 
 
 def tokenizer_of(source: OurCheckpoint | HubFolder) -> Path | None:
-    """Where the tokenizer of a checkpoint or folder is said to be; None if nothing says so.
-
-    An imported checkpoint that was moved has it beside itself.
-    """
-    if isinstance(source, HubFolder):
-        return source.folder
-    recorded = source.contents.config.data.tokenizer
-    if not recorded:
-        return None
-    beside = source.folder.resolve().parent.parent / TOKENIZER
-    return beside if beside.is_dir() and not Path(recorded).exists() else Path(recorded)
+    """Where the tokenizer of a checkpoint or folder is, or was if it is gone; None if nothing says so."""
+    return source.folder if isinstance(source, HubFolder) else source.contents.tokenizer

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_m1.checkpoint import folder
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.data.tokenizers.hf_folder import FOLDER_FILES, GENERATION, OTHER_VOCABULARIES
 from megatron_m1.files import read_json_object, regular
 
 SPACE = "\u2581"
 """SentencePiece's space, in models that escape spaces."""
-TOKENIZER = "tokenizer"
+TOKENIZER = folder.TOKENIZER
 """Folder of an imported model in which its tokenizer is, beside ``checkpoints``."""
 FILES = (
     "tokenizer*",

@@ -17,10 +17,8 @@ from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
 from megatron_m1.convert.sources import find_checkpoint
 from megatron_m1.convert.work import Ranks, stamps
 from megatron_m1.printing import shown
+from megatron_m1.training.run_folder import IMPORTED
 from megatron_m1.training.trained_model import TrainedModel
-
-IMPORTED = "initial"
-"""Folder of the run in which such a one lies as a checkpoint."""
 
 
 def load_initial(trained: TrainedModel, config: ResolvedConfig, init_from: str) -> Path:

@@ -14,17 +14,20 @@ from rich.console import Console
 
 from megatron_m1.checkpoint.store import CheckpointError, Checkpoints
 from megatron_m1.config import ResolvedConfig
-from megatron_m1.config.written import config_text, write_config
+from megatron_m1.config.written import saved_texts
 from megatron_m1.files import refusal, write_atomically
 from megatron_m1.runtime import mesh as rank_grid
 from megatron_m1.runtime.interrupt import Interrupt
 from megatron_m1.runtime.ranks import on_rank_zero
 from megatron_m1.runtime.watchdog import Watchdog
+from megatron_m1.training.changes import nothing_to_train
 from megatron_m1.training.feed import open_feed
 from megatron_m1.training.metrics import MetricsLog, print_line
+from megatron_m1.training.opening import opening_lines
 from megatron_m1.training.profile import ProfilerWindow
-from megatron_m1.training.resume import start_or_resume
+from megatron_m1.training.resume import resume_lines, start_or_resume
 from megatron_m1.training.run_folder import SUMMARY, check_run_folder, sole_writer
+from megatron_m1.training.run_tokenizer import own_copy, store_tokenizer
 from megatron_m1.training.steps_guard import NonFiniteError
 from megatron_m1.training.summary import summarise
 from megatron_m1.training.trained_model import build_trained_model
@@ -38,8 +41,10 @@ def open_trainer(
     *,
     console: Console,
     heartbeat: Callable[[], None] = lambda: None,
-) -> Trainer:
+) -> Trainer | None:
     """Build the model, start or resume the run, and open its data and its record. Collective.
+
+    A run that has nothing to train is left as it is: None.
 
     Args:
         config: of the run.
@@ -48,21 +53,29 @@ def open_trainer(
         console: where rank 0 shows lines.
         heartbeat: called before whatever takes long while training.
     """
-    note = _note_on(console, mesh)
+    note, folder = _note_on(console, mesh), Path(config.run.folder)
     trained = build_trained_model(config, mesh, heartbeat=heartbeat)
     checkpoints = Checkpoints(
-        Path(config.run.folder) / "checkpoints",
+        folder / "checkpoints",
         keep=config.run.keep_checkpoints,
         async_save=config.run.async_save,
-        config_text=config_text(config),
+        config=config,
         note=note,
         max_failures=config.run.max_failed_saves,
     )
     progress = start_or_resume(trained, checkpoints, config, note)
+    if progress.step >= config.train.max_steps:
+        note(nothing_to_train(progress.step, config.train.max_steps))
+        return None
+    if mesh.rank == 0:
+        for line in (*opening_lines(config, mesh, progress), *resume_lines(config, progress)):
+            note(line)
     # What the run uses, not what was asked for: another number of packs would be another order of the data.
     config = replace(config, data=replace(config.data, train_samples=progress.train_samples))
-    checkpoints.config_text = config_text(config)
+    tokenizer = str(own_copy(Path(config.data.tokenizer), folder))
+    checkpoints.config = replace(config, data=replace(config.data, tokenizer=tokenizer))
     feed = open_feed(config, mesh)
+    _write_configuration(config, checkpoints.config, progress.step, note)
     log = _open_record(config, mesh, progress.step, console, held)
     return Trainer(config, trained, checkpoints, feed, progress, log, note)
 
@@ -72,15 +85,27 @@ def _note_on(console: Console, mesh: rank_grid.Mesh) -> Callable[[str], None]:
     return partial(print_line, console) if mesh.rank == 0 else lambda line: None
 
 
+def _write_configuration(config: ResolvedConfig, saved: ResolvedConfig, step: int, note: Callable[[str], None]) -> None:
+    """Keep in the run's folder how it is configured, and its tokenizer. Collective."""
+    folder = Path(config.run.folder)
+
+    def write() -> None:
+        # The tokenizer last: a folder that has one and no configuration is taken for somebody else's.
+        for name, text in reversed(saved_texts(saved, folder).items()):
+            write_atomically(folder / name, text.encode())
+        store_tokenizer(Path(config.data.tokenizer), folder, step=step, note=note)
+
+    _on_rank_zero(write, folder)
+
+
 def _open_record(
     config: ResolvedConfig, mesh: rank_grid.Mesh, start_step: int, console: Console, held: ExitStack
 ) -> MetricsLog | None:
-    """Write config.yaml and open the log on rank 0. Collective."""
+    """Open the log on rank 0. Collective."""
     folder = Path(config.run.folder)
     logs: list[MetricsLog] = []
 
     def write() -> None:
-        write_config(config, folder / "config.yaml")
         log = MetricsLog(
             folder,
             start_step=start_step,
@@ -101,11 +126,6 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
     config, progress = trainer.config, trainer.progress
     train = config.train
     stop: str | None = None
-    if progress.step >= train.max_steps:
-        trainer.note(
-            f"nothing to train: the run is at step {progress.step}, train.max_steps is {train.max_steps}; raise it to "
-            "go on, or choose another run.folder"
-        )
     window = ProfilerWindow(
         trainer.folder, rank=trainer.trained.mesh.rank, start=train.profile_step_start, end=train.profile_step_end
     )
@@ -157,7 +177,7 @@ def _on_rank_zero(action: Callable[[], None], folder: Path) -> None:
         raise ValueError(f"run.folder = {folder} can't be written: {refusal(error, folder)}") from error
 
 
-def _run_to_the_end(config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Interrupt) -> dict[str, Any]:
+def _run_to_the_end(config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Interrupt) -> dict[str, Any] | None:
     timeout, console = config.parallel.distributed_timeout_seconds, Console()
     # The start has one of its own, which no heartbeat prolongs.
     watchdog = Watchdog(mesh.rank, timeout)
@@ -165,6 +185,8 @@ def _run_to_the_end(config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Int
         with Watchdog(mesh.rank, timeout) as starting, starting.step(0):
             _open_folder(config, stack, _note_on(console, mesh))
             trainer = open_trainer(config, mesh, stack, console=console, heartbeat=watchdog.progress)
+        if trainer is None:
+            return None
         stack.enter_context(watchdog)
         try:
             interrupted = _train(trainer, watchdog, interrupt)
@@ -183,7 +205,7 @@ def _run_to_the_end(config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Int
     return summary
 
 
-def pretrain(config: ResolvedConfig) -> dict[str, Any]:
+def pretrain(config: ResolvedConfig) -> dict[str, Any] | None:
     """Train as ``config`` says, on every rank of the world that torchrun (or nobody) started.
 
     Args:
@@ -191,7 +213,7 @@ def pretrain(config: ResolvedConfig) -> dict[str, Any]:
 
     Returns:
         The summary, the same on every rank: step, tokens, losses, baselines, and ``interrupted``, the name of the
-        signal that ended the run early or None.
+        signal that ended the run early or None. None if there was nothing to train: then nothing is written.
 
     Raises:
         CheckpointError: too many checkpoints in a row or the last one could not be written, or none of those there

@@ -11,16 +11,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_m1.checkpoint.contents import check_shape, complete_checkpoints
+from megatron_m1.checkpoint.contents import check_shape, complete_checkpoints, read_checkpoint
+from megatron_m1.checkpoint.folder import step_of
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import load_config
+from megatron_m1.config.portable import absolute
+from megatron_m1.config.written import RESOLVED, read_saved
 from megatron_m1.cores import usable_cores
 from megatron_m1.data.corpora.blend import check_blend, parse_blend, repeated_corpora, shared_corpora
 from megatron_m1.data.corpora.ids import check_token_ids, unread_bytes
 from megatron_m1.data.corpora.prefix import PrefixSummary, sidecar_path
 from megatron_m1.data.demo.corpus import PreparedCorpus, find_corpus, prepare_corpus
 from megatron_m1.data.tokenizers import load_tokenizer
+from megatron_m1.training.description import repetition_notes
 from megatron_m1.training.run_folder import check_run_folder
+from megatron_m1.training.run_tokenizer import is_own
 
 PLAN_READS_BYTES = 1 << 30
 """Of corpora that a dry run reads to check their ids: about a second."""
@@ -69,6 +74,7 @@ def check_data(config: ResolvedConfig, *, only_plan: bool = False) -> DataSummar
                 summaries[name] = check_blend(blend, tokenizer_digest=tokenizer.digest())
                 notes += _repeated_notes(name, blend)
                 notes += _check_ids(config, blend, tokenizer.vocab_size, only_plan=only_plan)
+    notes += repetition_notes(config, summaries["data.train"])
     if data.validation and not data.allow_shared_validation:
         _refuse_shared(data.train, data.validation)
     train, validation = summaries.values()
@@ -155,6 +161,48 @@ def check_folders(config: ResolvedConfig) -> None:
         except ValueError:
             return  # a damaged one is passed over when it is loaded
         check_shape(config.model, saved, newest)
+
+
+def finished_at(config: ResolvedConfig) -> int | None:
+    """Step at which a run has nothing left to train, found without writing anything; None if there is something.
+
+    A newest checkpoint that is damaged, as far as that shows without reading its tensors, is no end: the run goes on
+    from the one before.
+
+    Raises:
+        ValueError: the checkpoint is of a model of another shape.
+    """
+    newest = newest_checkpoint(config) if config.run.resume else None
+    if newest is None or step_of(newest) < config.train.max_steps:
+        return None
+    try:
+        found = read_checkpoint(newest)
+    except ValueError:
+        return None
+    check_shape(config.model, found.config.model, newest)
+    return found.step
+
+
+def with_own_tokenizer(config: ResolvedConfig, *, note: Callable[[str], None]) -> ResolvedConfig:
+    """Let a run whose tokenizer is not there any more read the copy in its own folder.
+
+    Args:
+        config: resolved.
+        note: called with a line if it does.
+    """
+    tokenizer, folder = config.data.tokenizer, Path(config.run.folder)
+    if not tokenizer or Path(tokenizer).exists() or not (folder / RESOLVED).is_file():
+        return config
+    try:
+        saved = read_saved(folder, folder)
+    except ValueError:
+        return config  # check_folders says so
+    own = saved.became.data.tokenizer
+    asked = absolute(saved.asked).data.tokenizer == absolute(config).data.tokenizer
+    if not asked or not is_own(own, folder) or not Path(own).exists():
+        return config
+    note(f"note: data.tokenizer = {tokenizer} is not there: the run's own copy is read, {own}")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
 
 
 def newest_checkpoint(config: ResolvedConfig) -> Path | None:

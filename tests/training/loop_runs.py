@@ -66,7 +66,14 @@ def write_settings(path: Path, corpus: dict[str, Any], folder: Path, *settings: 
 
 def train(rank: int, world_size: int, settings: Path) -> dict[str, Any]:
     """Run the loop as the console command does."""
-    return pretrain(_config(settings, world_size))
+    return trained(_config(settings, world_size))
+
+
+def trained(config: ResolvedConfig) -> dict[str, Any]:
+    """The summary of a run that has something to train."""
+    summary = pretrain(config)
+    assert summary is not None
+    return summary
 
 
 def _config(settings: Path, world_size: int) -> ResolvedConfig:
@@ -129,7 +136,7 @@ def train_with_a_full_disk(rank: int, world_size: int, settings: Path, step: int
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with once(lambda: steps_recorded(Path(config.run.folder)) > step, make_room):
-            return pretrain(config)
+            return trained(config)
     finally:
         make_room()
 
@@ -148,7 +155,7 @@ def train_until_signal(rank: int, world_size: int, settings: Path, number: signa
     config = _config(settings, world_size)
     folder = Path(config.run.folder)
     with once(lambda: rank == to and steps_recorded(folder) > 3, lambda: os.kill(os.getpid(), number)):
-        return pretrain(config)
+        return trained(config)
 
 
 def train_until_not_finite(rank: int, world_size: int, settings: Path) -> str:
@@ -181,7 +188,9 @@ def poison_one_gradient(rank: int, world_size: int, settings: Path, value: float
     config = _config(settings, world_size)
     grid = mesh.initialise(config.parallel, seed=config.train.seed)
     with ExitStack() as held:
-        return _poison(open_trainer(config, grid, held, console=Console(file=io.StringIO())), value)
+        trainer = open_trainer(config, grid, held, console=Console(file=io.StringIO()))
+        assert trainer is not None
+        return _poison(trainer, value)
 
 
 def _poison(trainer: Trainer, value: float) -> dict[str, Any]:

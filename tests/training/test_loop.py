@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_m1.checkpoint.store import CheckpointError
 from megatron_m1.config.io import parse_config
 from megatron_m1.runtime.pool import WorkerPool
-from megatron_m1.training.resume import changed_fields
+from megatron_m1.training.changes import changed_fields
 from megatron_m1.training.run_folder import sole_writer
 from tests.training import loop_runs as runs
 from tests.training.loop_runs import Setting
