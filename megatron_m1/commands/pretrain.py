@@ -96,11 +96,15 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
     if workers is not None:
         prepare_worker()
     options, flags = parser.parse_known_args(arguments)
+    if default_config is not None and not options.config and not _goes_on(options, flags):
+        # In the words themselves: workers get them as well.
+        arguments = ["--config", str(default_config), *arguments]
+        options, flags = parser.parse_known_args(arguments)
     if options.resume is not None:
         flags.append(f"--run.resume={str(options.resume).lower()}")
     if options.init_from is not None:
         flags += ["--run.init_from", options.init_from]
-    config, notes = _configuration(options, flags, parser.option_names(), default_config)
+    config, notes = _configuration(options, flags, parser.option_names())
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
     gpus = count_gpus()
@@ -134,21 +138,21 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
     return _train(resolved)
 
 
-def _configuration(
-    options: argparse.Namespace, flags: Sequence[str], names: Sequence[str], default_config: Path | None
-) -> tuple[Config, list[str]]:
+def _goes_on(options: argparse.Namespace, flags: Sequence[str]) -> bool:
+    """Whether nothing but flags is given, and they name the folder of a run that can go on."""
+    if options.preset is not None or not any(flag.partition("=")[0] == "--run.folder" for flag in flags):
+        return False
+    return own_configuration(Path(parse_config([], flags).run.folder)) is not None
+
+
+def _configuration(options: argparse.Namespace, flags: Sequence[str], names: Sequence[str]) -> tuple[Config, list[str]]:
     """What was asked, and a line if that is what the run's folder has."""
     given = parse_config(options.config, flags, options.preset, command_options=names)
     folder = Path(given.run.folder)
-    is_named = any(flag.partition("=")[0] == "--run.folder" for flag in flags)
-    if not options.config and options.preset is None and (is_named or default_config is None):
-        own = own_configuration(folder)
-        if own is not None:
-            note = f"{folder} goes on with its own configuration, {folder / CONFIG}, and what the flags change in it"
-            return parse_config([], flags, command_options=names, base=own), [note]
-    if not options.config and default_config is not None:
-        options.config = [default_config]
-        given = parse_config(options.config, flags, options.preset, command_options=names)
+    own = own_configuration(folder) if not options.config and options.preset is None else None
+    if own is not None:
+        note = f"{folder} goes on with its own configuration, {folder / CONFIG}, and what the flags change in it"
+        return parse_config([], flags, command_options=names, base=own), [note]
     init_from = given.run.init_from
     if init_from is None:
         return given, []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_m1.config import ResolvedConfig
@@ -29,13 +29,16 @@ def lines_of(facts: Iterable[Fact], *, width: int | None = None) -> list[str]:
 
     Args:
         facts: labels and texts.
-        width: of a line, at which texts go on below themselves; words that are longer stay whole. None for any length.
+        width: of a line. Longer texts go on below themselves after a comma or colon; what has none stays whole. None
+            for any length.
     """
     lines = []
     for label, text in facts:
         parts = [text]
         if width is not None:
-            parts = textwrap.wrap(text, width - LABEL_WIDTH, break_long_words=False, break_on_hyphens=False)
+            clauses = re.sub(r"(?<![,:]) ", "\0", text)
+            wrapped = textwrap.wrap(clauses, width - LABEL_WIDTH, break_long_words=False, break_on_hyphens=False)
+            parts = [part.replace("\0", " ") for part in wrapped]
         lines += [f"{label if not at else '':<{LABEL_WIDTH}}{part}" for at, part in enumerate(parts)]
     return lines
 
@@ -91,18 +94,22 @@ def blend_facts(
 
 
 def corpora_facts(config: ResolvedConfig, summaries: Sequence[PrefixSummary]) -> list[Fact]:
-    """As ``blend_facts`` of the training data, for a narrow screen: the ends of paths, and not too many."""
-    short = [_with_short_name(summary) for summary in summaries]
-    facts = blend_facts("data", config.data.train, short, tokens=run_tokens(config))
-    if facts[_SHOWN_CORPORA:]:
-        left = summaries[_SHOWN_CORPORA:]
-        facts[_SHOWN_CORPORA:] = [("data", f"and {len(left)} more: {sum(s.tokens for s in left):,} tokens")]
-    return [("data" if not at else "", text) for at, (_, text) in enumerate(facts)]
+    """Training corpora for a narrow screen: the ends of their paths, and not too many of them."""
+    _, weights = parse_blend(config.data.train)
+    texts = [
+        f"{weight:.1%} {_short(summary.prefix)}: {summary.tokens:,} tokens, "
+        f"read {weight * run_tokens(config) / summary.tokens:,.2f} times"
+        for weight, summary in zip(weights, summaries, strict=True)
+    ]
+    left = summaries[_SHOWN_CORPORA:]
+    if left:
+        texts[_SHOWN_CORPORA:] = [f"and {len(left)} more: {sum(summary.tokens for summary in left):,} tokens"]
+    return [("data" if not at else "", text) for at, text in enumerate(texts)]
 
 
-def _with_short_name(summary: PrefixSummary) -> PrefixSummary:
-    parts = Path(summary.prefix).parts
-    return summary if len(parts) <= 2 else replace(summary, prefix=os.path.join("...", *parts[-2:]))
+def _short(path: str) -> str:
+    parts = Path(path).parts
+    return path if len(parts) <= 2 else os.path.join("...", *parts[-2:])
 
 
 def repetition_notes(config: ResolvedConfig, summaries: Sequence[PrefixSummary]) -> list[str]:
