@@ -146,7 +146,7 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(command: Run, corpus: Path, 
     assert "tensor 2 x context 1 x pipeline 1 x data 2 = 4" in out
     assert "1 node x 4" in out
     assert "2 documents, 7 tokens" in out
-    assert f"{5 * 8 * 8192:,} tokens" in out
+    assert f"{5 * 8 * 512:,} tokens" in out
     assert sorted(corpus.parent.iterdir()) == before
 
 
@@ -215,7 +215,7 @@ def test_a_corpus_without_a_sidecar_is_named(command: Run, corpus: Path, tokeniz
     Path(f"{corpus}.json").write_text(json.dumps(sidecar))
     status, out, _ = command(*dry_run(corpus, tokenizer))
     assert status == 0
-    assert "warning" not in out
+    assert "sidecar" not in out
 
 
 def test_ids_beyond_the_vocabulary_are_refused(command: Run, corpus: Path, tokenizer: Path) -> None:
@@ -305,7 +305,7 @@ def test_inspect_shows_a_run_and_its_newest_checkpoint(command: Run, run_folder:
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == f"run {run_folder}: step_00000020"
-    assert f"step 20, {20 * 8 * 8192:,} tokens" in lines[2]
+    assert f"step 20, {20 * 8 * 512:,} tokens" in lines[2]
     assert "    max_steps: 1000" in lines
     assert [" ".join(line.split()) for line in lines[-2:]] == [
         "layer.weight bfloat16 [3, 5] 30 bytes",

@@ -32,9 +32,11 @@ from megatron_m1.training.run_folder import own_configuration
 DESCRIPTION = """\
 Train a model, or continue the run of --run.folder from its newest checkpoint.
 
-Values come from the preset, then from the YAML file, then from the flags; the later win. Processes are started on this
-node as NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE say, else as SLURM's variables say, else one per
-GPU, else one. Under torchrun this command is a worker and starts none."""
+Values come from the preset, then from the YAML file, then from the flags; the later win. With neither a preset nor a
+file, a run that has checkpoints goes on with its own configuration and what the flags change in it.
+
+Processes are started on this node as NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE say, else as
+SLURM's variables say, else one per GPU, else one. Under torchrun this command is a worker and starts none."""
 
 
 def command_parser() -> CommandParser:
@@ -90,7 +92,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
     """
     parser = command_parser()
     if "--help" in arguments or "-h" in arguments:
-        _print_help(parser)
+        _print_help(parser, arguments)
         return 0
     workers = worker_world_size(os.environ)
     if workers is not None:
@@ -274,7 +276,14 @@ def _dry_run(
     return 0
 
 
-def _print_help(parser: CommandParser) -> None:
+def _print_help(parser: CommandParser, arguments: Sequence[str]) -> None:
+    """Explain the options, and the fields with what they are when nothing is given but the preset."""
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--preset", nargs="?")
+    base = parse_config([], [], chosen.parse_known_args(arguments)[0].preset)
     parser.print_help()
-    print("\nconfiguration (the defaults of model are those of the preset tiny; none means derived or off):\n")
-    print(tree_help(parse_config([], [])))
+    print(
+        f"\nconfiguration (defaults are those of the preset {base.preset}, of another one with --preset NAME --help; "
+        "none means derived\nor off):\n"
+    )
+    print(tree_help(base))

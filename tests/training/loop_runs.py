@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -19,6 +20,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from megatron_m1 import cli
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.resolve import resolve
@@ -74,6 +76,29 @@ def trained(config: ResolvedConfig) -> dict[str, Any]:
     summary = pretrain(config)
     assert summary is not None
     return summary
+
+
+def train_nothing(rank: int, world_size: int, settings: Path) -> dict[str, Any] | None:
+    """Run the loop of a run that may have nothing to train."""
+    return pretrain(_config(settings, world_size))
+
+
+def command(rank: int, world_size: int, words: list[str], folder: Path | None = None) -> tuple[int, str]:
+    """Run the console command as one of torchrun's workers, in a directory; its status and what it prints."""
+    with contextlib.ExitStack() as held:
+        if folder is not None:
+            held.enter_context(contextlib.chdir(folder))
+        printed = held.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        status = cli.run(words)
+    return status, printed.getvalue()
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and content of everything below a folder."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, b"" if path.is_dir() else path.read_bytes())
+        for path in (folder, *folder.rglob("*"))
+    }
 
 
 def _config(settings: Path, world_size: int) -> ResolvedConfig:
