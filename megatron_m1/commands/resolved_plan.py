@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_m1.checkpoint.contents import complete_checkpoints
@@ -55,8 +56,11 @@ def describe_plan(config: ResolvedConfig, world_size: int, *, source: str, on_gp
         ValueError: the run folder or the data are not as the configuration says.
     """
     check_folders(config)
-    data_lines = _data_lines(config)
-    config = find_embedded_corpus(config) or config
+    notes: list[str] = []
+    found = find_embedded_corpus(config)
+    config = with_own_tokenizer(found or config, note=notes.append)
+    to_build = f"data        embedded corpus, to be built in {config.data.embedded_corpus}"
+    data_lines = _data_lines(config, notes) if found else [to_build]
     model, parallel, train = config.model, config.parallel, config.train
     device = "gpu" if on_gpu else "cpu"
     return [
@@ -95,12 +99,7 @@ def _describe_chunk(chunk: StageLayers) -> str:
     return ("embedding, " if chunk.has_embedding else "") + text + (", head" if chunk.has_head else "")
 
 
-def _data_lines(config: ResolvedConfig) -> list[str]:
-    found = find_embedded_corpus(config)
-    if found is None:
-        return [f"data        embedded corpus, to be built in {config.data.embedded_corpus}"]
-    notes: list[str] = []
-    config = with_own_tokenizer(found, note=notes.append)
+def _data_lines(config: ResolvedConfig, notes: Sequence[str]) -> list[str]:
     summary = check_data(config, only_plan=True)
     return [
         f"tokenizer   {config.data.tokenizer}, {summary.tokenizer_vocab_size:,} tokens",

@@ -47,8 +47,10 @@ def store_tokenizer(tokenizer: Path, run_folder: Path, *, step: int, note: Calla
     target, copy = run_folder / TOKENIZER, own_copy(tokenizer, run_folder)
     if copy == tokenizer or is_copy(copy, tokenizer):
         return
+    # The folder has one writer: what lies there is of a killed one.
+    for left in run_folder.glob(f".{TOKENIZER}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     partial = partial_path(target)
-    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
         _copy(tokenizer, partial)
