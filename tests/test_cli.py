@@ -84,6 +84,25 @@ def test_help_lists_commands_and_options(command: Run) -> None:
 
 
 @pytest.mark.parametrize(
+    ("preset", "layers", "length"), [((), 8, 512), (("--preset", "tiny"), 8, 512), (("--preset=m1-456b",), 80, 8192)]
+)
+def test_help_has_the_defaults_of_one_preset(command: Run, preset: tuple[str, ...], layers: int, length: int) -> None:
+    """And they are what a run has."""
+    status, out, _ = command("pretrain", *preset, "--help")
+    name = preset[-1].rpartition("=")[2] if preset else "tiny"
+    assert status == 0 and f"(defaults are those of the preset {name}, of another one with" in out
+    assert "The defaults are" not in out
+    given = parse_config([], [], name)
+    text = " ".join(out.split())
+    for field, value, default in (
+        ("--model.num_layers", given.model.num_layers, layers),
+        ("--data.seq_length", given.data.seq_length, length),
+    ):
+        assert value == default
+        assert f"(type: int, default: {default})" in text.partition(field)[2].partition(" --")[0]
+
+
+@pytest.mark.parametrize(
     ("arguments", "parts"),
     [
         (["pretrian"], ["pretrian", "pretrain"]),
@@ -296,6 +315,7 @@ def run_folder(tmp_path: Path) -> Path:
     torch_checkpoint.save(state, checkpoint_id=checkpoint, no_dist=True)
     write_config(parse_config([], []), checkpoint / "config.yaml")
     (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (checkpoint / "state.json").write_text(json.dumps({"step": 20, "tokens": 81_920}))
     (folder / "checkpoints" / "step_00000030").mkdir()
     return folder
 

@@ -64,6 +64,8 @@ def initial_base(config: Config) -> Config:
         model = open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
         longest = model.max_position_embeddings or DataConfig.seq_length
         return _base(config, model, min(DataConfig.seq_length, longest))
+    if (Path(init_from) / CONFIG).is_file():
+        raise ValueError(f"run.init_from = {init_from} is a Hugging Face folder: give {HUGGING_FACE}{init_from}")
     given = read_checkpoint(find_checkpoint(Path(init_from)))
     check_model_size(given)
     return _base(config, given.config.model, given.config.data.seq_length)

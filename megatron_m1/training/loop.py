@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -152,6 +153,8 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
 
 def _write_summary(trainer: Trainer, summary: dict[str, Any]) -> None:
     path = trainer.folder / SUMMARY
+    # What lies in the folder must not depend on where the command was called.
+    summary = summary | {"run_folder": os.path.abspath(trainer.folder)}
     try:
         write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_m1.checkpoint.folder import file_digests
-from megatron_m1.config.written import CONFIG, RESOLVED
+from megatron_m1.config.written import CONFIG, RESOLVED, yaml_text
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.runtime.pool import WorkerPool
 from tests.training import loop_runs as runs
@@ -86,6 +87,7 @@ def test_the_log_ends_with_where_to_look(log: str, work: Path) -> None:
 
 def test_the_files_say_what_was_asked(log: str, work: Path) -> None:
     run = work / "runs" / "a"
+    assert json.loads((run / "summary.json").read_text())["run_folder"] == str(run)
     for place in (run, run / "checkpoints" / "step_00000003"):
         asked, became = (yaml.safe_load((place / name).read_text()) for name in (CONFIG, RESOLVED))
         assert (asked["train"]["precision"], became["train"]["precision"]) == ("auto", "fp32")
@@ -96,6 +98,61 @@ def test_the_files_say_what_was_asked(log: str, work: Path) -> None:
         assert became["data"]["tokenizer"] == "tokenizer/t.model"
         assert (asked["run"]["folder"], became["run"]["folder"]) == (".", str(run))
     assert file_digests(run / "tokenizer", ["t.model"]) == file_digests(work, ["t.model"])
+
+
+def test_a_dry_run_says_where_weights_come_from(
+    log: str, work: Path, workers: WorkerPool, tiny_corpus: dict[str, Any]
+) -> None:
+    shell = Shell(workers)
+    flags = ["pretrain", "--config", "run.yaml", "--dry-run", "--init-from", "runs/a"]
+    plan = shell(work, *flags, "--run.folder", "runs/new")
+    assert "init_from   weights of runs/a/checkpoints/step_00000003\n" in plan
+    plan = shell(work, *flags, "--train.max_steps", 4)
+    assert "run folder  runs/a, goes on from step_00000003\ninit_from   runs/a is not read: the run has " in plan
+    assert f"changed     run.init_from None -> {work}/runs/a, which is not read again\n" in plan
+    # Nothing else: what the file says is what was asked.
+    assert plan.endswith("again\ndry run: nothing was started\n")
+    # Without a file, the packs are as long as those that the weights were trained on.
+    data = ["--data.train", ",".join(tiny_corpus["train"]), "--data.tokenizer", "t.model"]
+    plan = shell(work, "pretrain", "--init-from", "runs/a", "--run.folder", "runs/new", "--dry-run", *data)
+    assert "batch       8 packs of 64 tokens = " in plan
+
+
+def as_of_an_older_version(run: Path) -> None:
+    """Leave of a run what older versions kept: what was derived, with paths from the directory of the call."""
+    checkpoint = run / "checkpoints" / "step_00000003"
+    for place in (run, checkpoint):
+        tree = yaml.safe_load((place / RESOLVED).read_text())
+        tree["run"]["folder"], tree["data"]["cache_folder"] = "runs/a", "runs/a/data_cache"
+        tree["data"]["tokenizer"] = "t.model"
+        (place / CONFIG).write_text(yaml_text(tree))
+        (place / RESOLVED).unlink()
+    shutil.rmtree(run / "tokenizer")
+    names = [path.name for path in checkpoint.iterdir() if path.name != "integrity.json"]
+    manifest = {"algorithm": "sha256", "files": file_digests(checkpoint, names)}
+    (checkpoint / "integrity.json").write_text(json.dumps(manifest))
+
+
+def test_a_run_of_an_older_version_goes_on(log: str, work: Path, workers: WorkerPool, tmp_path: Path) -> None:
+    shell, run = Shell(workers), tmp_path / "runs" / "a"
+    shutil.copytree(work / "runs" / "a", run)
+    shutil.copy(work / "t.model", tmp_path)
+    as_of_an_older_version(run)
+    words = ["--prompt", "def ", "--max-tokens", 4]
+    # From the folder's own path it follows where its command was called.
+    assert shell(work, "generate", run, *words) == shell(work, "generate", "runs/a", *words)
+    # The file that it was started with, and its own.
+    shutil.copytree(run, tmp_path / "own")
+    yaml_of_run = work / "run.yaml"
+    said = shell(tmp_path, "pretrain", "--config", yaml_of_run, "--train.max_steps", 4)
+    assert "resumed from step 3 (768 tokens)\n" in said and "changed" not in said
+    assert (run / "tokenizer" / "t.model").is_file() and (run / RESOLVED).is_file()
+    said = shell(tmp_path, "pretrain", "--run.folder", "own", "--train.max_steps", 4)
+    assert "resumed from step 3 (768 tokens)\n" in said and "changed" not in said
+    traces = [runs.trace(folder)[-1] for folder in (run, tmp_path / "own")]
+    assert traces[0] == traces[1]
+    # What it became was all that it had.
+    assert yaml.safe_load((tmp_path / "own" / CONFIG).read_text())["train"]["precision"] == "fp32"
 
 
 def test_moved_and_without_its_tokenizer_it_goes_on_from_anywhere(
@@ -121,6 +178,10 @@ def test_moved_and_without_its_tokenizer_it_goes_on_from_anywhere(
         said = shell(tmp_path, "pretrain", "--run.folder", "elsewhere/b", "--train.max_steps", 5)
     finally:
         hidden.rename(original)
+    plan = shell(
+        work, "pretrain", "--config=run.yaml", "--init-from", f"hf:{tmp_path}/hub", "--run.folder=runs/b", "--dry-run"
+    )
+    assert f"init_from   weights of hf:{tmp_path}/hub, which is converted to runs/b/initial first\n" in plan
     lines = said.splitlines()
     assert lines[:2] == [
         "elsewhere/b goes on with its own configuration, elsewhere/b/config.yaml, and what the flags change in it",
