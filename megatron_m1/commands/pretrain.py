@@ -174,7 +174,8 @@ def _fitting(processes: int, parallel: ParallelConfig) -> int:
         stages * parallel.tensor_model_parallel_size * parallel.context_parallel_size,
         stages * experts * (parallel.expert_tensor_parallel_size or 1),
     )
-    return processes if processes % least == 0 else least
+    # No mesh has a size of 0, which is said later.
+    return processes if least == 0 or processes % least == 0 else least
 
 
 def _has_ended(config: ResolvedConfig) -> bool:
