@@ -27,7 +27,7 @@ from megatron_m1.launch import (
     worker_world_size,
 )
 from megatron_m1.printing import keep_output
-from megatron_m1.training.run_folder import own_configuration
+from megatron_m1.training.run_folder import own_configuration, saved_configuration
 
 DESCRIPTION = """\
 Train a model, or continue the run of --run.folder from its newest checkpoint.
@@ -149,7 +149,8 @@ def _goes_on(options: argparse.Namespace, flags: Sequence[str]) -> bool:
 
 def _configuration(options: argparse.Namespace, flags: Sequence[str], names: Sequence[str]) -> tuple[Config, list[str]]:
     """What was asked, and a line if that is what the run's folder has."""
-    given = parse_config(options.config, flags, options.preset, command_options=names)
+    files, base = _files_and_base(options.config)
+    given = parse_config(files, flags, options.preset, command_options=names, base=base)
     folder = Path(given.run.folder)
     own = own_configuration(folder) if not options.config and options.preset is None else None
     if own is not None:
@@ -161,10 +162,22 @@ def _configuration(options: argparse.Namespace, flags: Sequence[str], names: Seq
     from megatron_m1.checkpoint.contents import check_shape
     from megatron_m1.convert.sources import initial_base
 
-    base = initial_base(given)
-    config = parse_config(options.config, flags, options.preset, command_options=names, base=base)
-    check_shape(config.model, base.model, Path(init_from), fix="leave that to the weights, or start from others")
+    initial = initial_base(given)
+    # A file of a run leaves nothing to the weights.
+    config = given if base else parse_config(files, flags, options.preset, command_options=names, base=initial)
+    check_shape(config.model, initial.model, Path(init_from), fix="leave that to the weights, or start from others")
     return config, []
+
+
+def _files_and_base(files: Sequence[Path]) -> tuple[Sequence[Path], Config | None]:
+    """The last of the files that a run has written, which has every field, and those that come after it."""
+    base: Config | None = None
+    rest = files
+    for at, file in enumerate(files):
+        found = saved_configuration(file)
+        if found is not None:
+            base, rest = found, files[at + 1 :]
+    return rest, base
 
 
 def _fitting(processes: int, parallel: ParallelConfig) -> int:

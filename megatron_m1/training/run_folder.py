@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -21,11 +22,13 @@ from datetime import datetime
 from pathlib import Path
 
 from megatron_m1.checkpoint.contents import complete_checkpoints
-from megatron_m1.checkpoint.folder import TOKENIZER
+from megatron_m1.checkpoint.folder import TOKENIZER, run_folder_of
 from megatron_m1.config import Config
-from megatron_m1.config.io import parse_yaml
+from megatron_m1.config.io import load_config, parse_yaml
+from megatron_m1.config.portable import HERE
 from megatron_m1.config.written import CONFIG, RESOLVED, read_saved, yaml_text
 from megatron_m1.files import WITHOUT_LOCKS, is_file_at, refuse_overwriting, regular, warn_without_locks
+from megatron_m1.training.run_tokenizer import own_copy
 
 LOCK = "run.lock"
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
@@ -51,9 +54,11 @@ def check_run_folder(config: Config) -> None:
     folder = Path(config.run.folder)
     blend = [*config.data.train, *config.data.validation]
     read = [Path(f"{prefix}{suffix}") for prefix in blend for suffix in (".bin", ".idx", ".json")]
-    read += [Path(config.data.tokenizer)] if config.data.tokenizer and Path(config.data.tokenizer).is_file() else []
-    refuse_overwriting([folder / name for name in (*WRITTEN, LOCK)], read)
-    strange = _strange_file(folder, Path(config.data.tokenizer))
+    tokenizer = Path(config.data.tokenizer)
+    read += [tokenizer] if config.data.tokenizer and tokenizer.is_file() else []
+    moved_aside = [] if own_copy(tokenizer, folder) == tokenizer else [folder / TOKENIZER]
+    refuse_overwriting([*(folder / name for name in (*WRITTEN, LOCK)), *moved_aside], read)
+    strange = _strange_file(folder, tokenizer)
     if strange is not None:
         raise ValueError(
             f"run.folder = {folder} has a {strange} that no run has written: move it, or choose another folder"
@@ -68,7 +73,7 @@ def _strange_file(folder: Path, tokenizer: Path) -> str | None:
             return name
     is_new = not configs and not complete_checkpoints(folder)
     if is_new:
-        names = [*WRITTEN, *([] if tokenizer.resolve().is_relative_to((folder / TOKENIZER).resolve()) else [TOKENIZER])]
+        names = [*WRITTEN, *([] if own_copy(tokenizer, folder) == tokenizer else [TOKENIZER])]
         return next((name for name in names if os.path.lexists(folder / name)), None)
     # A pipe or a folder of that name.
     for name in (*WRITTEN, LOCK, TOKENIZER):
@@ -102,6 +107,24 @@ def own_configuration(folder: Path) -> Config | None:
     # Asked of the start in an empty folder.
     config.run.resume = True
     return config
+
+
+def saved_configuration(file: Path) -> Config | None:
+    """What a file of a run or of a checkpoint says, with paths that can be opened from here; None if it is none.
+
+    It has every field, and its paths are of the run's folder and not of the directory of a call.
+
+    Raises:
+        ValueError: it, or the one beside it, can't be read.
+    """
+    place = file.parent
+    if file.name not in (CONFIG, RESOLVED) or not all((place / name).is_file() for name in (CONFIG, RESOLVED)):
+        return None
+    if load_config(place / CONFIG).run.folder != HERE:
+        return None
+    is_checkpoint = re.fullmatch(r"step_\d+", place.resolve().name) is not None
+    saved = read_saved(place, run_folder_of(place) if is_checkpoint else place)
+    return saved.asked if file.name == CONFIG else saved.became
 
 
 @contextmanager

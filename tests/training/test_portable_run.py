@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -116,6 +117,29 @@ def test_a_dry_run_says_where_weights_come_from(
     data = ["--data.train", ",".join(tiny_corpus["train"]), "--data.tokenizer", "t.model"]
     plan = shell(work, "pretrain", "--init-from", "runs/a", "--run.folder", "runs/new", "--dry-run", *data)
     assert "batch       8 packs of 64 tokens = " in plan
+
+
+def test_its_files_are_configurations_for_other_runs(log: str, work: Path, workers: WorkerPool, tmp_path: Path) -> None:
+    """Read from any directory: paths are of the run's folder; and over whatever files come before."""
+    shell, run = Shell(workers), work / "runs" / "a"
+    (tmp_path / "more.yaml").write_text("train: {global_batch_size: 2, max_steps: 9}")
+    shutil.copytree(run, tmp_path / "b")
+    for file in (Path("b/config.yaml"), Path("b/checkpoints/step_00000003/config.yaml"), Path("b/resolved.yaml")):
+        before, after = ("--config", "more.yaml", "--config", file), ("--train.max_steps", 5)
+        plan = shell(tmp_path, "pretrain", *before, *after, "--dry-run")
+        assert re.search(r"run folder  \S*b, goes on from step_00000003\ndry run: nothing", plan)
+        plan = shell(tmp_path, "pretrain", *before, "--config", "more.yaml", "--run.folder", "new", "--dry-run")
+        assert "steps       9 = 1,152 tokens" in plan and "run folder  new\n" in plan
+
+
+def test_the_script_goes_on_with_it_too(log: str, work: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "examples" / "pretrain_m1.sh"
+    words = ["bash", str(script), "--run.folder", "runs/a", "--train.max_steps", "5", "--dry-run", "--device", "cpu"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(words, cwd=work, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("runs/a goes on with its own configuration, runs/a/config.yaml, and")
+    assert "model       4 layers" in done.stdout
 
 
 def as_of_an_older_version(run: Path) -> None:
