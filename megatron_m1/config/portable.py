@@ -88,9 +88,10 @@ def _from(folder: Path, path: str) -> str:
 
 
 def _called_in(recorded: str, folder: Path) -> Path | None:
-    """The directory from which ``recorded`` is ``folder``; None if none is."""
+    """The directory from which ``recorded`` is ``folder``, or stands beside it under a former name; None if none is."""
     names, parts = Path(os.path.normpath(recorded)).parts, Path(os.path.abspath(folder)).parts
-    if not names or parts[-len(names) :] != names:
+    was_renamed = parts[-1:] != names[-1:]
+    if not names or parts[-len(names) : -1] != names[:-1] or (was_renamed and len(names) == 1):
         return None
     return Path(*parts[: -len(names)])
 

@@ -84,13 +84,14 @@ def test_a_checkout_that_moves_with_its_corpora(tmp_path: Path) -> None:
     assert found.asked.data.train == found.became.data.train == expected
 
 
-@pytest.mark.parametrize("is_inferred", [True, False])
-def test_files_of_older_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_inferred: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "is_inferred"), [("runs/a", True), ("runs/former", True), ("former", False), ("{}", False)]
+)
+def test_files_of_older_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_inferred: bool) -> None:
     """They have only what was derived, with paths from the directory of the call: the run's folder may tell which."""
     folder = tmp_path / "work" / "runs" / "a"
     folder.mkdir(parents=True)
-    named = "runs/a" if is_inferred else f"{folder}"
-    resolved = resolve(asked(f"--run.folder={named}", "--data.tokenizer=t.model"), 1, has_gpu=False)
+    resolved = resolve(asked(f"--run.folder={name.format(folder)}", "--data.tokenizer=t.model"), 1, has_gpu=False)
     (folder / CONFIG).write_text(config_text(resolved))
     monkeypatch.chdir(tmp_path)
     saved = read_saved(folder, folder)
@@ -98,5 +99,4 @@ def test_files_of_older_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is
     assert saved.asked.train.precision == "fp32"
     assert saved.asked.run.folder == str(folder)
     assert saved.asked.data.tokenizer == (f"{tmp_path}/work/t.model" if is_inferred else "t.model")
-    assert saved.asked.data.cache_folder == f"{folder}/data_cache"
     assert not (folder / RESOLVED).exists()
