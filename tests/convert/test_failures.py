@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from megatron_m1.cli import run
-from megatron_m1.convert.work import ConversionError, Job, Ranks, WorkFolder, parse_size, run_jobs
+from megatron_m1.convert.jobs import Job, run_jobs
+from megatron_m1.convert.sizes import parse_size
+from megatron_m1.convert.work import ConversionError, Ranks, WorkFolder
 from megatron_m1.files import file_lock
 from tests.checkpoint.checkpoint_runs import file_size_limit
 from tests.convert.folders import convert, prints, source_of, weights
