@@ -35,11 +35,11 @@ usage: megatron-m1 convert to-hf|from-hf SOURCE OUT [options]
 SHARD_SIZES = {"to-hf": "1GB", "from-hf": "500MB"}
 """Files are synced and hashed while the next ones are written."""
 DESCRIPTION = """\
-to-hf writes safetensors, their index, config.json, generation_config.json, the tokenizer, licence files that came with
-the model, and a model card (README.md). from-hf reads a local folder and writes one like a run's, whose checkpoint any
-mesh reads. OUT must not exist; until it is whole it is OUT.partial, where the same
-command goes on after a kill. Under torchrun the processes share the work. Status 2 is wrong input; 1 is a disk that
-refuses, or data that turn out to be damaged on the way."""
+to-hf writes safetensors, their index, config.json, generation_config.json, the tokenizer, the licence files that came
+with the model, and a model card, README.md. from-hf reads a local folder, downloads nothing, and writes a folder like a
+run's, whose checkpoint any mesh reads. OUT must not exist; until it is whole it is OUT.partial, where the same command
+goes on after a kill. Under torchrun the processes share the work. Status 2 is wrong input; 1 is a disk that refuses, or
+data that turn out to be damaged on the way."""
 
 
 def command_parser(direction: str) -> CommandParser:

@@ -186,9 +186,9 @@ def _finish(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None
         brought = own.is_file()
         generation = ids | (read_json_object(own) if brought else generation)
         config |= ids | {"bos_token_id": generation.get("bos_token_id")}
-        if generation.get(FROM_CONFIG):
-            # They are those of its config.json, where several may end a text.
-            config["eos_token_id"] = generation.get("eos_token_id", tokenizer.eos_token_id)
+        ends = generation.get("eos_token_id")
+        if generation.get(FROM_CONFIG) and isinstance(ends, list) and tokenizer.eos_token_id in ends:
+            config["eos_token_id"] = ends
     if options.remote_code is not None:
         for name in REMOTE_FILES:
             shutil.copyfile(options.remote_code / name, folder / name)

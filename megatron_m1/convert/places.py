@@ -66,6 +66,11 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     try:
         return read_json_object(path)
     except OSError as error:
+        if complete_checkpoints(folder) or folder.resolve().name.startswith("step_"):
+            raise ValueError(
+                f"{folder} is a run or a checkpoint, no Hugging Face folder: to start a run from it leave out hf:, to "
+                "make a Hugging Face folder of it run megatron-m1 convert to-hf"
+            ) from error
         raise ValueError(f"{path} can't be read: {error.strerror}; give a Hugging Face model folder") from error
 
 

@@ -12,7 +12,7 @@ from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint, open_checkpoint
 from megatron_m1.convert.places import CONFIG, find_checkpoint
-from megatron_m1.convert.tokenizer import TOKENIZER
+from megatron_m1.convert.tokenizer import TOKENIZER, has_tokenizer
 
 
 def open_any(path: Path) -> OurCheckpoint | HubFolder:
@@ -62,3 +62,20 @@ def tokenizer_of(source: OurCheckpoint | HubFolder) -> Path | None:
         return None
     beside = source.folder.resolve().parent.parent / TOKENIZER
     return beside if beside.is_dir() and not Path(recorded).exists() else Path(recorded)
+
+
+def initial_tokenizer(config: Config) -> Path | None:
+    """The tokenizer that comes with ``run.init_from``, or that the run's own newest checkpoint names; None without one.
+
+    Raises:
+        ValueError: there is no such folder or checkpoint, or it is damaged.
+    """
+    init_from = config.run.init_from
+    assert init_from is not None
+    own = complete_checkpoints(Path(config.run.folder)) if config.run.resume else []
+    if own:
+        return tokenizer_of(open_checkpoint(own[0]))
+    if init_from.startswith(HUGGING_FACE):
+        folder = Path(init_from.removeprefix(HUGGING_FACE))
+        return folder if has_tokenizer(folder) else None
+    return tokenizer_of(open_checkpoint(find_checkpoint(Path(init_from))))

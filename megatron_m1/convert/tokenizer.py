@@ -13,7 +13,7 @@ from typing import Any
 from megatron_m1.convert.licences import PATTERNS
 from megatron_m1.convert.places import CONFIG
 from megatron_m1.data.tokenizers import load_tokenizer
-from megatron_m1.data.tokenizers.hf_folder import FOLDER_FILES, GENERATION, OTHER_VOCABULARIES
+from megatron_m1.data.tokenizers.hf_folder import FOLDER_FILES, GENERATION, OTHER_VOCABULARIES, read_folder
 from megatron_m1.files import read_json_object, regular, write_atomically
 
 SPACE = "\u2581"
@@ -49,8 +49,8 @@ _NORMAL, _USER_DEFINED = 1, 4
 def copy_tokenizer(source: Path, target: Path) -> bool:
     """Copy a Hugging Face folder's tokenizer, byte by byte.
 
-    Where the folder has no settings for generation, the marks of its config.json become them, as in transformers:
-    config.json itself does not travel with the tokenizer.
+    Where the folder has no settings for generation, marks that only its config.json has become them, as in
+    transformers: config.json itself does not travel with the tokenizer.
 
     Returns:
         Whether there is one.
@@ -62,7 +62,7 @@ def copy_tokenizer(source: Path, target: Path) -> bool:
         shutil.copyfile(source / file, target / file)
     marks = {} if (source / GENERATION).is_file() else _marks_of_config(source)
     if marks:
-        write_atomically(target / GENERATION, (json.dumps({FROM_CONFIG: True} | marks, indent=2) + "\n").encode())
+        write_atomically(target / GENERATION, (json.dumps(marks, indent=2) + "\n").encode())
     return True
 
 
@@ -72,12 +72,17 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _marks_of_config(source: Path) -> dict[str, Any]:
+    """What of config.json nothing else in a tokenizer's folder says: several ends of a text, or the only one."""
     try:
         config = read_json_object(source / CONFIG)
     except (OSError, ValueError):
-        return {}  # a tokenizer folder needs none
-    names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {name: config[name] for name in names if config.get(name) is not None}
+        return {}  # a tokenizer's folder needs none
+    end = config.get("eos_token_id")
+    if end is None or (not isinstance(end, list) and read_folder(source).end_mark is not None):
+        # One that the tokenizer names is better known there: transformers' own defaults stand in many a config.json.
+        return {}
+    marks = {name: config.get(name) for name in ("bos_token_id", "pad_token_id")}
+    return {FROM_CONFIG: True, "eos_token_id": end} | {name: mark for name, mark in marks.items() if mark is not None}
 
 
 def check_rows(tokens: int, rows: int, tokenizer: Path | str) -> None:
