@@ -147,7 +147,15 @@ def test_a_folder_of_imported_weights_is_no_run_to_resume(
     ("source", "message"),
     [
         ("hf:", r"^run\.init_from = hf: names no folder: give hf:FOLDER$"),
-        ("hf:{}/nowhere", r"nowhere/config\.json can't be read: No such file"),
+        (
+            "hf:{}/nowhere",
+            r"nowhere is no folder: .* local folder, .* hf download ORGANISATION/NAME --local-dir FOLDER$",
+        ),
+        (
+            "hf:org/name",
+            r"^org/name is no folder: .* nothing is downloaded; .* hf download org/name --local-dir FOLDER$",
+        ),
+        ("hf:{}", r"config\.json can't be read: No such file"),
         ("{}/nowhere", r"nowhere is no folder: give a checkpoint or a run folder"),
         ("{}", r"has no complete one below checkpoints/"),
     ],
