@@ -171,11 +171,12 @@ def _loading(facts: CardFacts) -> str:
     code = [f"from transformers import {names}", ""]
     code += ['model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")  # this folder']
     code += ['tokenizer = AutoTokenizer.from_pretrained(".")'] if facts.tokenizer else []
+    own = "" if facts.tokenizer else "--tokenizer PATH "
     text = "```python\n" + "\n".join(code) + "\n```\n\n"
     text += (
         "transformers rounds the router to config.json's dtype as it loads it; `dtype=torch.float32` keeps it.\n"
-        "megatron-m1 reads the folder with `megatron-m1 generate . --prompt ...`, and trains on from it with\n"
-        "`megatron-m1 pretrain --init-from hf:.`."
+        f"megatron-m1 reads the folder with `megatron-m1 generate . {own}--prompt TEXT`, and trains on from it with\n"
+        "`megatron-m1 pretrain --init-from hf:FOLDER`."
     )
     if facts.remote_code:
         text += "\nThe hub's own modeling code lies beside the weights, for `trust_remote_code=True`."

@@ -10,7 +10,7 @@ from megatron_m1.files import regular, write_atomically
 
 LICENCES = "licences"
 """Folder of an imported model, or of a run that began with one, in which they are, beside ``checkpoints``."""
-PATTERNS = ("LICEN[CS]E*", "COPYING*", "NOTICE*")
+PATTERNS = ("LICENSE*", "LICENCE*", "COPYING*", "NOTICE*")
 """Their names in a Hugging Face folder."""
 
 
@@ -24,8 +24,8 @@ def licence_id(text: str) -> str:
 
 
 def licence_files(folder: Path) -> list[Path]:
-    """Licence files that lie in a folder, by name."""
-    return sorted({path for pattern in PATTERNS for path in folder.glob(pattern) if path.is_file()})
+    """Licence files that lie in a folder, the licences themselves first."""
+    return [path for pattern in PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def keep_licences(source: Path, target: Path) -> None:
