@@ -26,7 +26,7 @@ from megatron_m1.convert.our_checkpoint import OurCheckpoint
 from megatron_m1.convert.places import CONFIG, INDEX, REMOTE_FILES, check_remote_code
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
 from megatron_m1.convert.sizes import group_by_size
-from megatron_m1.convert.tokenizer import FROM_CONFIG, ReadyTokenizer, ready_tokenizer
+from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
 from megatron_m1.convert.work import Ranks, WorkFolder, stamps
 from megatron_m1.data.tokenizers.hf_folder import GENERATION
 from megatron_m1.files import read_json_object, write_atomically
@@ -186,9 +186,6 @@ def _finish(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None
         brought = own.is_file()
         generation = ids | (read_json_object(own) if brought else generation)
         config |= ids | {"bos_token_id": generation.get("bos_token_id")}
-        ends = generation.get("eos_token_id")
-        if generation.get(FROM_CONFIG) and isinstance(ends, list) and tokenizer.eos_token_id in ends:
-            config["eos_token_id"] = ends
     if options.remote_code is not None:
         for name in REMOTE_FILES:
             shutil.copyfile(options.remote_code / name, folder / name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from megatron_m1.convert.licences import PATTERNS
 from megatron_m1.convert.places import CONFIG
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.data.tokenizers.hf_folder import FOLDER_FILES, GENERATION, OTHER_VOCABULARIES, read_folder
-from megatron_m1.files import read_json_object, regular, write_atomically
+from megatron_m1.files import read_json_object, regular
 
 SPACE = "\u2581"
 """SentencePiece's space, in models that escape spaces."""
@@ -40,29 +39,21 @@ _READ = (CONFIG, "*.safetensors", "*.safetensors.index.json")
 """Patterns of what an import reads."""
 ENLARGE = "megatron-m1 convert from-hf HF_FOLDER OUT --resize-vocab"
 """What gives a model more rows; their number follows."""
-FROM_CONFIG = "_from_model_config"
-"""transformers' mark of settings for generation that are only what config.json says."""
 _BPE = 2
 _NORMAL, _USER_DEFINED = 1, 4
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy a Hugging Face folder's tokenizer, byte by byte.
-
-    Where the folder has no settings for generation, marks that only its config.json has become them, as in
-    transformers: config.json itself does not travel with the tokenizer.
+    """Copy a Hugging Face folder's tokenizer, byte by byte; config.json with it where only that names what ends a text.
 
     Returns:
         Whether there is one.
     """
     if not has_tokenizer(source):
         return False
-    for file in _matching(source, FILES):
+    for file in _matching(source, FILES if ends_of_config(source) is None else (*FILES, CONFIG)):
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file, target / file)
-    marks = {} if (source / GENERATION).is_file() else _marks_of_config(source)
-    if marks:
-        write_atomically(target / GENERATION, (json.dumps(marks, indent=2) + "\n").encode())
     return True
 
 
@@ -71,18 +62,17 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (*FOLDER_FILES, *OTHER_VOCABULARIES))
 
 
-def _marks_of_config(source: Path) -> dict[str, Any]:
-    """What of config.json nothing else in a tokenizer's folder says: several ends of a text, or the only one."""
+def ends_of_config(source: Path) -> int | list[Any] | None:
+    """``eos_token_id`` of config.json where nothing else in the folder of a tokenizer says as much; None if it does."""
+    if (source / GENERATION).is_file():
+        return None
     try:
-        config = read_json_object(source / CONFIG)
+        ends = read_json_object(source / CONFIG).get("eos_token_id")
     except (OSError, ValueError):
-        return {}  # a tokenizer's folder needs none
-    end = config.get("eos_token_id")
-    if end is None or (not isinstance(end, list) and read_folder(source).end_mark is not None):
-        # One that the tokenizer names is better known there: transformers' own defaults stand in many a config.json.
-        return {}
-    marks = {name: config.get(name) for name in ("bos_token_id", "pad_token_id")}
-    return {FROM_CONFIG: True, "eos_token_id": end} | {name: mark for name, mark in marks.items() if mark is not None}
+        return None  # a tokenizer's folder needs none
+    # One that the tokenizer names is better known there: transformers' own defaults stand in many a config.json.
+    single = type(ends) is int and read_folder(source).end_mark is None
+    return ends if single or isinstance(ends, list) else None
 
 
 def check_rows(tokens: int, rows: int, tokenizer: Path | str) -> None:
@@ -143,12 +133,17 @@ class ReadyTokenizer:
     def write(self, folder: Path) -> dict[str, Any]:
         """Put it into a Hugging Face folder; returns the ids that config.json and generation_config.json name.
 
+        Several ends of the config.json that it came with stay several.
+
         Raises:
             OSError: the disk refuses.
         """
-        ids = {"eos_token_id": self.eos_token_id}
+        ids: dict[str, Any] = {"eos_token_id": self.eos_token_id}
         if self.converted is None:
             copy_tokenizer(self.source, folder)
+            ends = ends_of_config(self.source)
+            if isinstance(ends, list) and self.eos_token_id in ends:
+                ids["eos_token_id"] = ends
         else:
             try:
                 self.converted.save_pretrained(str(folder))
