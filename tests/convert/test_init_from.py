@@ -224,3 +224,8 @@ def test_another_shape_than_the_weights(tmp_path: Path) -> None:
     words = ["pretrain", "--init-from", f"hf:{tmp_path}", "--dry-run", "--model.num_layers", "16"]
     with pytest.raises(ValueError, match=r"^model\.num_layers is 16, but .* has 8: leave that to the weights"):
         run(words)
+    words = ["pretrain", "--init-from", f"hf:{tmp_path}", "--dry-run", "--model.vocab_size", "640"]
+    with pytest.raises(
+        ValueError, match=r"^model\.vocab_size is 640, but .* has 504: .* --resize-vocab 640 makes more"
+    ):
+        run(words)
