@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_m1.checkpoint.contents import complete_checkpoints
-from megatron_m1.files import read_json_object
+from megatron_m1.files import check_folder, read_json_object
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -45,6 +45,7 @@ def check_hub_folder(folder: Path) -> None:
     Raises:
         ValueError: it is not; one line.
     """
+    check_folder(folder)
     config = read_hf_config(folder)
     try:
         check_model_type(config)
