@@ -61,9 +61,8 @@ def run_jobs(
     mine = jobs[ranks.rank :: ranks.size]
     fault: str | None = None
     damage: str | None = None
-    total = sum(job.size for job in mine)
     failed = Event()
-    with _one_thread(), ThreadPoolExecutor(2) as pool, _bar(title, total, shown=ranks.rank == 0) as advance:
+    with _one_thread(), ThreadPoolExecutor(2) as pool, _bar(title, mine, shown=ranks.rank == 0) as advance:
         checking = pool.submit(beside, failed)
         ends: list[Future[None]] = []
         try:
@@ -130,9 +129,9 @@ def _return_free_memory() -> None:
 
 
 @contextmanager
-def _bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def _bar(title: str, jobs: Sequence[Job], *, shown: bool) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task(title, total=total)
+        task = bar.add_task(title, total=sum(job.size for job in jobs))
         yield lambda size: bar.advance(task, size)

@@ -77,6 +77,18 @@ def loss_of(logits: torch.Tensor, tokens: list[int]) -> float:
     return float(cross_entropy(logits[:-1], torch.tensor(tokens[1:])))
 
 
+def check_card(run_folder: Path, out: Path) -> None:
+    """What was trained, on what, from which weights; and their licence, which has come with them."""
+    assert (run_folder / "licences/LICENSE").read_text() == (out / "LICENSE").read_text() == "the model's"
+    card = ModelCard.load(out / "README.md")
+    fields = card.data.to_dict()
+    assert (fields["license"], fields["license_link"]) == ("other", "LICENSE")
+    assert f"{STEPS * 4 * 64:,} tokens in {STEPS} steps of 4 packs of 64 tokens, in fp32." in card.content
+    assert "began with the weights of `theirs`" in card.content and "\n- `train`: 100.0%\n" in card.content
+    assert "| Tokenizer | a SentencePiece BPE model, converted, 500 ids, 1 ends documents |" in card.content
+    assert str(out.parent) not in card.content
+
+
 def test_fifty_steps_from_a_hugging_face_folder(
     workers: WorkerPool,
     tmp_path: Path,
@@ -93,13 +105,7 @@ def test_fifty_steps_from_a_hugging_face_folder(
     assert read_checkpoint(first / "checkpoints" / f"step_{STEPS:08d}").config.model.num_moe_experts == 4
 
     convert("to-hf", first, tmp_path / "out", "--max-positions", "4096", "--verify")
-    assert (first / "licences/LICENSE").read_text() == (tmp_path / "out/LICENSE").read_text() == "the model's"
-    card = ModelCard.load(tmp_path / "out/README.md")
-    assert (card.data.license, card.data.license_link) == ("other", "LICENSE")
-    assert f"{STEPS * 4 * 64:,} tokens in {STEPS} steps of 4 packs of 64 tokens, in fp32." in card.content
-    assert "began with the weights of `theirs`" in card.content and "\n- `train`: 100.0%\n" in card.content
-    assert "| Tokenizer | a SentencePiece BPE model, converted, 500 ids, 1 ends documents |" in card.content
-    assert str(tmp_path) not in card.content
+    check_card(first, tmp_path / "out")
     exported, own = load_tokenizer(tmp_path / "out"), load_tokenizer(tiny_corpus["tokenizer"])
     assert exported.encode(TEXT) == own.encode(TEXT) and exported.eod == own.eod
     tokens = prompts_of([300], VOCAB)
