@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from megatron_m1.config.io import unknown
 from megatron_m1.launch import report_error
@@ -33,9 +34,20 @@ def usage() -> str:
             "commands:",
             *lines,
             "",
-            "megatron-m1 COMMAND --help explains every option.",
+            "megatron-m1 COMMAND --help explains every option; megatron-m1 --version names the versions.",
         ]
     )
+
+
+def versions() -> str:
+    """Return the line of ``megatron-m1 --version``: what is installed, asked without importing it."""
+    found = []
+    for package in ("megatron-m1", "megatron-core", "torch"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} (not installed)")
+    return ", ".join(found)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -46,6 +58,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(versions())
         return 0
     command = arguments[0]
     if command not in COMMANDS:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -71,6 +74,13 @@ def dry_run(corpus: Path, tokenizer: Path, *more: object) -> list[object]:
     """Arguments of a dry run of tiny on a corpus of the tests."""
     data = ["--data.train", f"[1.0, {corpus}]", "--data.tokenizer", tokenizer]
     return ["pretrain", "--dry-run", *data, "--run.folder", corpus.parent / "run", *more]
+
+
+def test_the_version_is_told_without_importing_what_has_one() -> None:
+    code = "import sys; from megatron_m1 import cli; cli.run(['--version']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    found = [f"{name} {version(name)}" for name in ("megatron-m1", "megatron-core", "torch")]
+    assert done.stdout == f"{', '.join(found)}\nFalse\n"
 
 
 def test_help_lists_commands_and_options(command: Run) -> None:

@@ -110,7 +110,9 @@ def check_shape(
     for name in MODEL_SHAPE:
         ours, theirs = getattr(wanted, name), getattr(saved, name)
         if ours != theirs:
-            raise ValueError(f"model.{name} is {ours}, but checkpoint {checkpoint} has {theirs}: {fix}")
+            rows = name == "vocab_size" and ours > theirs
+            more = f"; megatron-m1 convert from-hf HF_FOLDER OUT --resize-vocab {ours} makes more rows" if rows else ""
+            raise ValueError(f"model.{name} is {ours}, but checkpoint {checkpoint} has {theirs}: {fix}{more}")
     for name, kinds in (("mixers", layer_mixers), ("ffns", layer_ffns)):
         for layer, (ours, theirs) in enumerate(zip(kinds(wanted), kinds(saved), strict=True)):
             if ours != theirs:

@@ -54,7 +54,10 @@ def command_parser() -> CommandParser:
     )
     parser.add_argument("--preset", metavar="NAME", help="model values to start from: tiny, m1-mid, m1-456b")
     parser.add_argument(
-        "--init-from", metavar="WHAT", help="weights and model to start a new run from: hf:FOLDER, a checkpoint, a run"
+        "--init-from",
+        metavar="WHAT",
+        help="weights, model and (if data.tokenizer is empty) tokenizer to start a new run from: hf:FOLDER, which is a "
+        "local Hugging Face folder, a checkpoint, or a run; nothing is downloaded",
     )
     parser.add_argument(
         "--nproc-per-node", type=positive_integer, metavar="N", help="processes to start on this node (GPUS_PER_NODE)"

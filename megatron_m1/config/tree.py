@@ -122,7 +122,7 @@ class DataConfig:
     allow_shared_validation: bool = False
     """Let data.validation name a corpus that data.train names as well; otherwise that is refused."""
     tokenizer: str = field(default="", metadata=PATH)
-    """A SentencePiece .model file or a Hugging Face tokenizer folder."""
+    """A SentencePiece .model file or a Hugging Face tokenizer folder; empty takes that of run.init_from."""
     seq_length: int = 8192
     """Tokens of one pack; one micro-batch is one pack. Where nothing says, 512 with the preset tiny and 8192 with
     others; with init_from, what its weights were trained on, or 8192 and no more than their longest sequence."""
@@ -201,8 +201,8 @@ class RunConfig:
     folder: str = field(default="runs/m1", metadata=PATH)
     """Everything of the run goes here: config, checkpoints, metrics.jsonl, TensorBoard, profiles."""
     init_from: str | None = field(default=None, metadata=PATH)
-    """Weights that a new run starts from, and whose model it takes (set by --init-from): hf:FOLDER is a Hugging Face
-    folder, anything else a checkpoint or a run; none draws them."""
+    """Weights that a new run starts from, and whose model it takes (set by --init-from): hf:FOLDER is a local Hugging
+    Face folder, anything else a checkpoint or a run; none draws them."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the folder; false refuses a folder that has one."""
     save_interval: int = 0

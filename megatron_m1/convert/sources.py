@@ -10,25 +10,10 @@ from megatron_m1.config import Config, DataConfig, ModelConfig
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.config.portable import absolute
 from megatron_m1.config.written import read_saved
-from megatron_m1.convert.families.minimax_m1.config import CONFIG
 from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint, open_checkpoint
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return ``path`` if it is a checkpoint, else the newest complete one of the run.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if not path.is_dir():
-        raise ValueError(f"{path} is no folder: give a checkpoint or a run folder")
-    if path.resolve().name.startswith("step_"):
-        return path
-    found = complete_checkpoints(path)
-    if not found:
-        raise ValueError(f"{path} is no checkpoint, and as a run folder it has no complete one below checkpoints/")
-    return found[0]
+from megatron_m1.convert.places import CONFIG, find_checkpoint
+from megatron_m1.convert.tokenizer import has_tokenizer
 
 
 def open_any(path: Path) -> OurCheckpoint | HubFolder:
@@ -64,8 +49,6 @@ def initial_base(config: Config) -> Config:
         model = open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
         longest = model.max_position_embeddings or DataConfig.seq_length
         return _base(config, model, min(DataConfig.seq_length, longest))
-    if (Path(init_from) / CONFIG).is_file():
-        raise ValueError(f"run.init_from = {init_from} is a Hugging Face folder: give {HUGGING_FACE}{init_from}")
     given = read_checkpoint(find_checkpoint(Path(init_from)))
     check_model_size(given)
     return _base(config, given.config.model, given.config.data.seq_length)
@@ -80,3 +63,20 @@ def _base(config: Config, model: ModelConfig, seq_length: int) -> Config:
 def tokenizer_of(source: OurCheckpoint | HubFolder) -> Path | None:
     """Where the tokenizer of a checkpoint or folder is, or was if it is gone; None if nothing says so."""
     return source.folder if isinstance(source, HubFolder) else source.contents.tokenizer
+
+
+def initial_tokenizer(config: Config) -> Path | None:
+    """The tokenizer that comes with ``run.init_from``, or that the run's own newest checkpoint names; None without one.
+
+    Raises:
+        ValueError: there is no such folder or checkpoint, or it is damaged.
+    """
+    init_from = config.run.init_from
+    assert init_from is not None
+    own = complete_checkpoints(Path(config.run.folder)) if config.run.resume else []
+    if own:
+        return tokenizer_of(open_checkpoint(own[0]))
+    if init_from.startswith(HUGGING_FACE):
+        folder = Path(init_from.removeprefix(HUGGING_FACE))
+        return folder if has_tokenizer(folder) else None
+    return tokenizer_of(open_checkpoint(find_checkpoint(Path(init_from))))

@@ -15,6 +15,7 @@ from megatron_m1.checkpoint.contents import check_shape, complete_checkpoints, r
 from megatron_m1.checkpoint.folder import step_of
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import load_config
+from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.config.portable import absolute
 from megatron_m1.config.written import RESOLVED, read_saved
 from megatron_m1.cores import usable_cores
@@ -56,7 +57,8 @@ def check_data(config: ResolvedConfig, *, only_plan: bool = False) -> DataSummar
     if not data.train:
         raise ValueError("data.train is empty: name tokenised prefixes, or give data.embedded_corpus a folder")
     if not data.tokenizer:
-        raise ValueError("data.tokenizer is empty: name the tokenizer that made data.train")
+        none = f", and run.init_from = {config.run.init_from} brings none" if config.run.init_from else ""
+        raise ValueError(f"data.tokenizer is empty{none}: name the tokenizer that made data.train")
     try:
         tokenizer = load_tokenizer(data.tokenizer)
     except OSError as error:
@@ -64,7 +66,7 @@ def check_data(config: ResolvedConfig, *, only_plan: bool = False) -> DataSummar
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} tokens, but model.vocab_size = "
-            f"{config.model.vocab_size}: set model.vocab_size to at least {tokenizer.vocab_size}"
+            f"{config.model.vocab_size}: {_more_rows(config, tokenizer.vocab_size)}"
         )
     summaries: dict[str, list[PrefixSummary]] = {"data.train": [], "data.validation": []}
     notes = []
@@ -81,6 +83,23 @@ def check_data(config: ResolvedConfig, *, only_plan: bool = False) -> DataSummar
     unverified = [summary.prefix for summary in (*train, *validation) if summary.tokenizer_digest is None]
     notes = [*(f"note: {note}" for note in tokenizer.notes), *notes, *_unverified_notes(unverified)]
     return DataSummary(train, validation, tokenizer.vocab_size, notes)
+
+
+def _more_rows(config: ResolvedConfig, tokens: int) -> str:
+    """What to do about a tokenizer with more tokens than the embedding has rows."""
+    init_from = config.run.init_from
+    if init_from is None and newest_checkpoint(config) is None:
+        return f"set model.vocab_size to at least {tokens}"
+    if init_from is not None and init_from.startswith(HUGGING_FACE):
+        folder = init_from.removeprefix(HUGGING_FACE)
+        return (
+            f"give the weights more rows with megatron-m1 convert from-hf {folder} OUT --resize-vocab {tokens}, and "
+            "start from OUT"
+        )
+    return (
+        "the weights have no more rows; give them some by megatron-m1 convert to-hf, then megatron-m1 convert from-hf "
+        f"HF_FOLDER OUT --resize-vocab {tokens}, and start from OUT"
+    )
 
 
 @contextmanager
@@ -231,7 +250,7 @@ def find_embedded_corpus(config: ResolvedConfig) -> ResolvedConfig | None:
         ValueError: its tokenizer is damaged.
     """
     if config.data.embedded_corpus is None:
-        return config
+        return _with_initial_tokenizer(config)
     corpus = find_corpus(config.data.embedded_corpus, vocab_size=config.model.vocab_size)
     return None if corpus is None else _read_from(config, corpus)
 
@@ -250,12 +269,25 @@ def build_embedded_corpus(config: ResolvedConfig, *, note: Callable[[str], None]
     """
     folder = config.data.embedded_corpus
     if folder is None:
-        return config
+        return _with_initial_tokenizer(config)
     try:
         corpus = prepare_corpus(folder, vocab_size=config.model.vocab_size, workers=usable_cores(), note=note)
     except OSError as error:
         raise ValueError(f"data.embedded_corpus = {folder} can't be written: {error.strerror or error}") from error
     return _read_from(config, corpus)
+
+
+def _with_initial_tokenizer(config: ResolvedConfig) -> ResolvedConfig:
+    """Take the tokenizer of ``run.init_from`` where ``data.tokenizer`` names none."""
+    if config.data.tokenizer or config.run.init_from is None:
+        return config
+    # It brings torch, which most runs don't need before their workers start.
+    from megatron_m1.convert.sources import initial_tokenizer
+
+    place = initial_tokenizer(config)
+    if place is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(place.absolute())))
 
 
 def _read_from(config: ResolvedConfig, corpus: PreparedCorpus) -> ResolvedConfig:
