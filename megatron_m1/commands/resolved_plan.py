@@ -10,6 +10,7 @@ from megatron_m1.config.resolve import data_parallel_size
 from megatron_m1.config.resolved import ResolvedParallelConfig
 from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.data.corpora.prefix import PrefixSummary
+from megatron_m1.data.demo.corpus import vocabulary_notes
 from megatron_m1.launch import Launch
 from megatron_m1.plan.parameters import model_counts, rank_counts
 from megatron_m1.training.preflight import check_data, check_folders, find_embedded_corpus, newest_checkpoint
@@ -96,7 +97,9 @@ def _describe_chunk(chunk: StageLayers) -> str:
 def _data_lines(config: ResolvedConfig) -> list[str]:
     found = find_embedded_corpus(config)
     if found is None:
-        return [f"data        embedded corpus, to be built in {config.data.embedded_corpus}"]
+        data = config.data
+        notes = vocabulary_notes(data.embedded_corpus, data.tokenizer, config.model.vocab_size)
+        return [f"data        embedded corpus, to be built in {data.embedded_corpus}", *notes]
     config = found
     summary = check_data(config, only_plan=True)
     return [

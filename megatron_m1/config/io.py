@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
+from megatron_m1.config.numbers import whole_number
 from megatron_m1.config.older import OLDER, translate
 from megatron_m1.config.paths import expand
 from megatron_m1.config.presets import preset
@@ -29,6 +30,8 @@ from megatron_m1.printing import shown
 _LONGEST_NAME = 120
 _INTEGER_BITS = 63
 NONE_WORDS = ("none", "None", "null", "~")
+POWERS_OF_TWO = ("data.seq_length",)
+"""Besides the model's fields, those of which nobody knows what ``32K`` is; it is refused."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -296,6 +299,11 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
+def _takes_integer(annotation: Any) -> bool:
+    """Whether a field holds an integer, and not also a text or another number."""
+    return set(_alternatives(annotation)) <= {int, type(None)}
+
+
 def describe(annotation: Any) -> str:
     """Say in words what values a type takes, e.g. ``an integer or none``."""
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
@@ -331,6 +339,8 @@ def _typed(values: Mapping[str, Any], base: Config) -> Config:
     texts: dict[str, str] = {}
     for path, raw in values.items():
         value = _normalise(raw, known[path])
+        if _takes_integer(known[path]):
+            value = whole_number(path, value, counts=path not in POWERS_OF_TWO and not path.startswith("model."))
         if isinstance(value, str):
             if str in _alternatives(known[path]):
                 texts[path] = value

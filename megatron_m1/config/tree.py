@@ -124,7 +124,7 @@ class DataConfig:
     tokenizer: str = field(default="", metadata=PATH)
     """A SentencePiece .model file or a Hugging Face tokenizer folder."""
     seq_length: int = 8192
-    """Tokens of one pack; one micro-batch is one pack."""
+    """Tokens of one pack; one micro-batch is one pack. Written out: 32K might be 32,768 or 32,000."""
     reset_at_documents: bool = True
     """Attention, state and positions restart at every document; false lets them flow through the pack."""
     cache_folder: str | None = field(default=None, metadata=PATH)
@@ -136,7 +136,7 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and the learning-rate schedule, which counts tokens."""
+    """AdamW and the learning-rate schedule, which counts tokens; 1e9, 500M, 1.5B and 2T are numbers of them."""
 
     lr: float = 2e-4
     """Peak learning rate."""
