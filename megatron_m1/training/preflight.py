@@ -193,7 +193,7 @@ def find_embedded_corpus(config: ResolvedConfig) -> ResolvedConfig | None:
     if data.embedded_corpus is None:
         return config
     check_own_data(data.embedded_corpus, train=data.train, validation=data.validation, tokenizer=data.tokenizer)
-    corpus = find_corpus(config.data.embedded_corpus, vocab_size=config.model.vocab_size)
+    corpus = find_corpus(data.embedded_corpus, vocab_size=config.model.vocab_size)
     return None if corpus is None else _read_from(config, corpus)
 
 
