@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
+from megatron_m1.config.foreign.answer import answer
 from megatron_m1.config.numbers import whole_number
 from megatron_m1.config.older import OLDER, translate
 from megatron_m1.config.paths import expand
@@ -107,6 +108,13 @@ def nearest(name: str, candidates: Sequence[str]) -> str | None:
 
     best = max(candidates, key=likeness, default=None)
     return best if best is not None and likeness(best) >= 0.6 else None
+
+
+def unknown_setting(kind: str, name: str, candidates: Sequence[str], value: object, *, prefix: str = "") -> ValueError:
+    """Make the error for a setting that the tree lacks: what another program's means here, else as ``unknown``."""
+    given = value if isinstance(value, str) else None
+    said = answer(name, given, prefix=prefix)
+    return unknown(kind, name, candidates, prefix=prefix) if said is None else ValueError(said)
 
 
 def unknown(kind: str, name: str, candidates: Sequence[str], *, prefix: str = "") -> ValueError:
@@ -235,7 +243,7 @@ def _flatten(content: Any, prefix: str) -> dict[str, Any]:
             _check_plain(path, value, known.get(path, int))
             flat[path] = value
         else:
-            raise unknown("key", path, [*known, *groups])
+            raise unknown_setting("key", path, [*known, *groups], value)
     return flat
 
 
@@ -284,7 +292,8 @@ def read_flags(flags: Sequence[str], command_options: Sequence[str] = ()) -> dic
         if path in _groups():
             raise ValueError(f"--{path} is a group of options: give its fields, such as --{_example(path)}")
         if path not in known:
-            raise unknown("option", path, [*field_types(), *command_options], prefix="--")
+            given = value or next((word for word in rest[:1] if not word.startswith("--")), None)
+            raise unknown_setting("option", path, [*field_types(), *command_options], given, prefix="--")
         if not equals:
             follows = bool(rest) and not rest[0].startswith("--")
             if not follows and bool not in _alternatives(known[path]):

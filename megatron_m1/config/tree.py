@@ -109,7 +109,7 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
-    """Where tokens come from and how they are packed."""
+    """Where tokens come from and how they are packed. Write lengths out: 32K might be 32,768 or 32,000."""
 
     embedded_corpus: str | None = field(default=None, metadata=PATH)
     """Folder of the embedded corpus (Python's own sources and documentation), built there when it is missing; train,
@@ -124,7 +124,7 @@ class DataConfig:
     tokenizer: str = field(default="", metadata=PATH)
     """A SentencePiece .model file or a Hugging Face tokenizer folder."""
     seq_length: int = 8192
-    """Tokens of one pack; one micro-batch is one pack. Written out: 32K might be 32,768 or 32,000."""
+    """Tokens of one pack; one micro-batch is one pack."""
     reset_at_documents: bool = True
     """Attention, state and positions restart at every document; false lets them flow through the pack."""
     cache_folder: str | None = field(default=None, metadata=PATH)
