@@ -296,28 +296,28 @@ def read_flags(flags: Sequence[str], command_options: Sequence[str] = ()) -> dic
             raise unknown_setting("option", path, [*field_types(), *command_options], given, prefix="--")
         if not equals:
             follows = bool(rest) and not rest[0].startswith("--")
-            if not follows and bool not in _alternatives(known[path]):
+            if not follows and bool not in alternatives(known[path]):
                 raise ValueError(f"--{path} needs a value: {describe(known[path])}")
             value = rest.pop(0) if follows else "true"
         values[path] = value
     return translate(values)
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def alternatives(annotation: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the type itself."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
 def _takes_integer(annotation: Any) -> bool:
     """Whether a field holds an integer, and not also a text or another number."""
-    return set(_alternatives(annotation)) <= {int, type(None)}
+    return set(alternatives(annotation)) <= {int, type(None)}
 
 
 def describe(annotation: Any) -> str:
     """Say in words what values a type takes, e.g. ``an integer or none``."""
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
     parts = []
-    for member in _alternatives(annotation):
+    for member in alternatives(annotation):
         if get_origin(member) is Literal:
             parts.append("one of " + ", ".join(map(str, get_args(member))))
         else:
@@ -327,7 +327,7 @@ def describe(annotation: Any) -> str:
 
 def _normalise(value: Any, annotation: Any) -> Any:
     """Bring a YAML or flag value to the form the type checker expects: lists of text, and the words for none."""
-    if type(None) in _alternatives(annotation) and isinstance(value, str) and value in NONE_WORDS:
+    if type(None) in alternatives(annotation) and isinstance(value, str) and value in NONE_WORDS:
         return None
     if annotation != list[str]:
         return value
@@ -351,11 +351,11 @@ def _typed(values: Mapping[str, Any], base: Config) -> Config:
         if _takes_integer(known[path]):
             value = whole_number(path, value, counts=path not in POWERS_OF_TWO and not path.startswith("model."))
         if isinstance(value, str):
-            if str in _alternatives(known[path]):
+            if str in alternatives(known[path]):
                 texts[path] = value
                 continue
             _check_text(path, value, known[path])
-        if value is None and type(None) not in _alternatives(known[path]):
+        if value is None and type(None) not in alternatives(known[path]):
             raise ValueError(f"{path} has no value; it takes {describe(known[path])}")
         group, _, name = path.rpartition(".")
         (tree[group] if group else tree)[name] = value
