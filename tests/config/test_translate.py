@@ -102,7 +102,7 @@ def test_gpt3(tmp_path: Path) -> None:
     model, optimizer = config.model, config.optimizer
     assert (model.num_layers, model.hidden_size, model.num_attention_heads, model.kv_channels) == (96, 12288, 96, 128)
     assert (model.num_query_groups, model.mixers, model.residual) == (96, ["softmax"], "prenorm")
-    assert (model.num_moe_experts, model.moe_router_topk, model.moe_ffn_hidden_size) == (1, 1, 4 * 12288)
+    assert (model.num_moe_experts, model.moe_router_topk, model.moe_ffn_hidden_size) == (2, 2, 2 * 12288)
     step = 1536 * 2048
     assert (config.train.max_steps, config.train.global_batch_size, config.data.seq_length) == (500_000, 1536, 2048)
     assert optimizer.lr_warmup_tokens == 430 * step

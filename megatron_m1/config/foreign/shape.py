@@ -70,20 +70,18 @@ def _heads(command: CommandLine, said: Said, hidden: int) -> None:
 
 
 def _experts(command: CommandLine, said: Said, hidden: int) -> None:
-    dense, inner = command.known("ffn-hidden-size"), command.known("moe-ffn-hidden-size")
-    given = inner or dense
+    given = command.known("moe-ffn-hidden-size") or command.known("ffn-hidden-size")
     if given is not None:
-        said.say("model.moe_ffn_hidden_size", given.whole_number(1), given.text)
+        width, comment = given.whole_number(1), given.text
     else:
         gated = "swiglu" in command.flags
         width = int(4 * hidden * 2 / 3 / 64) * 64 if gated else 4 * hidden
-        said.say("model.moe_ffn_hidden_size", width, "Megatron-LM's default for this --hidden-size")
+        comment = "Megatron-LM's default for this --hidden-size"
     experts, used = command.known("num-experts"), command.known("moe-router-topk")
     if experts is None:
-        said.say("model.num_moe_experts", 1, "a dense network: one expert, which every token visits")
-        said.say("model.moe_router_topk", 1)
-        said.unsaid.append("(no --num-experts) a dense network: every layer's is a mixture of experts here, so of one")
+        _dense(said, width, comment)
         return
+    said.say("model.moe_ffn_hidden_size", width, comment)
     said.say("model.num_moe_experts", experts.whole_number(1))
     if used is None:
         said.say("model.moe_router_topk", 2, "Megatron-LM's default")
@@ -96,6 +94,16 @@ def _experts(command: CommandLine, said: Said, hidden: int) -> None:
     for name, (path, value) in defaults.items():
         if name not in command.flags:
             said.say(path, value, "Megatron-LM's default")
+
+
+def _dense(said: Said, width: int, comment: str) -> None:
+    said.say("model.moe_ffn_hidden_size", -(-width // 2), f"half of {comment}")
+    said.say("model.num_moe_experts", 2, "as many parameters as a dense network")
+    said.say("model.moe_router_topk", 2)
+    said.unsaid.append(
+        "(no --num-experts) a dense network: every layer's is a mixture of experts here; two of half the width, which "
+        "every token visits, have its parameters and its work"
+    )
 
 
 def _vocabulary(command: CommandLine, said: Said) -> None:
