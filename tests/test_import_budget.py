@@ -97,7 +97,7 @@ LIGHT = [
     "inspect run",
     "inspect run --tensors",
     "inspect --preset m1-456b",
-    "translate -- --num-layers 8",
+    "translate -- --num-layers 8 --hidden-size 64",
 ]
 
 
