@@ -16,6 +16,18 @@ TRAINING_BYTES = 100_000_000
 """Of the inputs, about, that SentencePiece sees: more costs memory and hardly changes the pieces."""
 
 
+def check_new_model(path: Path) -> None:
+    """Check where a trained tokenizer shall be written.
+
+    Raises:
+        ValueError: it is there already, or is no ``.model``.
+    """
+    if path.suffix != ".model":
+        raise ValueError(f"a trained tokenizer is one file: {path} must end in .model")
+    if os.path.lexists(path):
+        raise ValueError(f"{path} is there already: leave --train-tokenizer out to use it, or choose another name")
+
+
 def train_tokenizer(
     inputs: Sequence[str | Path],
     path: Path,
@@ -38,10 +50,7 @@ def train_tokenizer(
         ValueError: ``path`` is there already or is no ``.model``, an input can't be read, or ``vocab_size`` does not
             suit the texts.
     """
-    if path.suffix != ".model":
-        raise ValueError(f"a trained tokenizer is one file: {path} must end in .model")
-    if os.path.lexists(path):
-        raise ValueError(f"{path} is there already: leave --train-tokenizer out to use it, or choose another name")
+    check_new_model(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     texts = _sample(find_files(inputs, text_suffixes), text_key, text_suffixes)
     train_sentencepiece(texts, path, vocab_size=vocab_size)

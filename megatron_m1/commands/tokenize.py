@@ -95,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
     from megatron_m1.data.tokenize import tokenize_corpus
     from megatron_m1.data.tokenize.find import find_files
     from megatron_m1.data.tokenize.outputs import check_outputs
-    from megatron_m1.data.tokenizers.train import train_tokenizer
+    from megatron_m1.data.tokenizers.train import check_new_model, train_tokenizer
 
     keep_output()
     try:
@@ -104,6 +104,7 @@ def run(arguments: Sequence[str]) -> int:
             files = find_files(options.inputs, options.suffix)
             for part in options.split.parts:
                 check_outputs(options.output + SUFFIXES[part], files, options.tokenizer)
+            check_new_model(options.tokenizer)
             print(f"training a SentencePiece tokenizer of {options.train_tokenizer:,} tokens", flush=True)
             train_tokenizer(
                 options.inputs,
