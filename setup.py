@@ -11,6 +11,7 @@ PACKAGES = [
     "megatron_m1.checkpoint",
     "megatron_m1.commands",
     "megatron_m1.config",
+    "megatron_m1.config.foreign",
     "megatron_m1.convert",
     "megatron_m1.convert.families",
     "megatron_m1.convert.families.minimax_m1",

@@ -18,6 +18,7 @@ from megatron_m1 import cli
 from megatron_m1.commands import pretrain
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.written import write_config
+from megatron_m1.data.demo.corpus import MAX_VOCAB_SIZE, check_own_data
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,6 +281,39 @@ def test_a_corpus_of_another_tokenizer_is_refused(command: Run, corpus: Path, to
 def test_a_tokenizer_larger_than_the_embedding_is_refused(command: Run, corpus: Path, tokenizer: Path) -> None:
     result = command(*dry_run(corpus, tokenizer, "--model.vocab_size", 499))
     assert_refused(result, "500 tokens", "model.vocab_size = 499", "at least 500")
+
+
+def test_own_data_beside_the_embedded_corpus_name_the_cure(command: Run, corpus: Path, tokenizer: Path) -> None:
+    tiny = ["--config", CONFIGS / "tiny.yaml", "--data.embedded_corpus", corpus.parent / "embedded"]
+    plan = [*dry_run(corpus, tokenizer, *tiny), "--world-size", 2]
+    assert_refused(command(*plan), "data.validation is empty", "tokenize --split", "--data.embedded_corpus none")
+    assert_refused(command(*plan, "--data.train", "[]"), "data.train is empty", str(tokenizer))
+    # With both blends of its own, and without any other's, the run has all that it needs.
+    shared = ["--data.validation", f"[{corpus}]", "--data.allow_shared_validation", "true"]
+    assert command(*plan, *shared)[0] == 0
+    assert command(*plan, "--data.embedded_corpus", "none")[0] == 0
+
+
+def test_own_data_made_with_the_embedded_tokenizer_go_with_the_embedded_validation(tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "bpe-300").mkdir(parents=True)
+    own, copied = tmp_path / "corpus" / "bpe-300" / "tokenizer.model", tmp_path / "copy.model"
+    own.write_bytes(b"a model")
+    copied.write_bytes(b"a model")
+    for tokenizer in (own, copied):
+        check_own_data(tmp_path / "corpus", train=["mine"], validation=[], tokenizer=str(tokenizer))
+    copied.write_bytes(b"another")
+    with pytest.raises(ValueError, match="hold out a part of yours"):
+        check_own_data(tmp_path / "corpus", train=["mine"], validation=[], tokenizer=str(copied))
+
+
+def test_more_rows_than_the_embedded_tokenizer_has_tokens_are_said(command: Run, tmp_path: Path) -> None:
+    plan = ["pretrain", "--dry-run", "--data.embedded_corpus", tmp_path / "corpus", "--run.folder", tmp_path / "run"]
+    status, out, _ = command(*plan, "--model.vocab_size", MAX_VOCAB_SIZE)
+    assert (status, "note: model.vocab_size" in out) == (0, False)
+    status, out, _ = command(*plan, "--model.vocab_size", 32_768)
+    assert status == 0
+    assert "note: model.vocab_size is 32,768, but the embedded corpus' tokenizer has 16,384 tokens at most" in out
+    assert "--model.vocab_size 16384" in out
 
 
 def test_a_missing_or_damaged_tokenizer_is_refused(command: Run, corpus: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megatron_m1.checkpoint.folder import (
     read_manifest,
     run_folder_of,
 )
+from megatron_m1.checkpoint.metadata_file import tensors_of
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.written import read_saved
 from megatron_m1.files import check_folder, read_json_object
@@ -189,16 +190,10 @@ def _check_small_files(folder: Path) -> None:
 
 
 def _stored_tensors(folder: Path) -> list[StoredTensor]:
-    # torch takes seconds to import, which what needs no checkpoint should not wait for.
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    from megatron_m1.checkpoint.metadata import read_metadata
-
     tensors = []
-    for name, stored in sorted(read_metadata(folder).state_dict_metadata.items()):
-        if isinstance(stored, TensorStorageMetadata):
-            dtype, shape = stored.properties.dtype, tuple(stored.size)
-            tensors.append(StoredTensor(name, shape, str(dtype)[6:], math.prod(shape) * dtype.itemsize))
+    for name, stored in tensors_of(folder).items():
+        dtype = stored.properties.dtype
+        tensors.append(StoredTensor(name, stored.size, dtype.name, math.prod(stored.size) * dtype.itemsize))
     return tensors
 
 

@@ -10,6 +10,7 @@ from megatron_m1.checkpoint.folder import read_state, step_of
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.config.pipeline import StageLayers, plan_stages
+from megatron_m1.data.demo.corpus import vocabulary_notes
 from megatron_m1.launch import Launch
 from megatron_m1.plan.parameters import rank_counts
 from megatron_m1.training.changes import changes_since, nothing_to_train, stream_lines
@@ -58,8 +59,7 @@ def describe_plan(config: ResolvedConfig, world_size: int, *, source: str, on_gp
     notes: list[str] = []
     found = find_embedded_corpus(config)
     config = with_own_tokenizer(found or config, note=notes.append)
-    to_build = f"data        embedded corpus, to be built in {config.data.embedded_corpus}"
-    data_lines = _data_lines(config, notes) if found else [to_build]
+    data_lines = _data_lines(config, notes) if found else _lines_of_what_is_built(config)
     model, parallel, train = config.model, config.parallel, config.train
     device = "gpu" if on_gpu else "cpu"
     return [
@@ -98,6 +98,12 @@ def _describe_chunk(chunk: StageLayers) -> str:
     return ("embedding, " if chunk.has_embedding else "") + text + (", head" if chunk.has_head else "")
 
 
+def _lines_of_what_is_built(config: ResolvedConfig) -> list[str]:
+    data = config.data
+    notes = vocabulary_notes(data.embedded_corpus, data.tokenizer, config.model.vocab_size)
+    return [f"data        embedded corpus, to be built in {data.embedded_corpus}", *notes]
+
+
 def _data_lines(config: ResolvedConfig, notes: Sequence[str]) -> list[str]:
     summary = check_data(config, only_plan=True)
     return [
@@ -113,7 +119,7 @@ def _initial_source(config: ResolvedConfig, init_from: str) -> str:
     """What a new run will read its weights from."""
     if not init_from.startswith(HUGGING_FACE):
         # It imports torch.
-        from megatron_m1.convert.sources import find_checkpoint
+        from megatron_m1.convert.places import find_checkpoint
 
         return f"weights of {find_checkpoint(Path(init_from))}"
     imported = Path(config.run.folder) / IMPORTED

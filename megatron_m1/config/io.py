@@ -19,6 +19,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
+from megatron_m1.config.foreign.answer import answer
+from megatron_m1.config.numbers import whole_number
 from megatron_m1.config.older import OLDER, translate
 from megatron_m1.config.paths import expand
 from megatron_m1.config.presets import preset_config
@@ -29,6 +31,8 @@ from megatron_m1.printing import shown
 _LONGEST_NAME = 120
 _INTEGER_BITS = 63
 NONE_WORDS = ("none", "None", "null", "~")
+POWERS_OF_TWO = ("data.seq_length",)
+"""Besides the model's fields, those of which nobody knows what ``32K`` is; it is refused."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -104,6 +108,13 @@ def nearest(name: str, candidates: Sequence[str]) -> str | None:
 
     best = max(candidates, key=likeness, default=None)
     return best if best is not None and likeness(best) >= 0.6 else None
+
+
+def unknown_setting(kind: str, name: str, candidates: Sequence[str], value: object, *, prefix: str = "") -> ValueError:
+    """Make the error for a setting that the tree lacks: what another program's means here, else as ``unknown``."""
+    given = value if isinstance(value, str) else None
+    said = answer(name, given, prefix=prefix)
+    return unknown(kind, name, candidates, prefix=prefix) if said is None else ValueError(said)
 
 
 def unknown(kind: str, name: str, candidates: Sequence[str], *, prefix: str = "") -> ValueError:
@@ -209,7 +220,7 @@ def _flatten(content: Any, prefix: str) -> dict[str, Any]:
             _check_plain(path, value, known.get(path, int))
             flat[path] = value
         else:
-            raise unknown("key", path, [*known, *groups])
+            raise unknown_setting("key", path, [*known, *groups], value)
     return flat
 
 
@@ -258,26 +269,32 @@ def read_flags(flags: Sequence[str], command_options: Sequence[str] = ()) -> dic
         if path in tree_groups():
             raise ValueError(f"--{path} is a group of options: give its fields, such as --{_example(path)}")
         if path not in known:
-            raise unknown("option", path, [*field_types(), *command_options], prefix="--")
+            given = value or next((word for word in rest[:1] if not word.startswith("--")), None)
+            raise unknown_setting("option", path, [*field_types(), *command_options], given, prefix="--")
         if not equals:
             follows = bool(rest) and not rest[0].startswith("--")
-            if not follows and bool not in _alternatives(known[path]):
+            if not follows and bool not in alternatives(known[path]):
                 raise ValueError(f"--{path} needs a value: {describe(known[path])}")
             value = rest.pop(0) if follows else "true"
         values[path] = value
     return translate(values)
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def alternatives(annotation: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the type itself."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _takes_integer(annotation: Any) -> bool:
+    """Whether a field holds an integer, and not also a text or another number."""
+    return set(alternatives(annotation)) <= {int, type(None)}
 
 
 def describe(annotation: Any) -> str:
     """Say in words what values a type takes, e.g. ``an integer or none``."""
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
     parts = []
-    for member in _alternatives(annotation):
+    for member in alternatives(annotation):
         if get_origin(member) is Literal:
             parts.append("one of " + ", ".join(map(str, get_args(member))))
         else:
@@ -287,7 +304,7 @@ def describe(annotation: Any) -> str:
 
 def _normalise(value: Any, annotation: Any) -> Any:
     """Bring a YAML or flag value to the form the type checker expects: lists of text, and the words for none."""
-    if type(None) in _alternatives(annotation) and isinstance(value, str) and value in NONE_WORDS:
+    if type(None) in alternatives(annotation) and isinstance(value, str) and value in NONE_WORDS:
         return None
     if annotation != list[str]:
         return value
@@ -308,12 +325,14 @@ def _typed(values: Mapping[str, Any], base: Config) -> Config:
     texts: dict[str, str] = {}
     for path, raw in values.items():
         value = _normalise(raw, known[path])
+        if _takes_integer(known[path]):
+            value = whole_number(path, value, counts=path not in POWERS_OF_TWO and not path.startswith("model."))
         if isinstance(value, str):
-            if str in _alternatives(known[path]):
+            if str in alternatives(known[path]):
                 texts[path] = value
                 continue
             _check_text(path, value, known[path])
-        if value is None and type(None) not in _alternatives(known[path]):
+        if value is None and type(None) not in alternatives(known[path]):
             raise ValueError(f"{path} has no value; it takes {describe(known[path])}")
         group, _, name = path.rpartition(".")
         (tree[group] if group else tree)[name] = value

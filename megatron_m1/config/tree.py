@@ -109,7 +109,7 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
-    """Where tokens come from and how they are packed."""
+    """Where tokens come from and how they are packed. Write lengths out: 32K might be 32,768 or 32,000."""
 
     embedded_corpus: str | None = field(default=None, metadata=PATH)
     """Folder of the embedded corpus (Python's own sources and documentation), built there when it is missing; train,
@@ -137,7 +137,7 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and the learning-rate schedule, which counts tokens."""
+    """AdamW and the learning-rate schedule, which counts tokens; 1e9, 500M, 1.5B and 2T are numbers of them."""
 
     lr: float = 2e-4
     """Peak learning rate."""

@@ -22,7 +22,13 @@ from megatron_m1.cores import usable_cores
 from megatron_m1.data.corpora.blend import check_blend, parse_blend, repeated_corpora, shared_corpora
 from megatron_m1.data.corpora.ids import check_token_ids, unread_bytes
 from megatron_m1.data.corpora.prefix import PrefixSummary, sidecar_path
-from megatron_m1.data.demo.corpus import PreparedCorpus, find_corpus, prepare_corpus
+from megatron_m1.data.demo.corpus import (
+    PreparedCorpus,
+    check_own_data,
+    find_corpus,
+    prepare_corpus,
+    vocabulary_notes,
+)
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.training.description import repetition_notes
 from megatron_m1.training.run_folder import check_run_folder
@@ -82,6 +88,7 @@ def check_data(config: ResolvedConfig, *, only_plan: bool = False) -> DataSummar
     train, validation = summaries.values()
     unverified = [summary.prefix for summary in (*train, *validation) if summary.tokenizer_digest is None]
     notes = [*(f"note: {note}" for note in tokenizer.notes), *notes, *_unverified_notes(unverified)]
+    notes += vocabulary_notes(data.embedded_corpus, data.tokenizer, config.model.vocab_size)
     return DataSummary(train, validation, tokenizer.vocab_size, notes)
 
 
@@ -247,11 +254,13 @@ def find_embedded_corpus(config: ResolvedConfig) -> ResolvedConfig | None:
     """Return the configuration that reads ``data.embedded_corpus``, or None when that one has to be built first.
 
     Raises:
-        ValueError: its tokenizer is damaged.
+        ValueError: its tokenizer is damaged, or only one of the blends is the run's own.
     """
-    if config.data.embedded_corpus is None:
+    data = config.data
+    if data.embedded_corpus is None:
         return _with_initial_tokenizer(config)
-    corpus = find_corpus(config.data.embedded_corpus, vocab_size=config.model.vocab_size)
+    check_own_data(data.embedded_corpus, train=data.train, validation=data.validation, tokenizer=data.tokenizer)
+    corpus = find_corpus(data.embedded_corpus, vocab_size=config.model.vocab_size)
     return None if corpus is None else _read_from(config, corpus)
 
 

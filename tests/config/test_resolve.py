@@ -136,6 +136,7 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("model.ffns=[lightning]", 1, ["model.ffns has 'lightning'", "choose from moe"]),
         ("model.attention_period=3", 1, ["num_layers = 8", "3 kinds that model.mixers lists"]),
         ("model.moe_router_topk=9", 1, ["moe_router_topk = 9"]),
+        ("model.moe_router_topk=1", 1, ["moe_router_topk = 1", "at least 2"]),
         ("model.rotary_percent=0.3", 1, ["rotary_percent = 0.3"]),
         ("model.hidden_size=-1", 1, ["hidden_size = -1"]),
         ("pp=3", 3, ["num_layers = 8", "3 stages"]),
