@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.core.utils import get_pg_rank
 
 from megatron_m1.layers.engine import EngineConfig
 from megatron_m1.layers.head import OutputLayer
@@ -69,8 +70,9 @@ def build_chunk(
         pg_collection: process groups; None takes megatron-core's initialised ones.
     """
     provider = spec_provider(implementation)
-    first = get_transformer_layer_offset(config, vp_stage)
-    count = get_num_layers_to_build(config, vp_stage)
+    stage = get_pg_rank(pg_collection.pp) if pg_collection is not None else None
+    first = get_transformer_layer_offset(config, vp_stage, stage)
+    count = get_num_layers_to_build(config, vp_stage, stage)
     final_norm = provider.layer_norm(rms_norm=True)
     model = GPTModel(
         config,
