@@ -69,7 +69,8 @@ def build_chunk(
         vp_stage: virtual stage, None without interleaving.
         pg_collection: process groups; None takes megatron-core's initialised ones.
     """
-    provider = spec_provider(implementation)
+    on_gpu = torch.get_default_device().type == "cuda" if config.use_cpu_initialization else torch.cuda.is_available()
+    provider = spec_provider(implementation, on_gpu=on_gpu)
     stage = get_pg_rank(pg_collection.pp) if pg_collection is not None else None
     first = get_transformer_layer_offset(config, vp_stage, stage)
     count = get_num_layers_to_build(config, vp_stage, stage)
