@@ -114,9 +114,7 @@ def open_hub_folder(folder: Path, *, headers: bool = True) -> HubFolder:
     files, announced = _read_index(folder)
     files = {name: file for name, file in files.items() if not is_native_buffer(name)}
     if model.num_moe_experts * model.num_layers > len(files):
-        raise ValueError(
-            f"{folder / CONFIG}: {model.num_moe_experts} experts, but there are {len(files)} tensors"
-        )
+        raise ValueError(f"{folder / CONFIG}: {model.num_moe_experts} experts, but there are {len(files)} tensors")
     wanted = units(model, native_heads=has_native_heads(config))
     check_names([part.name for unit in wanted for part in unit.parts], files, str(folder))
     opened = HubFolder(folder, config, model, wanted, files)

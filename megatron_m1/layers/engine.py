@@ -31,16 +31,14 @@ def _leave_uninitialised(weight: Tensor) -> Tensor:
     return weight
 
 
-def engine_config(
-    config: ResolvedConfig, *, dtype: torch.dtype, on_default_device: bool = False
-) -> EngineConfig:
+def engine_config(config: ResolvedConfig, *, dtype: torch.dtype, on_default_device: bool = False) -> EngineConfig:
     """Translate the configuration into what megatron-core's modules read.
 
     Args:
         config: the run's configuration after ``resolve.resolve``.
         dtype: parameters and activations, ``torch.bfloat16`` or ``torch.float32``.
-        on_default_device: allocate on the surrounding default device (``with torch.device("meta")``), where megatron-core
-            otherwise takes the current GPU.
+        on_default_device: allocate on the surrounding default device (``with torch.device("meta")``), not on the
+            current GPU.
     """
     model, parallel, train = config.model, config.parallel, config.train
     virtual = parallel.virtual_pipeline_model_parallel_size

@@ -12,6 +12,7 @@ from megatron_m1.config.resolve import check_model
 from megatron_m1.convert.places import CONFIG
 from megatron_m1.data.tokenizers import Tokenizer
 from megatron_m1.library.places import AnyPath, find_place, find_tokenizer
+from megatron_m1.library.quiet import quiet_libraries
 from megatron_m1.plan import parameters
 from megatron_m1.plan.parameters import ParameterCounts
 
@@ -38,20 +39,21 @@ def load(
         path: a run, for its newest complete checkpoint; a checkpoint, ``RUN/checkpoints/step_<number>``, whatever mesh
             wrote it; or a local Hugging Face folder.
         device: "cpu", "cuda" or "cuda:1", as text or as torch's; auto is the current GPU if there is one.
-        dtype: of parameters and products, torch's or "fp32" or "bf16"; None takes that in which they are stored. Routers
-            and an FP32 head are fp32 whatever it is.
-        tokenizer: one, or its path; None takes the one that the checkpoint names or the folder has. A model without one
-            takes ids and packs.
+        dtype: of parameters and products, torch's or "fp32" or "bf16"; None takes that in which they are stored.
+            Routers and an FP32 head are fp32 whatever it is.
+        tokenizer: one, or its path; None takes the one that the checkpoint names or the folder has. A model without
+            one takes ids and packs.
 
     Raises:
-        ValueError: the path is none of these or damaged, there is no such device or dtype, or the tokenizer that is given
-            can't be loaded; one line.
+        ValueError: the path is none of these or damaged, there is no such device or dtype, or the tokenizer that is
+            given can't be loaded; one line.
     """
     place = find_place(path)
     found = find_tokenizer(place, tokenizer, fix="give load(..., tokenizer=PATH)")
-    from megatron_m1.library.weights import load_place
+    with quiet_libraries():
+        from megatron_m1.library.weights import load_place
 
-    return load_place(place, found, device=device, dtype=dtype)
+        return load_place(place, found, device=device, dtype=dtype)
 
 
 def parameter_counts(model: Described | Path) -> ParameterCounts:
@@ -81,9 +83,10 @@ def meta_model(model: Described | Path, *, dtype: torch.dtype | str = "bf16") ->
         ValueError: as of ``parameter_counts``, or there is no such dtype.
     """
     described = _described(model)
-    from megatron_m1.library.weights import build_on_meta
+    with quiet_libraries():
+        from megatron_m1.library.weights import build_on_meta
 
-    return build_on_meta(described, dtype=dtype)
+        return build_on_meta(described, dtype=dtype)
 
 
 def _described(model: Described | Path) -> ModelConfig:

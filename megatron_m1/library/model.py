@@ -98,7 +98,7 @@ class Model:
             yield
 
     @overload
-    def logits(self, inputs: Input) -> Tensor: ...
+    def logits(self, inputs: Input) -> Tensor: ...  # type: ignore[overload-overlap]
 
     @overload
     def logits(self, inputs: Iterable[Input]) -> list[Tensor]: ...
@@ -110,15 +110,17 @@ class Model:
             inputs: texts, ids or packs, one or several.
 
         Returns:
-            fp32 [n, vocabulary] on the model's device, row i after token i; of several inputs a list, in their order, and
-            of a tensor [sequences, n] fp32 [sequences, n, vocabulary].
+            fp32 [n, vocabulary] on the model's device, row i after token i; of several inputs a list, in their order,
+            and of a tensor [sequences, n] fp32 [sequences, n, vocabulary].
         """
         given, form = self._reader.read(inputs)
         found: list[Tensor] = []
         with self._running():
             for part in passes(given):
                 tokens, params = self._placed(part.pack)
-                logits = self.module(tokens, None, None, packed_seq_params=params)[0].float()  # [1, n, vocab] -> [n, vocab]
+                logits = self.module(tokens, None, None, packed_seq_params=params)[
+                    0
+                ].float()  # [1, n, vocab] -> [n, vocab]
                 found += [logits[start:end] for start, end in part.parts]
         return form.of(found)
 
@@ -126,7 +128,7 @@ class Model:
     def loss(self, inputs: Inputs, *, per_token: Literal[False] = False) -> Tensor: ...
 
     @overload
-    def loss(self, inputs: Input, *, per_token: Literal[True]) -> Tensor: ...
+    def loss(self, inputs: Input, *, per_token: Literal[True]) -> Tensor: ...  # type: ignore[overload-overlap]
 
     @overload
     def loss(self, inputs: Iterable[Input], *, per_token: Literal[True]) -> list[Tensor]: ...
@@ -142,8 +144,8 @@ class Model:
 
         Returns:
             The mean over all predicted tokens of all inputs, a fp32 scalar. With ``per_token`` fp32 [n - 1] of a text
-            or ids, entry i of token i + 1; of a pack fp32 [n], entry i of label i, 0 where it does not count; of several
-            inputs a list, and of a tensor [sequences, n] fp32 [sequences, n - 1].
+            or ids, entry i of token i + 1; of a pack fp32 [n], entry i of label i, 0 where it does not count; of
+            several inputs a list, and of a tensor [sequences, n] fp32 [sequences, n - 1].
 
         Raises:
             ValueError: besides, no token is predicted.
@@ -173,7 +175,7 @@ class Model:
         return pack.tokens.to(self.device)[None], PackedBatchParams.of(layout)
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self,
         prompts: str | Ids,
         *,

@@ -33,6 +33,8 @@ def find_place(path: AnyPath) -> Place:
         ValueError: it is none of these.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist: give a run, a checkpoint or a local Hugging Face folder")
     if (path / CONFIG).exists():
         check_hub_folder(path)
         return Place(path, path)
