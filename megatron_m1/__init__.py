@@ -52,7 +52,10 @@ if not os.path.exists("/dev/nvidiactl"):
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            from megatron_m1.library.quiet import quiet_libraries
+
+            with quiet_libraries():
+                return getattr(importlib.import_module(f"{__name__}.{home}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
