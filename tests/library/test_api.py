@@ -24,7 +24,8 @@ SIGNATURES = {
     "tokenizer: 'AnyPath | Tokenizer | None' = None) -> 'Model'",
     "parameter_counts": "(model: 'Described | Path') -> 'ParameterCounts'",
     "meta_model": "(model: 'Described | Path', *, dtype: 'torch.dtype | str' = 'bf16') -> 'nn.Module'",
-    "packed_data": "(source: 'AnyPath | Config | Sequence[str]', *, split: \"Literal['train', 'validation']\" = 'train', "
+    "packed_data": "(source: 'AnyPath | Config | Sequence[str]', *, "
+    "split: \"Literal['train', 'validation']\" = 'train', "
     "seq_length: 'int | None' = None, num_samples: 'int | None' = None, seed: 'int | None' = None, "
     "tokenizer: 'AnyPath | Tokenizer | None' = None, cache_folder: 'AnyPath | None' = None, "
     "reset_at_documents: 'bool | None' = None) -> 'PackedData'",
@@ -77,7 +78,7 @@ def test_editors_and_type_checkers_see_the_same() -> None:
     """They read the imports under TYPE_CHECKING, and do not run ``__getattr__``."""
     tree = ast.parse((ROOT / "megatron_m1" / "__init__.py").read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and isinstance(node.test, ast.Name))
-    seen = {}
+    seen: dict[str, str] = {}
     for node in block.body:
         assert isinstance(node, ast.ImportFrom)
         assert node.module is not None

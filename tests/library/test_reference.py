@@ -110,7 +110,8 @@ def test_losses(model: megatron_m1.Model, reference: Reference) -> None:
     ours = model.loss(pack, per_token=True)
     assert_close(ours[pack.loss_mask != 0], torch.cat(right), model)
     assert not ours[pack.loss_mask == 0].any()
-    assert_close(model.loss([pack, documents[1]]), torch.cat([*right, right[1]]).mean(), model)
+    mixed: list[PackedSample | list[int]] = [pack, documents[1]]
+    assert_close(model.loss(mixed), torch.cat([*right, right[1]]).mean(), model)
 
 
 def test_gradients_are_those_of_transformers(reference: Reference) -> None:
@@ -143,9 +144,8 @@ def test_greedy_text_is_that_of_transformers(model: megatron_m1.Model, reference
     generations = model.generate(prompts, max_tokens=12, chunk_tokens=16)
     with torch.no_grad():
         for prompt, ours in zip(prompts, generations, strict=True):
-            whole: Any = reference.model.generate(
-                torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None
-            )
+            theirs: Any = reference.model
+            whole = theirs.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=None)
             assert ours.ids == whole[0, len(prompt) :].tolist()
             assert ours.text is None
     assert model.generate(prompts[1], max_tokens=12) == generations[1]
