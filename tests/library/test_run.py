@@ -1,7 +1,8 @@
-"""The library on a run: its validation loss, its packs, its texts, the command, and a run in the same process."""
+"""The library on a run: its page, the run's loss, packs and texts, the command, and a run in the same process."""
 
 from __future__ import annotations
 
+import doctest
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,26 @@ from tests.library import library_runs
 from tests.library.conftest import STEPS, Reference, TrainedRun
 from tests.training import loop_runs
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "library.md"
 Corpus = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def model(trained: TrainedRun) -> megatron_m1.Model:
     return megatron_m1.load(trained.folder)
+
+
+def test_the_examples_of_the_page(trained: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They name the run of ``make pretrain``, and say nothing that is not as true of a shorter one."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tiny").symlink_to(trained.folder)
+    monkeypatch.chdir(tmp_path)
+    how = doctest.ELLIPSIS | doctest.REPORT_NDIFF
+    failed, examples = doctest.testfile(str(PAGE), module_relative=False, optionflags=how)
+    assert failed == 0
+    assert examples > 40
+    page = PAGE.read_text()
+    assert [name for name in megatron_m1.__all__ if name not in page] == []
 
 
 def corpus_documents(prefix: str) -> list[list[int]]:
