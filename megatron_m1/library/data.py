@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from megatron_m1.config import Config
-from megatron_m1.config.io import load_config
-from megatron_m1.convert.places import CONFIG
 from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.data.corpora.prefix import check_prefix
 from megatron_m1.data.demo.corpus import find_corpus
@@ -97,20 +95,20 @@ def packed_data(
 def _find_source(source: AnyPath | Config | Sequence[str], split: Literal["train", "validation"]) -> _Source:
     if isinstance(source, Config):
         tokenizer = Path(source.data.tokenizer) if source.data.tokenizer else None
-        return _of_config(source, split, Place(Path(source.run.folder), tokenizer))
+        return _of_config(source, split, Place(Path(source.run.folder), tokenizer, source))
     if not isinstance(source, str | os.PathLike):
         return _Source([str(item) for item in source], _nowhere())
     path = Path(source)
     if not path.is_dir():
         return _Source([str(path)], _nowhere())
     place = find_place(path)
-    if (place.folder / CONFIG).exists():
+    if place.config is None:
         raise ValueError(f"{path} is a Hugging Face folder, which has no data: give a run or the prefix of a corpus")
-    return _of_config(load_config(place.folder / "config.yaml"), split, place)
+    return _of_config(place.config, split, place)
 
 
 def _nowhere() -> Place:
-    return Place(Path("the corpus"), None)
+    return Place(Path("the corpus"), None, None)
 
 
 def _of_config(config: Config, split: Literal["train", "validation"], place: Place) -> _Source:
@@ -121,7 +119,7 @@ def _of_config(config: Config, split: Literal["train", "validation"], place: Pla
         if corpus is None:
             raise ValueError(f"data.embedded_corpus = {data.embedded_corpus} is not built yet: train on it first")
         blends = {"train": corpus.train, "validation": corpus.validation}
-        place = place if data.tokenizer else Place(place.folder, corpus.tokenizer)
+        place = place if data.tokenizer else Place(place.folder, corpus.tokenizer, config)
     if not blends[split]:
         raise ValueError(f"data.{split} of {place.folder} is empty: give a run that has it, or the prefix of a corpus")
     samples = data.train_samples or train.max_steps * train.global_batch_size

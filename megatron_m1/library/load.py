@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_m1.config import Config, ModelConfig
-from megatron_m1.config.io import load_config
 from megatron_m1.config.presets import PRESETS
 from megatron_m1.config.resolve import check_model
-from megatron_m1.convert.places import CONFIG
 from megatron_m1.data.tokenizers import Tokenizer
 from megatron_m1.library.places import AnyPath, find_place, find_tokenizer
 from megatron_m1.library.quiet import quiet_libraries
@@ -106,8 +104,8 @@ def _described(model: Described | Path) -> ModelConfig:
 
 def _of_path(path: Path) -> ModelConfig:
     place = find_place(path)
-    if not (place.folder / CONFIG).exists():
-        return load_config(place.folder / "config.yaml").model
+    if place.config is not None:
+        return place.config.model
     from megatron_m1.convert.hub_folder import open_hub_folder
 
     return open_hub_folder(place.folder, headers=False).model

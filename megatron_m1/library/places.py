@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from megatron_m1.config.io import load_config
+from megatron_m1.checkpoint.contents import read_checkpoint
+from megatron_m1.config import Config
 from megatron_m1.convert.places import CONFIG, check_hub_folder, find_checkpoint
 from megatron_m1.convert.tokenizer import tokenizer_beside
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
@@ -21,6 +22,8 @@ class Place:
     folder: Path
     tokenizer: Path | None
     """Where the tokenizer is said to be."""
+    config: Config | None
+    """Of a checkpoint."""
 
 
 def find_place(path: AnyPath) -> Place:
@@ -37,9 +40,10 @@ def find_place(path: AnyPath) -> Place:
         raise ValueError(f"{path} does not exist: give a run, a checkpoint or a local Hugging Face folder")
     if (path / CONFIG).exists():
         check_hub_folder(path)
-        return Place(path, path)
+        return Place(path, path, None)
     folder = find_checkpoint(path)
-    return Place(folder, tokenizer_beside(folder, load_config(folder / "config.yaml").data.tokenizer))
+    config = read_checkpoint(folder, with_tensors=False).config
+    return Place(folder, tokenizer_beside(folder, config.data.tokenizer), config)
 
 
 def find_tokenizer(place: Place, given: AnyPath | Tokenizer | None, *, fix: str) -> Tokenizer | str:

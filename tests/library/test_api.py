@@ -148,7 +148,7 @@ def test_generate_checks_before_it_imports_torch(tmp_path: Path, arguments: list
     checkpoint = tmp_path / "checkpoints" / "step_00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.yaml").write_text("preset: tiny\n")
-    (checkpoint / "metadata.json").write_text("{}")
+    (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
     words = [str(tmp_path) if word == "RUN" else word for word in arguments]
     modules, printed = imported_after(
         "from megatron_m1 import cli",
