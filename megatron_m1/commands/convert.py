@@ -103,8 +103,7 @@ def _to_hf(options: argparse.Namespace) -> list[str]:
     from megatron_m1.convert.export import ExportOptions, check_inputs, describe_export, export
     from megatron_m1.convert.families.minimax_m1.config import DTYPES, caveats
     from megatron_m1.convert.our_checkpoint import open_checkpoint
-    from megatron_m1.convert.places import find_checkpoint
-    from megatron_m1.convert.sources import tokenizer_of
+    from megatron_m1.convert.sources import find_checkpoint, tokenizer_of
     from megatron_m1.convert.work import parse_size, refuse_existing, started_ranks
 
     source = open_checkpoint(find_checkpoint(options.source))

@@ -16,11 +16,10 @@ from torch import Tensor
 
 from megatron_m1.checkpoint.folder import first_fault, read_manifest
 from megatron_m1.convert.families.minimax_m1.buffers import buffer_entries, buffers_layer, native_buffers
-from megatron_m1.convert.families.minimax_m1.config import hub_config, native_config
+from megatron_m1.convert.families.minimax_m1.config import CONFIG, hub_config, native_config
 from megatron_m1.convert.families.minimax_m1.weights import WeightPiece, cast, check_spelled, to_hub, units
-from megatron_m1.convert.hub_folder import open_hub_folder
+from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
-from megatron_m1.convert.places import CONFIG, INDEX
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
 from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
 from megatron_m1.convert.work import Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_m1.checkpoint.contents import complete_checkpoints
-from megatron_m1.files import read_json_object
+from megatron_m1.files import check_folder, read_json_object
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+REMOTE_FILES = ("configuration_minimax_m1.py", "modeling_minimax_m1.py")
+"""The hub's own code; written by others, so only copied where the caller has it."""
 MODEL_TYPES = ("minimax", "minimax_m1", "minimax_text_01")
 """Values of config.json's ``model_type`` that can be converted."""
 
@@ -43,6 +45,7 @@ def check_hub_folder(folder: Path) -> None:
     Raises:
         ValueError: it is not; one line.
     """
+    check_folder(folder)
     config = read_hf_config(folder)
     try:
         check_model_type(config)
@@ -64,6 +67,11 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     try:
         return read_json_object(path)
     except OSError as error:
+        if complete_checkpoints(folder) or folder.resolve().name.startswith("step_"):
+            raise ValueError(
+                f"{folder} is a run or a checkpoint, no Hugging Face folder: to start a run from it leave out hf:, to "
+                "make a Hugging Face folder of it run megatron-m1 convert to-hf"
+            ) from error
         raise ValueError(f"{path} can't be read: {error.strerror}; give a Hugging Face model folder") from error
 
 
@@ -87,3 +95,18 @@ def check_model_type(config: Mapping[str, Any]) -> None:
     if kind not in MODEL_TYPES:
         words = f"{', '.join(MODEL_TYPES[:-1])} and {MODEL_TYPES[-1]}"
         raise ValueError(f"model_type = {kind!r}: only {words} can be converted")
+
+
+def check_remote_code(folder: Path, format_name: str) -> None:
+    """Check that a folder has the hub's own code, and that it can go with an export of that format.
+
+    Raises:
+        ValueError: files are missing, or the format is not theirs.
+    """
+    if format_name == "native":
+        raise ValueError(
+            "--remote-code goes with --format hub: the hub's code reads neither keys nor rows of --format native"
+        )
+    missing = next((name for name in REMOTE_FILES if not (folder / name).is_file()), None)
+    if missing is not None:
+        raise ValueError(f"{folder} has no {missing}: give the folder with the hub's modeling files")

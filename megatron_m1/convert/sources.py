@@ -9,10 +9,26 @@ from megatron_m1.checkpoint.contents import check_model_size, complete_checkpoin
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.io import load_config
 from megatron_m1.config.paths import HUGGING_FACE
+from megatron_m1.convert.families.minimax_m1.config import CONFIG
 from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint, open_checkpoint
-from megatron_m1.convert.places import CONFIG, find_checkpoint
-from megatron_m1.convert.tokenizer import tokenizer_beside
+from megatron_m1.convert.tokenizer import TOKENIZER
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return ``path`` if it is a checkpoint, else the newest complete one of the run.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder: give a checkpoint or a run folder")
+    if path.resolve().name.startswith("step_"):
+        return path
+    found = complete_checkpoints(path)
+    if not found:
+        raise ValueError(f"{path} is no checkpoint, and as a run folder it has no complete one below checkpoints/")
+    return found[0]
 
 
 def open_any(path: Path) -> OurCheckpoint | HubFolder:
@@ -51,7 +67,14 @@ def initial_model(config: Config) -> ModelConfig:
 
 
 def tokenizer_of(source: OurCheckpoint | HubFolder) -> Path | None:
-    """Where the tokenizer of a checkpoint or folder is said to be; None if nothing says so."""
+    """Where the tokenizer of a checkpoint or folder is said to be; None if nothing says so.
+
+    An imported checkpoint that was moved has it beside itself.
+    """
     if isinstance(source, HubFolder):
         return source.folder
-    return tokenizer_beside(source.folder, source.contents.config.data.tokenizer)
+    recorded = source.contents.config.data.tokenizer
+    if not recorded:
+        return None
+    beside = source.folder.resolve().parent.parent / TOKENIZER
+    return beside if beside.is_dir() and not Path(recorded).exists() else Path(recorded)

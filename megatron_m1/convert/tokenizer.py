@@ -202,16 +202,3 @@ def _merges(model: Any, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
         known = [(left, right) for left, right in pairs if left in normal and right in normal]
         merges += sorted(known, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
     return merges
-
-
-def tokenizer_beside(checkpoint: Path, recorded: str) -> Path | None:
-    """Where the tokenizer of a checkpoint is: an imported one that was moved has it beside itself.
-
-    Args:
-        checkpoint: its folder.
-        recorded: what its configuration says, empty if nothing.
-    """
-    if not recorded:
-        return None
-    beside = checkpoint.resolve().parent.parent / TOKENIZER
-    return beside if beside.is_dir() and not Path(recorded).exists() else Path(recorded)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from megatron_m1.checkpoint.contents import read_checkpoint
+from megatron_m1.checkpoint.contents import CheckpointContents, read_checkpoint
 from megatron_m1.config import Config
 from megatron_m1.convert.places import CONFIG, check_hub_folder, find_checkpoint
-from megatron_m1.convert.tokenizer import tokenizer_beside
+from megatron_m1.convert.tokenizer import TOKENIZER
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
 
 type AnyPath = str | PathLike[str]
@@ -42,8 +42,17 @@ def find_place(path: AnyPath) -> Place:
         check_hub_folder(path)
         return Place(path, path, None)
     folder = find_checkpoint(path)
-    config = read_checkpoint(folder, with_tensors=False).config
-    return Place(folder, tokenizer_beside(folder, config.data.tokenizer), config)
+    contents = read_checkpoint(folder, with_tensors=False)
+    return Place(folder, _tokenizer_of(contents), contents.config)
+
+
+def _tokenizer_of(contents: CheckpointContents) -> Path | None:
+    """As of ``convert.sources.tokenizer_of``, before torch is imported."""
+    recorded = contents.config.data.tokenizer
+    if not recorded:
+        return None
+    beside = contents.folder.resolve().parent.parent / TOKENIZER
+    return beside if beside.is_dir() and not Path(recorded).exists() else Path(recorded)
 
 
 def find_tokenizer(place: Place, given: AnyPath | Tokenizer | None, *, fix: str) -> Tokenizer | str:

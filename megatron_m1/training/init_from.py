@@ -14,7 +14,7 @@ from megatron_m1.config.io import load_config
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.convert.hub_folder import open_hub_folder
 from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
-from megatron_m1.convert.places import find_checkpoint
+from megatron_m1.convert.sources import find_checkpoint
 from megatron_m1.convert.work import Ranks, stamps
 from megatron_m1.printing import shown
 from megatron_m1.training.trained_model import TrainedModel
