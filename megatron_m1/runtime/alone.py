@@ -31,7 +31,7 @@ _GROUPS = (
 """What modules ask for. ``embd`` is left out: only tied embeddings have a group."""
 
 _LOCK = threading.RLock()
-"""Held while torch's default group may be a borrowed one, so that no other thread takes it away or for its own."""
+"""Held while torch's default group may be one of ours: another thread would take it for the program's own."""
 
 
 def groups_of_one() -> ProcessGroupCollection:
