@@ -67,6 +67,7 @@ FLOORS = (
     "checkpoint",
     "convert",
     "training generate",
+    "library",
     "commands",
     "cli",
 )

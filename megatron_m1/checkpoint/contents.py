@@ -122,11 +122,12 @@ def check_shape(
                 )
 
 
-def read_checkpoint(folder: Path) -> CheckpointContents:
+def read_checkpoint(folder: Path, *, with_tensors: bool = True) -> CheckpointContents:
     """Read what a checkpoint holds, and check that every file is there and as long as the metadata say.
 
     Args:
         folder: ``<run.folder>/checkpoints/step_<number>``.
+        with_tensors: list the tensors and check their files; False leaves them out, and needs no torch.
 
     Raises:
         ValueError: it is no checkpoint, is incomplete, or is damaged; one line.
@@ -141,7 +142,7 @@ def read_checkpoint(folder: Path) -> CheckpointContents:
     check_folder(folder)
     _check_small_files(folder)
     check_format(folder)
-    tensors = _stored_tensors(folder)
+    tensors = _stored_tensors(folder) if with_tensors else []
     saved = read_saved(folder, run_folder_of(folder))
     return CheckpointContents(
         folder=folder,

@@ -13,7 +13,7 @@ from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import check_model
 from megatron_m1.config.written import config_text, tree_values
-from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts, model_counts
+from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts, model_counts, parameter_counts
 from megatron_m1.shapes.registry import layer_mixers
 
 DESCRIPTION = """\
@@ -86,7 +86,8 @@ def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def describe_model(config: Config) -> list[str]:
     """Describe a model by its parameters, line by line."""
     model = config.model
-    counts, active = model_counts(model), model_counts(model, active=True)
+    found = parameter_counts(model)
+    counts, active = found.all, found.active
     lines = [f"preset {config.preset}: {model.num_layers} layers, hidden {model.hidden_size}", ""]
     lines += [f"{'parameters':<22}{'all':>20}{'active per token':>20}"]
     lines += [f"{group:<22}{count:>20,}{active[group]:>20,}" for group, count in counts.groups.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -25,6 +26,11 @@ class Router(TopKRouter):
         """Keep the weight in fp32 (the released checkpoint stores it so), marked for sequence parallelism."""
         self.weight.data = self.weight.data.to(dtype=torch.float32)
         self.weight.sequence_parallel = self.config.sequence_parallel
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [..., experts] in fp32, where the weight is: the library would move a CPU's to the current GPU."""
+        logits: Tensor = router_gating_linear(input, self.weight, self.bias, torch.float32)
+        return logits
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts; see ``TopKRouter.routing``. Counts the choices of passes that will be differentiated."""
