@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_m1.commands.options import CommandParser, positive_integer
+from megatron_m1.commands.options import CommandParser, token_count
 from megatron_m1.config.paths import path_option
 from megatron_m1.generate.sampling import Sampling
 from megatron_m1.library.load import load
@@ -29,13 +29,11 @@ def command_parser() -> CommandParser:
     )
     parser.add_argument("source", type=path_option, metavar="CHECKPOINT_OR_RUN_OR_HF_FOLDER")
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; repeatable")
-    parser.add_argument("--max-tokens", type=positive_integer, default=64, metavar="N", help="new tokens (default: 64)")
+    parser.add_argument("--max-tokens", type=token_count, default=64, metavar="N", help="new tokens (default: 64)")
     parser.add_argument("--temperature", type=_number, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=_number, default=1.0, metavar="P", help="share of probability to draw from")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draws")
-    parser.add_argument(
-        "--chunk-tokens", type=positive_integer, default=2048, metavar="N", help="prompt tokens of a pass"
-    )
+    parser.add_argument("--chunk-tokens", type=token_count, default=2048, metavar="N", help="prompt tokens of a pass")
     parser.add_argument(
         "--tokenizer",
         type=path_option,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from megatron_m1 import cli
 from megatron_m1.data.corpora.prefix import check_prefix, open_tokens
 from megatron_m1.data.tokenize import tokenize_corpus
 from megatron_m1.data.tokenize.find import file_kind, text_suffix
@@ -191,3 +193,18 @@ def test_suffixes_as_they_are_given() -> None:
     for text in ("", ".", "*.py", "a/b", ".tar.gz", ".jsonl", "parquet", ".gz"):
         with pytest.raises(ValueError, match=r"^[^\n]+$"):
             text_suffix(text)
+
+
+def test_the_command_splits_and_takes_suffixes(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "src").mkdir()
+    for i in range(40):
+        (tmp_path / "src" / f"{i}.py").write_text(SENTENCE.format(i))
+    words = [tmp_path / "src", "--suffix", "py", "--split", "3,1", "--tokenizer", model, "--output", tmp_path / "out"]
+    assert cli.exit_status(lambda: cli.run(["tokenize", "--workers", "1", *map(str, words)])) == 0
+    train, held_out = (check_prefix(str(tmp_path / name)).documents for name in ("out", "out_validation"))
+    assert train + held_out == 40
+    assert f"{tmp_path / 'out_validation'}: {held_out} documents" in capsys.readouterr().out
+    for wrong in (["--split", "1"], ["--suffix", "*.py"]):
+        arguments = ["tokenize", *map(str, words), *wrong]
+        assert cli.exit_status(partial(cli.run, arguments)) == 2
+        assert f"argument {wrong[0]}: {wrong[1]!r}" in capsys.readouterr().err
