@@ -106,6 +106,7 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
             f"nothing to train: the run is at step {progress.step}, train.max_steps is {train.max_steps}; raise it to "
             "go on, or choose another run.folder"
         )
+    interrupt.promise = _promise(progress.step + 1, train.max_steps)
     window = ProfilerWindow(
         trainer.folder, rank=trainer.trained.mesh.rank, start=train.profile_step_start, end=train.profile_step_end
     )
@@ -119,6 +120,7 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
                 if train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps:
                     trainer.validate()
                 stop = interrupt.should_stop()
+                interrupt.promise = _promise(number + 1, train.max_steps)
                 if stop:
                     trainer.note(f"{stop}: saving step {number}, then leaving")
                 is_last = bool(stop) or number == train.max_steps
@@ -128,6 +130,11 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
             if stop:
                 break
     return stop
+
+
+def _promise(number: int, last: int) -> str:
+    """What is answered to a signal that the ranks will act on after step ``number``."""
+    return f"finishing step {number}, then saving" if number <= last else "the run is at its end, and saves anyway"
 
 
 def _write_summary(trainer: Trainer, summary: dict[str, Any]) -> None:
@@ -157,8 +164,10 @@ def _on_rank_zero(action: Callable[[], None], folder: Path) -> None:
         raise ValueError(f"run.folder = {folder} can't be written: {refusal(error, folder)}") from error
 
 
-def _run_to_the_end(config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Interrupt) -> dict[str, Any]:
-    timeout, console = config.parallel.distributed_timeout_seconds, Console()
+def _run_to_the_end(
+    config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Interrupt, console: Console
+) -> dict[str, Any]:
+    timeout = config.parallel.distributed_timeout_seconds
     # The start has one of its own, which no heartbeat prolongs.
     watchdog = Watchdog(mesh.rank, timeout)
     with ExitStack() as stack:
@@ -204,8 +213,9 @@ def pretrain(config: ResolvedConfig) -> dict[str, Any]:
     """
     mesh = rank_grid.initialise(config.parallel, seed=config.train.seed)
     # Around all of it, so that a signal never finds a process that would just die of it.
-    with Interrupt() as interrupt:
+    console = Console()
+    with Interrupt(_note_on(console, mesh)) as interrupt:
         try:
-            return _run_to_the_end(config, mesh, interrupt)
+            return _run_to_the_end(config, mesh, interrupt, console)
         finally:
             rank_grid.shut_down()

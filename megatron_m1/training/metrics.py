@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from megatron_m1.files import write_atomically
 from megatron_m1.training.figures import Figure, Record, alarms, shown
@@ -22,6 +23,10 @@ from megatron_m1.training.record_file import RecordFile
 
 if TYPE_CHECKING:
     from megatron_m1.training.event_file import EventFile
+
+
+BAR_COLUMNS = (10, 20)
+"""Of the live line's bar, on terminals below and from 80 columns."""
 
 
 def print_line(console: Console, line: str) -> None:
@@ -95,6 +100,8 @@ class MetricsLog:
         self._live = _status_line(self._console, start_step, total_steps) if self._console.is_terminal else None
         if self._live is not None:
             self._open.enter_context(self._live)
+            # Whoever ends this process without warning leaves a terminal as it should be.
+            self._console.show_cursor(True)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -112,9 +119,12 @@ class MetricsLog:
         """
         self._write(step, record)
         if step % self._log_interval == 0 or step == self._total_steps or alarms(record):
-            self.note(self._line(step, record) + self._remaining(step))
+            # On a terminal the live line has the remaining time.
+            self.note(self._line(step, record) + ("" if self._console.is_terminal else self._remaining(step)))
         if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=step, shown=shown(record))
+            text = shown(record, _live_room(self._console.width, self._total_steps))
+            self._live.update(self._live.task_ids[0], completed=step, shown=text)
+            self._live.columns = _live_columns(self._console.width)
             self._live.refresh()
 
     def log_validation(self, step: int, record: Record) -> None:
@@ -142,7 +152,9 @@ class MetricsLog:
 
     def _line(self, step: int, record: Record) -> str:
         width = len(str(self._total_steps))
-        return f"step {step:>{width}}/{self._total_steps} | {shown(record)}"
+        head = f"step {step:>{width}}/{self._total_steps} | "
+        room = self._console.width - len(head) if self._console.is_terminal else None
+        return head + shown(record, room)
 
     def _remaining(self, step: int) -> str:
         done, left = step - self._start_step, self._total_steps - step
@@ -182,15 +194,28 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
-def _status_line(console: Console, start_step: int, total_steps: int) -> Progress:
-    progress = Progress(
-        BarColumn(bar_width=20),
+def _live_columns(columns: int) -> tuple[ProgressColumn, ...]:
+    return (
+        BarColumn(bar_width=BAR_COLUMNS[columns >= 80]),
         MofNCompleteColumn(),
         TextColumn("{task.fields[shown]}"),
         TimeRemainingColumn(),
+    )
+
+
+def _live_room(columns: int, total_steps: int) -> int:
+    """Columns that bar, steps, remaining time and what stands between them leave for figures."""
+    return columns - BAR_COLUMNS[columns >= 80] - (2 * len(str(total_steps)) + 1) - len("100:00:00") - 3
+
+
+def _status_line(console: Console, start_step: int, total_steps: int) -> Progress:
+    progress = Progress(
+        *_live_columns(console.width),
         console=console,
         auto_refresh=False,
         transient=True,
+        # What goes to a file must not come out here.
+        redirect_stderr=sys.stderr.isatty(),
     )
     progress.add_task("", total=total_steps, completed=start_step, shown="")
     return progress

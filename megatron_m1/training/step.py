@@ -30,13 +30,13 @@ from megatron_m1.training.trained_model import TrainedModel
 type Chunk = DistributedDataParallel | GPTModel
 
 
-LOSS = Figure("loss", "loss {:.4f}", alarms=True)
+LOSS = Figure("loss", "loss {:.4f}", alarms=True, importance=9)
 """The objective over the global batch; of next tokens the mean over predicted ones, nats."""
-AUX_LOSS = Figure("aux_loss", "aux {:.4f}")
+AUX_LOSS = Figure("aux_loss", "aux {:.4f}", short="aux {:.2f}", importance=4)
 """Load-balancing loss, unweighted, mean over layers and packs (1 at balance); 0 for a validation."""
-GRAD_NORM = Figure("grad_norm", "grad norm {:.3f}")
+GRAD_NORM = Figure("grad_norm", "grad norm {:.3f}", short="grad {:.2f}", importance=7)
 """Before clipping; 0 for a validation."""
-EXPERT_LOAD = Figure("expert_load_max_over_mean", "load {:.2f}")
+EXPERT_LOAD = Figure("expert_load_max_over_mean", "load {:.2f}", importance=3)
 """Most loaded expert over the mean, averaged over layers; 0 for a validation."""
 
 

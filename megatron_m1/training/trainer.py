@@ -23,17 +23,17 @@ from megatron_m1.training.step import GRAD_NORM, StepResult, evaluate, train_ste
 from megatron_m1.training.steps_guard import StepsGuard
 from megatron_m1.training.trained_model import TrainedModel
 
-TOKENS = Figure("tokens", "tokens {}", is_count=True)
+TOKENS = Figure("tokens", "tokens {}", is_count=True, short="{} tok", importance=2)
 """Of the run so far."""
-LR = Figure("lr", "lr {:.2e}")
-TOKENS_PER_SECOND = Figure("tokens_per_second", "{} tokens/s", is_count=True)
-TFLOPS = Figure("model_tflops_per_device", "{:.3g} TFLOP/s per device")
+LR = Figure("lr", "lr {:.2e}", short="lr {:.1e}", importance=5)
+TOKENS_PER_SECOND = Figure("tokens_per_second", "{} tokens/s", is_count=True, short="{} tok/s", importance=8)
+TFLOPS = Figure("model_tflops_per_device", "{:.3g} TFLOP/s per device", short="{:.3g} TF/s", importance=1)
 """Useful ones, see ``plan.flops``."""
-MFU = Figure("mfu", "MFU {:.1%}")
+MFU = Figure("mfu", "MFU {:.1%}", importance=6)
 """Model FLOPs utilisation: useful FLOPs over the device's dense bf16 peak, where that is known."""
-SKIPPED_STEPS = Figure("skipped_steps", "skipped {}", hides_zero=True)
+SKIPPED_STEPS = Figure("skipped_steps", "skipped {}", hides_zero=True, importance=8)
 """Of the run so far."""
-VALIDATION_LOSS = Figure("validation_loss", "validation loss {:.4f}")
+VALIDATION_LOSS = Figure("validation_loss", "validation loss {:.4f}", importance=9)
 """Over the held-out packs."""
 
 
