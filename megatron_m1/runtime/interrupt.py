@@ -98,13 +98,16 @@ class Interrupt:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._earlier.clear()
 
-    def should_stop(self, group: dist.ProcessGroup | None = None) -> str | None:
+    def should_stop(self, group: dist.ProcessGroup | None = None, *, promise: str | None = None) -> str | None:
         """Name of the signal that any rank of ``group`` got, None if none did: the same answer on all. A collective.
 
         Args:
             group: None is the default group; without an initialised default group only this process counts.
+            promise: the attribute's value for signals that come too late for this vote; None keeps it.
         """
-        number = _largest(signal.Signals[self.received] if self.received else 0, group)
+        received = self.received
+        self.promise = promise or self.promise
+        number = _largest(signal.Signals[received] if received else 0, group)
         return signal.Signals(number).name if number else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -107,8 +107,14 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
             "go on, or choose another run.folder"
         )
     interrupt.promise = _promise(progress.step + 1, train.max_steps)
+    rank = trainer.trained.mesh.rank
     window = ProfilerWindow(
-        trainer.folder, rank=trainer.trained.mesh.rank, start=train.profile_step_start, end=train.profile_step_end
+        trainer.folder,
+        rank=rank,
+        start=train.profile_step_start,
+        end=train.profile_step_end,
+        # A disk may refuse on any rank alone.
+        note=trainer.note if rank == 0 else print,
     )
     with ExitStack() as stack:
         stack.callback(window.close)
@@ -119,8 +125,7 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
                 save_again = trainer.checkpoints.poll()
                 if train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps:
                     trainer.validate()
-                stop = interrupt.should_stop()
-                interrupt.promise = _promise(number + 1, train.max_steps)
+                stop = interrupt.should_stop(promise=_promise(number + 1, train.max_steps))
                 if stop:
                     trainer.note(f"{stop}: saving step {number}, then leaving")
                 is_last = bool(stop) or number == train.max_steps

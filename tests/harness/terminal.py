@@ -17,7 +17,7 @@ CONTROL = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|\x1b\][^\x07]*\x07|[\r\n\b\x07]
 
 
 class Screen:
-    """Lines as a terminal shows them. Knows what our output uses: movement, erasing, colours (passed over), a cursor."""
+    """Lines as a terminal shows them. Knows what our output uses: movement, erasing, a cursor; colours are ignored."""
 
     def __init__(self, columns: int) -> None:
         self.columns = columns
