@@ -83,11 +83,10 @@ def _open_record(
         write_config(config, folder / "config.yaml")
         log = MetricsLog(
             folder,
+            config.run,
             start_step=start_step,
-            tensorboard=config.run.tensorboard,
-            wandb_project=config.run.wandb_project,
-            log_interval=config.run.log_interval,
             total_steps=config.train.max_steps,
+            settings=asdict(config),
             console=console,
         )
         logs.append(held.enter_context(log))
