@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_m1.config.tree import RunConfig
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.metrics import MetricsLog
 from megatron_m1.training.record_file import RecordFile
@@ -74,8 +75,7 @@ LOSS = Figure("loss", "loss {:.4f}")
 
 def test_the_log_of_a_run(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=300)
-    settings = dict(tensorboard=True, wandb_project=None, log_interval=1, total_steps=9, console=console)
-    with MetricsLog(tmp_path, start_step=0, **settings) as log:  # type: ignore[arg-type]
+    with MetricsLog(tmp_path, RunConfig(), start_step=0, total_steps=9, console=console) as log:
         for step in range(1, 4):
             log.log_step(step, {LOSS: 1.0})
         with file_size_limit(100):
