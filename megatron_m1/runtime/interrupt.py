@@ -105,9 +105,11 @@ class Interrupt:
             group: None is the default group; without an initialised default group only this process counts.
             promise: the attribute's value for signals that come too late for this vote; None keeps it.
         """
-        received = self.received
-        self.promise = promise or self.promise
-        number = _largest(signal.Signals[received] if received else 0, group)
+        earlier, self.promise = self.promise, "finishing the step, then saving"
+        # For one that comes during the vote, ranks that have not voted yet decide which step that is.
+        number = _largest(signal.Signals[self.received] if self.received else 0, group)
+        if not number:
+            self.promise = promise or earlier
         return signal.Signals(number).name if number else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:

@@ -139,9 +139,10 @@ def test_a_run_in_80_columns(terminal: Callable[..., Terminal], tmp_path: Path, 
     begin = next(number for number, line in enumerate(screen.lines) if line.startswith("profile of"))
     assert screen.wrapped <= set(range(begin + 1, begin + 1 + len(profile) // 80))
     text = "\n".join(screen.lines)
-    answers = re.findall(r"^SIGINT: finishing step (\d+), then saving$", text, re.MULTILINE)
-    assert answers == re.findall(r"^SIGINT: saving step (\d+), then leaving$", text, re.MULTILINE)
-    assert len(answers) == 1
+    (answer,) = re.findall(r"^SIGINT: finishing (?:the step|step (\d+)), then saving$", text, re.MULTILINE)
+    (saved,) = re.findall(r"^SIGINT: saving step (\d+), then leaving$", text, re.MULTILINE)
+    # During the vote of the ranks nobody knows which it will be.
+    assert answer in ("", saved)
     ours = re.compile(
         r"starting 2 processes on this node; .*|step +\d+/100000 \| loss .*|profile of .*|.*\(one a rank\)|"
         r"(\^C)?SIGINT: .*|checkpoint step_\d+ saved .*|[┌└├ ].*|│.*│|"
