@@ -23,7 +23,7 @@ from megatron_m1.launch import (
     start_workers,
     worker_world_size,
 )
-from megatron_m1.printing import keep_output
+from megatron_m1.printing import counted, folded, keep_output, terminal_columns
 
 DESCRIPTION = """\
 Train a model, or continue the run of --run.folder from its newest checkpoint.
@@ -126,7 +126,8 @@ def run(arguments: Sequence[str], *, default_processes: int = 1) -> int:
     world_size = launch.world_size if launch else workers or 1
     config = _prepare(resolve(config, world_size, has_gpu=gpus > 0))
     if launch is not None and launch.world_size > 1:
-        _say(f"starting {launch.processes_per_node} processes on this node; importing megatron-core takes seconds")
+        started = counted(launch.processes_per_node, "process", "processes")
+        _say(f"starting {started} on this node; importing megatron-core takes seconds")
         return start_workers(launch, ["-m", "megatron_m1.cli", "pretrain", *without_launch_options(arguments)])
     return _train(config)
 
@@ -175,7 +176,7 @@ def _check_gpus(gpus: int, launch: Launch | None) -> None:
     local = launch.processes_per_node if launch else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if 0 < gpus < local:
         raise ValueError(
-            f"{local} processes on this node, but it has {gpus} GPUs: start at most {gpus} (GPUS_PER_NODE)"
+            f"{local} processes on this node, but it has {counted(gpus, 'GPU')}: start at most {gpus} (GPUS_PER_NODE)"
         )
 
 
@@ -201,7 +202,9 @@ def _dry_run(config: Config, options: argparse.Namespace, launch: Launch | None,
     source = "--world-size" if options.world_size else where_from(launch)
     lines = describe_plan(config, world_size, source=source, on_gpu=on_gpu)
     if os.environ.get("RANK", "0") == "0":
-        print("\n".join(lines))
+        columns = terminal_columns()
+        # The words of a line stand in columns of their own.
+        print("\n".join(part for line in lines for part in folded(line, columns, indent=12)))
     return 0
 
 

@@ -37,7 +37,7 @@ def test_kept_records_come_later_and_none_is_torn(tmp_path: Path) -> None:
         file.write(record(7))
         file.close()
     assert path.read_bytes() == b"".join(map(record, range(1, 7)))
-    assert len(notes) == 4 and notes[3] == f"{path} lacks 1 records: File too large"
+    assert len(notes) == 4 and notes[3] == f"{path} lacks 1 record: File too large"
 
 
 def test_no_more_is_kept_than_asked_for(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_no_more_is_kept_than_asked_for(tmp_path: Path) -> None:
     file.write(record(9))
     file.close()
     assert (tmp_path / "records").read_bytes() == b"".join(map(record, (1, 2, 3, 9)))
-    assert notes[1:] == [f"{tmp_path / 'records'} is written again, 5 records are lost"]
+    assert notes[1:] == [f"{tmp_path / 'records'} is written again, lost: 5 records"]
 
 
 def test_a_folder_that_goes_and_comes_back(tmp_path: Path) -> None:
