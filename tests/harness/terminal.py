@@ -12,6 +12,7 @@ import termios
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 CONTROL = re.compile(r"\x1b\[([?\d;]*)([A-Za-z])|\x1b\][^\x07]*\x07|[\r\n\b\x07]")
 
@@ -78,22 +79,22 @@ class Terminal:
         command: program and arguments.
         columns: width.
         environ: of the command.
-        stderr: a file for its standard error, None for the terminal.
+        cwd: folder in which it starts, None for this process's.
     """
 
     def __init__(
-        self, command: Sequence[str], *, columns: int, environ: Mapping[str, str], stderr: int | None = None
+        self, command: Sequence[str], *, columns: int, environ: Mapping[str, str], cwd: Path | None = None
     ) -> None:
         self.columns = columns
         self._end, inner = pty.openpty()
         fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
         unsized = {k: v for k, v in environ.items() if k not in ("COLUMNS", "LINES")} | {"TERM": "xterm-256color"}
-
         self.process = subprocess.Popen(
             list(command),
             stdin=inner,
             stdout=inner,
-            stderr=inner if stderr is None else stderr,
+            stderr=inner,
+            cwd=cwd,
             env=unsized,
             start_new_session=True,
             preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
