@@ -51,7 +51,8 @@ def folder(workers: WorkerPool, tmp_path_factory: pytest.TempPathFactory, tiny_c
 def wandb_records(folder: Path) -> list[Any]:
     """What W&B wrote for later into one run's file: blocks of 32 KiB as LevelDB's log has them, after seven bytes."""
     (path,) = folder.glob("run-*.wandb")
-    return [wandb_internal_pb2.Record.FromString(chunk) for chunk in _chunks(path.read_bytes())]
+    kind = wandb_internal_pb2.Record  # type: ignore[attr-defined]
+    return [kind.FromString(chunk) for chunk in _chunks(path.read_bytes())]
 
 
 def _chunks(content: bytes) -> Iterator[bytes]:
