@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -87,6 +88,18 @@ with Interrupt(say) as interrupt:
     # The handler has not run: the answer did not wait for it.
     assert done.stdout == "SIGINT: finishing the first step, then saving None\n"
     assert done.stderr == f"{SECOND_INTERRUPT}\n"
+
+
+def test_the_answer_names_the_step_that_will_be_the_last() -> None:
+    said: queue.Queue[str] = queue.Queue()
+    with Interrupt(said.put) as interrupt:
+        assert interrupt.should_stop(promise="finishing step 2, then saving") is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert said.get(timeout=60) == "SIGTERM: finishing step 2, then saving"
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert interrupt.should_stop(promise="finishing step 3, then saving") == "SIGTERM"
+    # One answer is enough.
+    assert said.empty()
 
 
 def test_every_sigint_is_one_request_to_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
