@@ -44,6 +44,7 @@ def test_a_table_wraps_whole_cells() -> None:
     assert all(len(line) <= 20 for line in table(rows, 20, left=[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [
