@@ -82,8 +82,9 @@ setup(
             "types-PyYAML",  # types
             "types-psutil",  # types
             "matplotlib>=3.9",  # plots of benchmarks
+            "wandb>=0.18",  # its offline mode, as the extra below has it
         ],
-        "wandb": ["wandb>=0.18"],
+        "wandb": ["wandb>=0.18"],  # runs on Weights & Biases
         "gpu": ["transformer-engine[pytorch]>=2.5"],
     },
     entry_points={"console_scripts": ["megatron-m1 = megatron_m1.cli:main"]},

@@ -143,7 +143,7 @@ def prepare_corpus(
             # megatron-core takes seconds to import, which a finished corpus need not cost.
             from megatron_m1.data.tokenize import tokenize_corpus
 
-            note(f"tokenising {len(missing)} files")
+            note(f"tokenising {len(missing)} file{'s' if len(missing) > 1 else ''}")
             for prefix in missing:
                 name = Path(prefix).name
                 processes = workers if name.endswith(".train") else 1

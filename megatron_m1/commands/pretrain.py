@@ -26,7 +26,7 @@ from megatron_m1.launch import (
     start_workers,
     worker_world_size,
 )
-from megatron_m1.printing import keep_output
+from megatron_m1.printing import counted, folded, keep_output, terminal_columns
 from megatron_m1.training.run_folder import own_configuration, saved_configuration
 
 DESCRIPTION = """\
@@ -138,7 +138,8 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
     # Workers of ours check again, and one of them says what was found.
     resolved = _prepare(resolved, (lambda line: None) if starts_workers or not _is_first_rank() else _say, notes)
     if launch is not None and starts_workers:
-        _say(f"starting {launch.processes_per_node} processes on this node; importing megatron-core takes seconds")
+        started = counted(launch.processes_per_node, "process", "processes")
+        _say(f"starting {started} on this node; importing megatron-core takes seconds")
         return start_workers(launch, ["-m", "megatron_m1.cli", "pretrain", *without_launch_options(arguments)])
     return _train(resolved)
 
@@ -262,7 +263,7 @@ def _check_gpus(gpus: int, launch: Launch | None) -> None:
     local = launch.processes_per_node if launch else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if 0 < gpus < local:
         raise ValueError(
-            f"{local} processes on this node, but it has {gpus} GPUs: start at most {gpus} (GPUS_PER_NODE)"
+            f"{local} processes on this node, but it has {counted(gpus, 'GPU')}: start at most {gpus} (GPUS_PER_NODE)"
         )
 
 
@@ -289,7 +290,9 @@ def _dry_run(
     source = "--world-size" if options.world_size else where_from(launch)
     lines = describe_plan(resolve(config, world_size, has_gpu=on_gpu), world_size, source=source, on_gpu=on_gpu)
     if _is_first_rank():
-        print("\n".join([*notes, *lines]))
+        columns = terminal_columns()
+        # The words of a line stand in columns of their own.
+        print("\n".join(part for line in [*notes, *lines] for part in folded(line, columns, indent=12)))
     return 0
 
 

@@ -19,6 +19,7 @@ from megatron_m1.config.resolved import (
     ResolvedParallelConfig,
     ResolvedTrainConfig,
 )
+from megatron_m1.config.tracking import check_tracking
 from megatron_m1.config.tree import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from megatron_m1.shapes.kind import check_divides
 from megatron_m1.shapes.registry import check_layers, check_layers_device, check_layers_split
@@ -292,8 +293,7 @@ def _check_train(config: Config) -> None:
         raise ValueError("run.folder is empty: give the folder of the run")
     if data.cache_folder == "":
         raise ValueError("data.cache_folder is empty: give a folder, or null for the run's own")
-    if run.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"run.wandb_project = {run.wandb_project!r} needs the wandb package: pip install wandb")
+    check_tracking(run)
 
 
 def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:

@@ -221,7 +221,20 @@ class RunConfig:
     tensorboard: bool = True
     """Write TensorBoard events to <folder>/tensorboard."""
     wandb_project: str | None = None
-    """Weights & Biases project; none is off. Needs the wandb package."""
+    """Weights & Biases project; none is off. Needs the wandb package (pip install 'megatron-m1[wandb]'). What the next
+    fields leave open, W&B's own variables say (WANDB_ENTITY, WANDB_MODE, ...)."""
+    wandb_entity: str | None = None
+    """User or team that the project belongs to."""
+    wandb_name: str | None = None
+    """Name of the run there."""
+    wandb_group: str | None = None
+    """Group of runs that this one is shown with."""
+    wandb_tags: list[str] = field(default_factory=list)
+    """Tags of the run."""
+    wandb_id: str | None = None
+    """W&B run to go on in; none is that of <folder>/wandb_id, or a new one."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """offline writes to <folder>/wandb, for "wandb sync" later; none is WANDB_MODE, or else online."""
 
 
 @dataclass

@@ -109,11 +109,10 @@ def _open_record(
     def write() -> None:
         log = MetricsLog(
             folder,
+            config.run,
             start_step=start_step,
-            tensorboard=config.run.tensorboard,
-            wandb_project=config.run.wandb_project,
-            log_interval=config.run.log_interval,
             total_steps=config.train.max_steps,
+            settings=asdict(config),
             console=console,
         )
         logs.append(held.enter_context(log))
@@ -127,8 +126,15 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
     config, progress = trainer.config, trainer.progress
     train = config.train
     stop: str | None = None
+    interrupt.promise = _promise(progress.step + 1, train.max_steps)
+    rank = trainer.trained.mesh.rank
     window = ProfilerWindow(
-        trainer.folder, rank=trainer.trained.mesh.rank, start=train.profile_step_start, end=train.profile_step_end
+        trainer.folder,
+        rank=rank,
+        start=train.profile_step_start,
+        end=train.profile_step_end,
+        # A disk may refuse on any rank alone.
+        note=trainer.note if rank == 0 else print,
     )
     with ExitStack() as stack:
         stack.callback(window.close)
@@ -139,7 +145,7 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
                 save_again = trainer.checkpoints.poll()
                 if train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps:
                     trainer.validate()
-                stop = interrupt.should_stop()
+                stop = interrupt.should_stop(promise=_promise(number + 1, train.max_steps))
                 if stop:
                     trainer.note(f"{stop}: saving step {number}, then leaving")
                 is_last = bool(stop) or number == train.max_steps
@@ -149,6 +155,11 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
             if stop:
                 break
     return stop
+
+
+def _promise(number: int, last: int) -> str:
+    """What is answered to a signal that the ranks will act on after step ``number``."""
+    return f"finishing step {number}, then saving" if number <= last else "the run is at its end, and saves anyway"
 
 
 def _write_summary(trainer: Trainer, summary: dict[str, Any]) -> None:
@@ -180,8 +191,10 @@ def _on_rank_zero(action: Callable[[], None], folder: Path) -> None:
         raise ValueError(f"run.folder = {folder} can't be written: {refusal(error, folder)}") from error
 
 
-def _run_to_the_end(config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Interrupt) -> dict[str, Any] | None:
-    timeout, console = config.parallel.distributed_timeout_seconds, Console()
+def _run_to_the_end(
+    config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Interrupt, console: Console
+) -> dict[str, Any] | None:
+    timeout = config.parallel.distributed_timeout_seconds
     # The start has one of its own, which no heartbeat prolongs.
     watchdog = Watchdog(mesh.rank, timeout)
     with ExitStack() as stack:
@@ -229,8 +242,9 @@ def pretrain(config: ResolvedConfig) -> dict[str, Any] | None:
     """
     mesh = rank_grid.initialise(config.parallel, seed=config.train.seed)
     # Around all of it, so that a signal never finds a process that would just die of it.
-    with Interrupt() as interrupt:
+    console = Console()
+    with Interrupt(_note_on(console, mesh)) as interrupt:
         try:
-            return _run_to_the_end(config, mesh, interrupt)
+            return _run_to_the_end(config, mesh, interrupt, console)
         finally:
             rank_grid.shut_down()

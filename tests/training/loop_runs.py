@@ -101,6 +101,33 @@ def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
+def train_with_variables(
+    rank: int, world_size: int, settings: Path, variables: dict[str, str]
+) -> dict[str, Any] | None:
+    """Run the loop with some environment variables."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        return pretrain(_config(settings, world_size))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def train_on_a_known_device(rank: int, world_size: int, settings: Path, peak_flops: float) -> None:
+    """One step, a save and a validation of a device of so many FLOP/s at most."""
+    config = _config(settings, world_size)
+    grid = mesh.initialise(config.parallel, seed=config.train.seed)
+    with ExitStack() as held:
+        trainer = open_trainer(config, grid, held, console=Console(file=io.StringIO()))
+        assert trainer is not None
+        trainer.peak_flops = peak_flops
+        for number in (1, 2):
+            trainer.step(number)
+            trainer.save()
+        trainer.validate()
+
+
 def _config(settings: Path, world_size: int) -> ResolvedConfig:
     return resolve(parse_config([str(settings)], []), world_size, has_gpu=False)
 

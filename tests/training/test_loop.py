@@ -87,6 +87,8 @@ def test_every_step_leaves_its_record(straight: Path) -> None:
         == [
             *["step", "tokens", "loss", "aux_loss", "grad_norm", "lr", "tokens_per_second", "model_tflops_per_device"],
             *["expert_load_max_over_mean", "skipped_steps"],
+            *["memory_peak_gib", "memory_peak_rank", "memory_peak_least_gib"],
+            *["data_seconds", "forward_backward_seconds", "optimizer_seconds", "save_seconds"],
         ]
         and all(math.isfinite(value) for value in line.values())
         for line in steps
