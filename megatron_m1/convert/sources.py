@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_m1.checkpoint.contents import check_model_size, complete_checkpoints, read_checkpoint
 from megatron_m1.config import Config, DataConfig, ModelConfig
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.config.portable import absolute
 from megatron_m1.config.written import read_saved
-from megatron_m1.convert.hub_folder import HubFolder, open_hub_folder
-from megatron_m1.convert.our_checkpoint import OurCheckpoint, open_checkpoint
-from megatron_m1.convert.places import CONFIG, find_checkpoint
+from megatron_m1.convert.places import CONFIG, check_hub_folder, find_checkpoint
 from megatron_m1.convert.tokenizer import has_tokenizer
+
+if TYPE_CHECKING:
+    # They bring torch, for which who mistypes a path need not wait.
+    from megatron_m1.convert.hub_folder import HubFolder
+    from megatron_m1.convert.our_checkpoint import OurCheckpoint
 
 
 def open_any(path: Path) -> OurCheckpoint | HubFolder:
@@ -23,8 +27,18 @@ def open_any(path: Path) -> OurCheckpoint | HubFolder:
         ValueError: it is none of these, or is damaged.
     """
     if (path / CONFIG).exists():
-        return open_hub_folder(path)
-    return open_checkpoint(find_checkpoint(path))
+        return _open_hub_folder(path)
+    checkpoint = find_checkpoint(path)
+    from megatron_m1.convert.our_checkpoint import open_checkpoint
+
+    return open_checkpoint(checkpoint)
+
+
+def _open_hub_folder(path: Path) -> HubFolder:
+    check_hub_folder(path)
+    from megatron_m1.convert.hub_folder import open_hub_folder
+
+    return open_hub_folder(path)
 
 
 def initial_base(config: Config) -> Config:
@@ -46,7 +60,7 @@ def initial_base(config: Config) -> Config:
     if init_from == HUGGING_FACE:
         raise ValueError("run.init_from = hf: names no folder: give hf:FOLDER")
     if init_from.startswith(HUGGING_FACE):
-        model = open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
+        model = _open_hub_folder(Path(init_from.removeprefix(HUGGING_FACE))).model
         longest = model.max_position_embeddings or DataConfig.seq_length
         return _base(config, model, min(DataConfig.seq_length, longest))
     given = read_checkpoint(find_checkpoint(Path(init_from)))
@@ -62,6 +76,8 @@ def _base(config: Config, model: ModelConfig, seq_length: int) -> Config:
 
 def tokenizer_of(source: OurCheckpoint | HubFolder) -> Path | None:
     """Where the tokenizer of a checkpoint or folder is, or was if it is gone; None if nothing says so."""
+    from megatron_m1.convert.hub_folder import HubFolder
+
     return source.folder if isinstance(source, HubFolder) else source.contents.tokenizer
 
 
@@ -75,8 +91,8 @@ def initial_tokenizer(config: Config) -> Path | None:
     assert init_from is not None
     own = complete_checkpoints(Path(config.run.folder)) if config.run.resume else []
     if own:
-        return tokenizer_of(open_checkpoint(own[0]))
+        return read_checkpoint(own[0], with_tensors=False).tokenizer
     if init_from.startswith(HUGGING_FACE):
         folder = Path(init_from.removeprefix(HUGGING_FACE))
         return folder if has_tokenizer(folder) else None
-    return tokenizer_of(open_checkpoint(find_checkpoint(Path(init_from))))
+    return read_checkpoint(find_checkpoint(Path(init_from)), with_tensors=False).tokenizer

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_m1.convert.tokenizer import check_rows
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.data.tokenizers import Tokenizer
 
@@ -115,6 +116,8 @@ class Reader:
     def _check_ids(self, smallest: int, largest: int) -> None:
         if smallest < 0 or largest >= self.vocab_size:
             wrong = smallest if smallest < 0 else largest
+            if not isinstance(self.tokenizer, str):
+                check_rows(self.tokenizer.vocab_size, self.vocab_size, "of these texts")
             raise ValueError(f"id {wrong} is not among the model's {self.vocab_size}: it is another tokenizer's")
 
     def _check_pack(self, pack: PackedSample) -> None:

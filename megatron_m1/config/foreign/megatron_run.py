@@ -18,7 +18,6 @@ _RECORDS = "metrics.jsonl and TensorBoard have what is measured, at every step"
 _CLEAN_UP = "Python collects its garbage as it sees fit"
 _READ = "packs are read from mapped files, in the training process"
 _SCHEDULE = "the schedule counts tokens and is that of the configuration, also after a resumption"
-_WANDB = "W&B is asked for with run.wandb_project"
 _SAVED = "checkpoints are megatron-core's torch_dist, and complete"
 _TOKENIZER = "data.tokenizer is a SentencePiece .model or a Hugging Face folder, and its files tell which"
 
@@ -133,9 +132,9 @@ RUN: tuple[Meaning, ...] = (
     nothing("tensorboard-log-interval", _RECORDS),
     nothing("tensorboard-queue-size", _RECORDS),
     same("wandb-project", "run.wandb_project"),
-    nothing("wandb-exp-name", _WANDB),
-    nothing("wandb-entity", _WANDB),
-    nothing("wandb-save-dir", _WANDB),
+    same("wandb-exp-name", "run.wandb_name"),
+    same("wandb-entity", "run.wandb_entity"),
+    nothing("wandb-save-dir", "W&B's files of an offline run are in <run.folder>/wandb"),
     always("log-throughput", _RECORDS),
     nothing("log-params-norm", _RECORDS),
     nothing("log-num-zeros-in-grad", _RECORDS),
