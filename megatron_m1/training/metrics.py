@@ -188,8 +188,12 @@ def _live_columns(columns: int) -> tuple[ProgressColumn, ...]:
 
 
 def _live_room(columns: int, total_steps: int) -> int:
-    """Columns that bar, steps, remaining time and what stands between them leave for figures."""
-    return columns - BAR_COLUMNS[columns >= 80] - (2 * len(str(total_steps)) + 1) - len("100:00:00") - 3
+    """Columns that bar, steps, remaining time and what stands between them leave for figures.
+
+    And the ``^C`` that a terminal writes behind them: it would take a full line to two, of which one would stay.
+    """
+    others = BAR_COLUMNS[columns >= 80] + (2 * len(str(total_steps)) + 1) + len("100:00:00") + len("^C")
+    return columns - others - 4
 
 
 def _status_line(console: Console, start_step: int, total_steps: int) -> Progress:

@@ -23,12 +23,9 @@ def main(folder: Path, way: str) -> None:
     if "RANK" in os.environ:
         prepare_worker()
     with ExitStack() as held:
-        if os.environ.get("RANK", "0") == "0":
-            log = held.enter_context(MetricsLog(folder, RunConfig(tensorboard=False), start_step=0, total_steps=9))
-            held.enter_context(Interrupt(log.note))
-            log.log_step(1, {LOSS: 1.25})
-        else:
-            held.enter_context(Interrupt())
+        log = held.enter_context(MetricsLog(folder, RunConfig(tensorboard=False), start_step=0, total_steps=9))
+        held.enter_context(Interrupt(log.note))
+        log.log_step(1, {LOSS: 1.25})
         if way == "hang":
             watchdog = held.enter_context(Watchdog(0, 0.01, grace_seconds=0.01, first_step_seconds=0.01))
             with watchdog.step(1):

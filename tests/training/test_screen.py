@@ -28,7 +28,7 @@ from tests.training.test_metrics import RECORD
 BAR = "━"
 LAUNCH = (
     "import sys; from megatron_m1.launch import Launch, start_workers;"
-    "sys.exit(start_workers(Launch(1, 0, 2, '127.0.0.1', None), sys.argv[1:]))"
+    "sys.exit(start_workers(Launch(1, 0, 1, '127.0.0.1', None), sys.argv[1:]))"
 )
 
 
@@ -77,7 +77,7 @@ def test_a_step_fits_its_line_and_the_live_line_keeps_its_bar(
     assert screen.lines[0] == first
     live = screen.lines[2]
     assert live.count(BAR) + live.count("╸") + live.count("╺") == bar
-    assert re.search(r" 2/100000 .*loss 7\.2500 .* (\d:\d\d:\d\d|-:--:--)$", live)
+    assert re.search(r" 2/100000 .*loss 7\.2500 (.* )?(\d:\d\d:\d\d|-:--:--)$", live)
 
 
 def test_what_matters_least_goes_first() -> None:
@@ -121,11 +121,11 @@ def test_no_way_out_leaves_a_spoilt_terminal(terminal: Callable[..., Terminal], 
 
 @pytest.mark.slow
 def test_a_run_in_80_columns(terminal: Callable[..., Terminal], tmp_path: Path, tiny_corpus: dict[str, Any]) -> None:
-    """Two processes: every line fits, the profiler is quiet and its file named, Ctrl-C is answered once."""
+    """Every line fits, the profiler is quiet and its file named, Ctrl-C is answered once."""
     window = [("train.profile_step_start", 2), ("train.profile_step_end", 4)]
     endless = [("train.max_steps", 100_000), ("run.save_interval", 0), ("train.eval_interval", 0)]
     settings = runs.write_settings(tmp_path / "run.yaml", tiny_corpus, tmp_path / "r", *endless, *window)
-    command = ["-m", "megatron_m1.cli", "pretrain", "--config", settings, "--nproc-per-node", 2]
+    command = ["-m", "megatron_m1.cli", "pretrain", "--config", settings]
     run = terminal(*command)
     run.wait_for(lambda: runs.steps_recorded(tmp_path / "r") > 4)
     run.press_ctrl_c()
@@ -144,11 +144,11 @@ def test_a_run_in_80_columns(terminal: Callable[..., Terminal], tmp_path: Path, 
     # During the vote of the ranks nobody knows which it will be.
     assert answer in ("", saved)
     ours = re.compile(
-        r"starting 2 processes on this node; .*|step +\d+/100000 \| loss .*|profile of .*|.*\(one a rank\)|"
+        r"step +\d+/100000 \| loss .*|profile of .*|.*\(one a rank\)|"
         r"(\^C)?SIGINT: .*|checkpoint step_\d+ saved .*|[┌└├ ].*|│.*│|"
     )
     rest = [line for number, line in enumerate(screen.lines) if number not in screen.wrapped]
     assert [line for line in rest if not ours.fullmatch(line)] == []
     lives = [part for part in re.split(r"[\r\n]", re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", run.raw())) if BAR in part]
-    assert all(re.match(r"[━╸╺]{20} +\d+/100000 ", part) and len(part.removesuffix("^C")) <= 80 for part in lives)
+    assert all(re.match(r"[━╸╺]{20} +\d+/100000 ", part) and len(part) < 80 for part in lives)
     assert screen.cursor_is_shown
