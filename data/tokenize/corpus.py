@@ -24,6 +24,7 @@ from megatron_m1.data.tokenize.split import SUFFIXES, WHOLE, Split
 from megatron_m1.data.tokenize.split_writer import SplitWriter
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_m1.files import file_lock
+from megatron_m1.printing import counted
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class HeldOut:
     """End marks included."""
 
     def __str__(self) -> str:
-        return f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, held out"
+        return f"{self.prefix}: {counted(self.documents, 'document')}, {counted(self.tokens, 'token')}, held out"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class TokenizeReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, {self.bytes_per_token:.2f} bytes per"
+            f"{self.prefix}: {counted(self.documents, 'document')}, {counted(self.tokens, 'token')}, {self.bytes_per_token:.2f} bytes per"
             f" token, skipped: {_reasons(self.skipped, self.keys)}, {self.seconds:.1f} s"
         ]
         return "\n".join([*map(str, self.passed_over), *lines, *map(str, self.held_out)])
@@ -142,10 +143,12 @@ def tokenize_corpus(
     with ExitStack() as stack:
         folders = [stack.enter_context(_sole_writer(each)) for each in prefixes]
         progress = stack.enter_context(_progress(total_bytes, show_progress))
+        # A process that is killed could not show it again.
+        progress.console.show_cursor(True)
         writer = stack.enter_context(SplitWriter(folders, tokenizer, split, append_eod=append_eod))
         batches = read_batches(files, text_key=text_key, cut=cut, text_suffixes=text_suffixes)
         stack.enter_context(closing(batches))
-        task = progress.add_task(f"tokenising {len(files)} files", total=total_bytes, documents=0)
+        task = progress.add_task(f"tokenising {counted(len(files), 'file')}", total=total_bytes, documents=0)
         if workers == 1:
             encoded = _encode_here(batches, tokenizer, text_key, append_eod)
         else:

@@ -21,6 +21,7 @@ from megatron_m1.config.resolved import (
 )
 from megatron_m1.config.tracking import check_tracking
 from megatron_m1.config.tree import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_m1.printing import counted
 from megatron_m1.shapes.kind import check_divides
 from megatron_m1.shapes.registry import check_layers, check_layers_device, check_layers_split
 from megatron_m1.shapes.residual import residual_alpha
@@ -225,7 +226,7 @@ def check_batch(config: ResolvedConfig, world_size: int) -> None:
             )
         if parallel.virtual_pipeline_model_parallel_size and packs // replicas % pipeline:
             raise ValueError(
-                f"{name} = {packs} gives each rank {packs // replicas} micro-batches, but interleaved stages need a "
+                f"{name} = {packs} gives each rank {counted(packs // replicas, 'micro-batch', 'micro-batches')}, but interleaved stages need a "
                 f"multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a multiple of "
                 f"{replicas * pipeline}"
             )

@@ -30,6 +30,7 @@ from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
 from megatron_m1.convert.work import Ranks, WorkFolder, stamps
 from megatron_m1.data.tokenizers.hf_folder import GENERATION
 from megatron_m1.files import read_json_object, write_atomically
+from megatron_m1.printing import counted
 from megatron_m1.shapes.registry import layer_mixers
 from megatron_m1.shapes.softmax import rotary_dim
 
@@ -225,7 +226,7 @@ def describe_export(source: OurCheckpoint, options: ExportOptions) -> str:
     count = sum(len(shard.entries) for shard in plan.shards)
     mixers = Counter(layer_mixers(source.model))
     return (
-        f"{count:,} tensors, {plan.total:,} bytes in {len(plan.shards)} files, "
+        f"{count:,} tensors, {plan.total:,} bytes in {counted(len(plan.shards), 'file')}, "
         f"{' and '.join(f'{layers} {kind}' for kind, layers in mixers.items())} layers, "
         f"{str(plan.dtype).removeprefix('torch.')}"
     )

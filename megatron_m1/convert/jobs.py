@@ -133,5 +133,7 @@ def _bar(title: str, jobs: Sequence[Job], *, shown: bool) -> Iterator[Callable[[
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     console = Console(stderr=True)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not (shown and console.is_terminal)) as bar:
+        # A process that is killed could not show it again.
+        bar.console.show_cursor(True)
         task = bar.add_task(title, total=sum(job.size for job in jobs))
         yield lambda size: bar.advance(task, size)

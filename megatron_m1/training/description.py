@@ -14,6 +14,7 @@ from megatron_m1.config.resolved import ResolvedParallelConfig
 from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.data.corpora.prefix import PrefixSummary
 from megatron_m1.plan.parameters import model_counts
+from megatron_m1.printing import counted
 
 type Fact = tuple[str, str]
 
@@ -72,7 +73,7 @@ def model_fact(config: ResolvedConfig) -> Fact:
     """Layers and parameters."""
     counts, active = model_counts(config.model), model_counts(config.model, active=True)
     return "model", (
-        f"{config.model.num_layers} layers, {counts.total:,} parameters, {active.total:,} active per token"
+        f"{counted(config.model.num_layers, 'layer')}, {counts.total:,} parameters, {active.total:,} active per token"
     )
 
 
@@ -86,7 +87,7 @@ def blend_facts(
     return [
         (
             name,
-            f"{weight:.1%} {summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens"
+            f"{weight:.1%} {summary.prefix}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')}"
             + (f", read {weight * tokens / summary.tokens:,.2f} times" if tokens else ""),
         )
         for weight, summary in zip(weights, summaries, strict=True)
@@ -129,8 +130,8 @@ def batch_facts(config: ResolvedConfig, world_size: int) -> list[Fact]:
     train, data = config.train, config.data
     replicas = data_parallel_size(config.parallel, world_size)
     batch = (
-        f"{train.global_batch_size} packs of {data.seq_length:,} tokens = {config.tokens_per_step:,} tokens a step, "
-        f"{train.global_batch_size // replicas} micro-batches a rank"
+        f"{counted(train.global_batch_size, 'pack')} of {data.seq_length:,} tokens = {config.tokens_per_step:,} tokens a step, "
+        f"{counted(train.global_batch_size // replicas, 'micro-batch', 'micro-batches')} a rank"
     )
     context, tokens = config.parallel.context_parallel_size, config.padded_pack_tokens
     padding = tokens - data.seq_length

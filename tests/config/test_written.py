@@ -48,7 +48,7 @@ def test_paths_are_absolute_or_of_the_folder(tmp_path: Path, monkeypatch: pytest
     )
     save(given, Path("../runs/a"))
     text = (tmp_path / "runs" / "a" / CONFIG).read_text()
-    for line in ("folder: .,", f"init_from: 'hf:{tmp_path}/here/hub'", "tokenizer: tokenizer/x.model", "/cache"):
+    for line in ("folder: .\n", f"init_from: 'hf:{tmp_path}/here/hub'", "tokenizer: tokenizer/x.model", "/cache"):
         assert line in text
     assert f"train: ['0.5', {tmp_path}/here/corpora/web, '0.5', own]" in text
     os.rename(tmp_path / "runs" / "a", tmp_path / "b")
