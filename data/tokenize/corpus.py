@@ -67,8 +67,9 @@ class TokenizeReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.prefix}: {counted(self.documents, 'document')}, {counted(self.tokens, 'token')}, {self.bytes_per_token:.2f} bytes per"
-            f" token, skipped: {_reasons(self.skipped, self.keys)}, {self.seconds:.1f} s"
+            f"{self.prefix}: {counted(self.documents, 'document')}, {counted(self.tokens, 'token')}, "
+            f"{self.bytes_per_token:.2f} bytes per token, skipped: {_reasons(self.skipped, self.keys)}, "
+            f"{self.seconds:.1f} s"
         ]
         return "\n".join([*map(str, self.passed_over), *lines, *map(str, self.held_out)])
 

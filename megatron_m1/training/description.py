@@ -87,7 +87,8 @@ def blend_facts(
     return [
         (
             name,
-            f"{weight:.1%} {summary.prefix}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')}"
+            f"{weight:.1%} {summary.prefix}: {counted(summary.documents, 'document')}, "
+            f"{counted(summary.tokens, 'token')}"
             + (f", read {weight * tokens / summary.tokens:,.2f} times" if tokens else ""),
         )
         for weight, summary in zip(weights, summaries, strict=True)
@@ -130,7 +131,8 @@ def batch_facts(config: ResolvedConfig, world_size: int) -> list[Fact]:
     train, data = config.train, config.data
     replicas = data_parallel_size(config.parallel, world_size)
     batch = (
-        f"{counted(train.global_batch_size, 'pack')} of {data.seq_length:,} tokens = {config.tokens_per_step:,} tokens a step, "
+        f"{counted(train.global_batch_size, 'pack')} of {data.seq_length:,} tokens = {config.tokens_per_step:,} tokens "
+        "a step, "
         f"{counted(train.global_batch_size // replicas, 'micro-batch', 'micro-batches')} a rank"
     )
     context, tokens = config.parallel.context_parallel_size, config.padded_pack_tokens

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_m1.config import Config
 from megatron_m1.config.io import parse_config
@@ -47,10 +48,10 @@ def test_paths_are_absolute_or_of_the_folder(tmp_path: Path, monkeypatch: pytest
         "--data.cache_folder=/cache",
     )
     save(given, Path("../runs/a"))
-    text = (tmp_path / "runs" / "a" / CONFIG).read_text()
-    for line in ("folder: .\n", f"init_from: 'hf:{tmp_path}/here/hub'", "tokenizer: tokenizer/x.model", "/cache"):
-        assert line in text
-    assert f"train: ['0.5', {tmp_path}/here/corpora/web, '0.5', own]" in text
+    written = yaml.safe_load((tmp_path / "runs" / "a" / CONFIG).read_text())
+    assert (written["run"]["folder"], written["run"]["init_from"]) == (".", f"hf:{tmp_path}/here/hub")
+    assert (written["data"]["tokenizer"], written["data"]["cache_folder"]) == ("tokenizer/x.model", "/cache")
+    assert written["data"]["train"] == ["0.5", f"{tmp_path}/here/corpora/web", "0.5", "own"]
     os.rename(tmp_path / "runs" / "a", tmp_path / "b")
     monkeypatch.chdir(tmp_path)
     for folder in (Path("b"), tmp_path / "b"):

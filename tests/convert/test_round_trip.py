@@ -142,7 +142,7 @@ def test_what_an_export_says(native_folder: Path, tmp_path: Path, capsys: pytest
     convert("to-hf", tmp_path / "ours", tmp_path / "hub", "--format", "native")
     said = capsys.readouterr().out.splitlines()
     size = sum(value.nbytes for value in weights(tmp_path / "hub").values())
-    assert re.fullmatch(rf".*/hub: {len(weights(tmp_path / 'hub'))} tensors, {size:,} bytes in 1 files, .*", said[0])
+    assert re.fullmatch(rf".*/hub: {len(weights(tmp_path / 'hub'))} tensors, {size:,} bytes in 1 file, .*", said[0])
     assert re.match(r"would write \d+ tensors, .* 6 lightning and 2 softmax layers, float32$", planned[0])
     tokenizer = "note: no tokenizer was written: the checkpoint names none; give --tokenizer"
     epsilon = "note: vLLM uses 1e-05 in the norm inside lightning layers, this model 1e-06: "

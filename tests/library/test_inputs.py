@@ -106,7 +106,7 @@ def test_a_tokenizer_that_is_given(reference: Reference, tmp_path: Path) -> None
     for tokenizer in (path, str(path), load_tokenizer(path)):
         model = megatron_m1.load(reference.folder, tokenizer=tokenizer)
         assert model.tokenizer is not None and model.tokenizer.vocab_size == 275
-        with pytest.raises(ValueError, match="has 275 tokens, the model's embedding 99 rows: .* --resize-vocab 275"):
+        with pytest.raises(ValueError, match=r"has 275 tokens, the model's embedding 99 rows: .* --resize-vocab 275"):
             model.logits("seven")
 
 

@@ -136,8 +136,10 @@ def test_a_run_in_80_columns(terminal: Callable[..., Terminal], tmp_path: Path, 
     )
     assert profile in "".join(screen.lines)
     # A path stays whole, so that it can be copied.
-    begin = next(number for number, line in enumerate(screen.lines) if line.startswith("profile of"))
-    assert screen.wrapped <= set(range(begin + 1, begin + 1 + len(profile) // 80))
+    for row in screen.wrapped:
+        begin = next(above for above in range(row, -1, -1) if above not in screen.wrapped)
+        end = next(below for below in range(row, len(screen.lines) + 1) if below not in screen.wrapped)
+        assert str(tmp_path) in "".join(screen.lines[begin:end])
     text = "\n".join(screen.lines)
     (answer,) = re.findall(r"^SIGINT: finishing (?:the step|step (\d+)), then saving$", text, re.MULTILINE)
     (saved,) = re.findall(r"^SIGINT: saving step (\d+), then leaving$", text, re.MULTILINE)
