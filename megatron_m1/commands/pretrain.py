@@ -230,7 +230,9 @@ def _is_first_rank() -> bool:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    # A warning is prose. Other lines may have paths and commands, which can be copied only where nothing breaks them.
+    parts = folded(line, terminal_columns()) if line.startswith("warning: ") else [line]
+    print("\n".join(parts), flush=True)
 
 
 def _train(config: ResolvedConfig) -> int:

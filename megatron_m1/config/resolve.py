@@ -227,8 +227,8 @@ def check_batch(config: ResolvedConfig, world_size: int) -> None:
         if parallel.virtual_pipeline_model_parallel_size and packs // replicas % pipeline:
             raise ValueError(
                 f"{name} = {packs} gives each rank {counted(packs // replicas, 'micro-batch', 'micro-batches')}, but "
-                f"interleaved stages need a multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a multiple of "
-                f"{replicas * pipeline}"
+                f"interleaved stages need a multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a "
+                f"multiple of {replicas * pipeline}"
             )
     if config.data.train_samples < train.global_batch_size:
         raise ValueError(
