@@ -231,7 +231,7 @@ def _is_first_rank() -> bool:
 
 def _say(line: str) -> None:
     # A warning is prose. Other lines may have paths and commands, which can be copied only where nothing breaks them.
-    parts = folded(line, terminal_columns()) if line.startswith("warning: ") else [line]
+    parts = folded(line, terminal_columns(), indent=2) if line.startswith("warning: ") else [line]
     print("\n".join(parts), flush=True)
 
 

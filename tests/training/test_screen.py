@@ -32,6 +32,10 @@ LAUNCH = (
 )
 
 
+LABELS = "versions|mesh|experts|devices|model|data|batch|packs|steps|lr|folder|metrics|tensorboard|checkpoint|profile|generate"
+"""Of the lines with which a run begins and ends."""
+
+
 @pytest.fixture
 def terminal() -> Iterator[Callable[..., Terminal]]:
     """``terminal("-m", "megatron_m1.cli", ..., columns=80)``: Python in a terminal, outside of any launcher."""
@@ -147,6 +151,7 @@ def test_a_run_in_80_columns(terminal: Callable[..., Terminal], tmp_path: Path, 
     assert answer in ("", saved)
     ours = re.compile(
         r"step +\d+/100000 \| loss .*|profile of .*|.*\(one a rank\)|"
+        rf"(?:{LABELS}) .*|warning: .*|  .*|"
         r"(\^C)?SIGINT: .*|checkpoint step_\d+ saved .*|[┌└├ ].*|│.*│|"
     )
     rest = [line for number, line in enumerate(screen.lines) if number not in screen.wrapped]
