@@ -32,7 +32,10 @@ LAUNCH = (
 )
 
 
-LABELS = "versions|mesh|experts|devices|model|data|batch|packs|steps|lr|folder|metrics|tensorboard|checkpoint|profile|generate"
+LABELS = (
+    "versions|mesh|experts|devices|model|data|batch|packs|steps|lr|folder|"
+    "metrics|tensorboard|checkpoint|profile|generate"
+)
 """Of the lines with which a run begins and ends."""
 
 
