@@ -378,6 +378,7 @@ def test_inspect_shows_a_run_and_its_newest_checkpoint(command: Run, run_folder:
     checkpoint = run_folder / "checkpoints" / "step_00000020"
     for named in ([checkpoint], ["--checkpoint", checkpoint]):
         assert command("inspect", *named, "--tensors") == (0, "\n".join(lines[1:]) + "\n", "")
+    assert_refused(command("inspect", checkpoint / "state.json"), "state.json is a file: give a checkpoint or a run")
     assert command("inspect", run_folder)[1].splitlines()[-1] == "2 tensors, 58 bytes (0.00 GiB) (--tensors lists them)"
 
 

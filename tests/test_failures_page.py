@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,16 +60,38 @@ def test_numbers_of_the_page() -> None:
     assert "${MAX_RESTARTS:=3}" in (ROOT / "examples" / "pretrain_m1.sbatch").read_text()
 
 
+def test_the_command_that_goes_on_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what the sbatch file says before it."""
+    config = tmp_path / "run.yaml"
+    config.write_text(f"data: {{embedded_corpus: {tmp_path / 'corpus'}}}\n")
+    (before,) = re.findall(r"pretrain_m1\.sh (.*) \"\$@\"", (ROOT / "examples" / "pretrain_m1.sbatch").read_text())
+    block = PAGE.split("always the same command.", 1)[1].split("```")[1]
+    commands = [shlex.split(line, comments=True) for line in block.removeprefix("bash\n").splitlines()]
+    assert [words[0] for words in commands] == ["megatron-m1", "sbatch", "sbatch"]
+    for words in commands:
+        given = before.split() if words[0] == "sbatch" else []
+        given += words[words.index("--config") :]
+        given = [str(ROOT / word) if word.startswith("examples/") else word for word in given]
+        given[given.index("run.yaml")], given[given.index("runs/mid")] = str(config), str(tmp_path / "mid")
+        assert cli.run(["pretrain", *given, "--dry-run", "--world-size=1", "--device=gpu"]) == 0
+        preset = "m1-mid" if words[0] == "sbatch" else "tiny"
+        assert capsys.readouterr().out.startswith(f"plan        preset {preset}, bf16 on gpu over nccl")
+
+
 def test_the_commands_for_fewer_nodes_are_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     block = PAGE.split("so ask first:", 1)[1].split("```")[1]
-    commands = [command.split("#")[0] for command in block.replace("\\\n", " ").removeprefix("bash\n").splitlines()]
+    commands = [
+        shlex.split(line, comments=True) for line in block.removeprefix("bash\n").replace("\\\n", "").splitlines()
+    ]
     folders = ["--run.folder", str(tmp_path / "run"), "--data.embedded_corpus", str(tmp_path / "corpus")]
     meshes = []
-    for command in filter(None, commands):
-        words = command.split()
-        assert (words[0], words[-1]) == ("megatron-m1", "...")
+    for words in commands:
+        assert words[0] == "megatron-m1"
         words[words.index("--config") + 1] = str(ROOT / words[words.index("--config") + 1])
-        assert cli.run([*words[1:-1], *folders]) == 0
+        # Data of nobody: the embedded corpus stands in for them.
+        for flag in ("--data.train", "--data.tokenizer"):
+            del words[words.index(flag) : words.index(flag) + 2]
+        assert cli.run([*words[1:], *folders]) == 0
         meshes += re.findall(r"tensor \d+ x context .* = \d+", capsys.readouterr().out)
     assert meshes == [
         "tensor 8 x context 1 x pipeline 8 x data 16 = 1024",

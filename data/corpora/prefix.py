@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_m1.files import regular
+from megatron_m1.printing import counted
 
 _INDEX_HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, dtype code, sequences, documents + 1. Then int32 lengths, int64 offsets, int64 document ends."""
@@ -141,8 +142,8 @@ def _read_index(path: Path) -> tuple[type[np.integer[Any]], int, int]:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, its header says {expected}; tokenise again")
     if sequences != document_bounds - 1:
         raise ValueError(
-            f"{path} has {sequences} sequences in {document_bounds - 1} documents; packing needs one sequence per"
-            " document: tokenise again without splitting sentences"
+            f"{path} has {counted(sequences, 'sequence')} in {counted(document_bounds - 1, 'document')}; packing needs "
+            "one sequence per document: tokenise again without splitting sentences"
         )
     size = 0
     if sequences:
@@ -169,8 +170,9 @@ def _read_sidecar(prefix: str, documents: int, tokens: int) -> dict[str, Any]:
         return {}
     if (sidecar["documents"], sidecar["tokens"]) != (documents, tokens):
         raise ValueError(
-            f"{path} tells of {sidecar['documents']} documents and {sidecar['tokens']} tokens, the index of"
-            f" {documents} and {tokens}; move it if it is of another corpus, or tokenise the corpus again"
+            f"{path} tells of {counted(sidecar['documents'], 'document')} and {counted(sidecar['tokens'], 'token')}, "
+            f"the index of {documents:,} and {tokens:,}; move it if it is of another corpus, or tokenise the corpus "
+            "again"
         )
     return sidecar
 

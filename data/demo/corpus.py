@@ -18,6 +18,7 @@ from megatron_m1.data.corpora.prefix import check_prefix
 from megatron_m1.data.demo.sources import prose_texts, sections, standard_library
 from megatron_m1.data.tokenizers import check_vocab_size, load_tokenizer, train_sentencepiece
 from megatron_m1.files import file_lock, write_atomically
+from megatron_m1.printing import counted
 
 SHARES = {"code": 0.7, "prose": 0.3}
 """Sources and their shares of packs."""
@@ -143,7 +144,7 @@ def prepare_corpus(
             # megatron-core takes seconds to import, which a finished corpus need not cost.
             from megatron_m1.data.tokenize import tokenize_corpus
 
-            note(f"tokenising {len(missing)} file{'s' if len(missing) > 1 else ''}")
+            note(f"tokenising {counted(len(missing), 'file')}")
             for prefix in missing:
                 name = Path(prefix).name
                 processes = workers if name.endswith(".train") else 1

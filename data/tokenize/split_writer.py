@@ -15,6 +15,7 @@ from megatron_m1.data.tokenize.encode import EncodedBatch
 from megatron_m1.data.tokenize.split import SUFFIXES, Split, joined_mark
 from megatron_m1.data.tokenize.token_files import TokenWriter
 from megatron_m1.data.tokenizers import Tokenizer
+from megatron_m1.printing import counted
 
 
 class SplitWriter:
@@ -96,8 +97,9 @@ class SplitWriter:
             if not writer.documents:
                 name = SUFFIXES[part].removeprefix("_") or "training"
                 raise ValueError(
-                    f"--split gives the {name} part {self._split.shares[part]:.4g} of {self.documents:,} documents, "
-                    "and by chance none: give it a larger share, or hold out a file of your own"
+                    f"--split gives the {name} part {self._split.shares[part]:.4g} of "
+                    f"{counted(self.documents, 'document')}, and by chance none: give it a larger share, or hold out a "
+                    "file of your own"
                 )
 
     def commit(self, prefix: str) -> None:

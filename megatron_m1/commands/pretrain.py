@@ -105,10 +105,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
         # In the words themselves: workers get them as well.
         arguments = ["--config", str(default_config), *arguments]
         options, flags = parser.parse_known_args(arguments)
-    if options.resume is not None:
-        flags.append(f"--run.resume={str(options.resume).lower()}")
-    if options.init_from is not None:
-        flags += ["--run.init_from", options.init_from]
+    flags += _fields_of_options(options)
     config, notes = _configuration(options, flags, parser.option_names())
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
@@ -142,6 +139,16 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
         _say(f"starting {started} on this node; importing megatron-core takes seconds")
         return start_workers(launch, ["-m", "megatron_m1.cli", "pretrain", *without_launch_options(arguments)])
     return _train(resolved)
+
+
+def _fields_of_options(options: argparse.Namespace) -> list[str]:
+    """Flags of the fields that have an option of their own, as far as it is given."""
+    flags = []
+    if options.resume is not None:
+        flags.append(f"--run.resume={str(options.resume).lower()}")
+    if options.init_from is not None:
+        flags += ["--run.init_from", options.init_from]
+    return flags
 
 
 def _goes_on(options: argparse.Namespace, flags: Sequence[str]) -> bool:

@@ -13,6 +13,7 @@ from megatron_m1.config.pipeline import StageLayers, plan_stages
 from megatron_m1.data.demo.corpus import vocabulary_notes
 from megatron_m1.launch import Launch
 from megatron_m1.plan.parameters import rank_counts
+from megatron_m1.printing import counted
 from megatron_m1.training.changes import changes_since, nothing_to_train, stream_lines
 from megatron_m1.training.description import (
     Fact,
@@ -40,7 +41,7 @@ def where_from(launch: Launch | None) -> str:
     """Say where the world size comes from."""
     if launch is None:
         return "torchrun"
-    return f"{launch.nodes} node{'s' if launch.nodes > 1 else ''} x {launch.processes_per_node}"
+    return f"{counted(launch.nodes, 'node')} x {launch.processes_per_node}"
 
 
 def describe_plan(config: ResolvedConfig, world_size: int, *, source: str, on_gpu: bool) -> list[str]:
@@ -65,7 +66,7 @@ def describe_plan(config: ResolvedConfig, world_size: int, *, source: str, on_gp
     return [
         f"plan        preset {config.preset}, {train.precision} on {device} over {parallel.distributed_backend}, "
         f"{model.transformer_impl} modules",
-        f"world       {world_size} process{'es' if world_size > 1 else ''} ({source})",
+        f"world       {counted(world_size, 'process', 'processes')} ({source})",
         *lines_of([*mesh_facts(parallel, world_size), model_fact(config)]),
         *_stage_lines(config),
         *data_lines,

@@ -80,19 +80,18 @@ def _parse_layout(layout: str, model: ModelConfig, parallel: ParallelConfig) -> 
             f"{name} places {counted(text.count('t'), 'layer')}, but model.num_layers = {model.num_layers}"
         )
     stages = text.split("|")
+    has = f"{name} has {counted(len(stages), 'stage')}"
     pipeline = parallel.pipeline_model_parallel_size
     if len(stages) % pipeline:
-        raise ValueError(
-            f"{name} has {len(stages)} stages, not a multiple of parallel.pipeline_model_parallel_size = {pipeline}"
-        )
+        raise ValueError(f"{has}, not a multiple of parallel.pipeline_model_parallel_size = {pipeline}")
     virtual = parallel.virtual_pipeline_model_parallel_size
     if virtual is not None and virtual * pipeline != len(stages):
         raise ValueError(
-            f"{name} has {len(stages)} stages, but pipeline {pipeline} x virtual {virtual} = {pipeline * virtual}: "
+            f"{has}, but pipeline {pipeline} x virtual {virtual} = {pipeline * virtual}: "
             "leave out virtual_pipeline_model_parallel_size, the layout gives it"
         )
     if pipeline == 1 and len(stages) > 1:
-        raise ValueError(f"{name} has {len(stages)} stages, but parallel.pipeline_model_parallel_size = 1")
+        raise ValueError(f"{has}, but parallel.pipeline_model_parallel_size = 1")
     return stages
 
 

@@ -251,8 +251,8 @@ def _check_recompute(train: TrainConfig, stages: Stages) -> None:
     _check_positive("train", train, ["recompute_num_layers"])
     if train.recompute_granularity == "full" and train.recompute_num_layers > stages.most_layers:
         raise ValueError(
-            f"train.recompute_num_layers = {train.recompute_num_layers} is more than the {stages.most_layers} layers "
-            "of the largest stage: lower it"
+            f"train.recompute_num_layers = {train.recompute_num_layers} is more than the "
+            f"{counted(stages.most_layers, 'layer')} of the largest stage: lower it"
         )
 
 

@@ -19,6 +19,7 @@ from megatron_m1.config import Config
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.plan.parameters import model_counts
+from megatron_m1.printing import counted
 from megatron_m1.shapes.registry import layer_mixers
 from megatron_m1.shapes.residual import residual_alpha
 from megatron_m1.shapes.softmax import rotary_dim
@@ -122,12 +123,12 @@ def _training(config: Config, state: dict[str, Any]) -> list[str]:
         ]
         if type(state.get("resized_from")) is int:
             new = config.model.vocab_size - state["resized_from"]
-            lines.append(f"The last {new:,} rows of embedding and head are untrained: they were added on importing.")
+            lines.append(f"Untrained, since added on importing: the last {counted(new, 'row')} of embedding and head.")
         return lines
     lines = [f"{tokens:,} tokens" if type(tokens) is int else "An unknown number of tokens"]
     lines[0] += (
-        f" in {state['step']:,} steps of {config.train.global_batch_size} packs of {config.data.seq_length:,} tokens, "
-        f"in {config.train.precision}."
+        f" in {counted(state['step'], 'step')} of {counted(config.train.global_batch_size, 'pack')} of "
+        f"{config.data.seq_length:,} tokens, in {config.train.precision}."
     )
     if config.run.init_from is not None:
         name = Path(config.run.init_from.removeprefix(HUGGING_FACE)).name

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from megatron_m1.convert.families.minimax_m1.weights import WeightPiece, units
 from megatron_m1.convert.hub_folder import HubFolder
 
 ResizeInit = Literal["mean", "normal", "zeros"]
-INITS: tuple[ResizeInit, ...] = get_args(ResizeInit)
 SUGGESTED_MULTIPLE = 128
 """Megatron-LM's default of ``--make-vocab-size-divisible-by``."""
 _MOST_ROWS = 1 << 24

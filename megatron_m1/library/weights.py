@@ -59,7 +59,7 @@ def usable_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device = {str(device)!r}, but torch finds no GPU here: give cpu")
     index = torch.cuda.current_device() if found.index is None else found.index
     if index >= gpus:
-        raise ValueError(f"device = {str(device)!r}, but there are {gpus} GPUs, numbered from 0: give one of them")
+        raise ValueError(f"device = {str(device)!r}, but GPUs are numbered from 0 to {gpus - 1}: give one of them")
     return torch.device("cuda", index)
 
 

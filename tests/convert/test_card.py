@@ -47,7 +47,7 @@ def test_a_run(fp32_run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "8: 7 lightning attention and 1 softmax attention, each followed by a mixture of experts" in text
     assert f"| Experts | 4 a layer, 2 a token, inner size {config['intermediate_size']:,} |" in text
     assert f"| Heads | {config['num_attention_heads']} of {config['head_dim']}; " in text
-    assert "Training began with random weights." in text and " in 1 steps of " in text
+    assert "Training began with random weights." in text and " in 1 step of " in text
     notes = [line.removeprefix("note: ") for line in said.splitlines() if line.startswith("note: ")]
     caveats = [line for line in notes if "tokenizer" not in line]
     assert len(caveats) >= 2 and all(f"- {line}.\n" in text for line in caveats)
@@ -64,7 +64,7 @@ def test_data_are_named_and_their_places_are_not(checkpoint: Path) -> None:
     text = model_card(checkpoint, replace(config, data=data, run=run), FACTS)
     assert "- `web`: 75.0%\n- `co de  ## x`: 25.0%\n" in text
     assert "Training began with the weights of `MiniMax-M1-80k`, whose own card is not part of this folder." in text
-    assert f"{state['tokens']:,} tokens in 1 steps of" in text
+    assert f"{state['tokens']:,} tokens in 1 step of" in text
     assert "secret" not in text and "\n## x" not in text
     # Without weights, shares are those of the corpora's sizes, and these corpora are gone.
     text = model_card(checkpoint, replace(config, data=replace(data, train=["/secret/web", "/secret/code"])), FACTS)

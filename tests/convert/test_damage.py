@@ -124,7 +124,7 @@ def rename_a_tensor(file: Path) -> str:
     length = struct.unpack("<Q", content[:8])[0]
     header = content[8 : 8 + length].replace(b"model.layers", b"madel.layers", 1)
     file.write_bytes(content[:8] + header + content[8 + length :])
-    return r"lacks 1 tensors: model\.layers.*; it has, and the map does not know, 1 tensors: madel"
+    return r"lacks 1 tensor: model\.layers.*; it has, and the map does not know, 1 tensor: madel"
 
 
 def other_shape(file: Path) -> str:

@@ -60,7 +60,7 @@ def test_rows(init: str, hub: Path, tmp_path: Path) -> None:
     assert load_config(tmp_path / "ours" / CHECKPOINT / "config.yaml").model.vocab_size == NEW
     assert json.loads((tmp_path / "hub/config.json").read_text())["vocab_size"] == NEW
     card = (tmp_path / "hub/README.md").read_text()
-    assert "The last 31 rows of embedding and head are untrained" in card
+    assert "the last 31 rows of embedding and head" in card
 
 
 def test_low_precision_rounds_the_mean_of_what_is_stored(hub: Path, tmp_path: Path) -> None:

@@ -76,14 +76,14 @@ def test_every_shape_of_the_hub() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.layers.7.self_attn.q_proj.weight": None}, r"lacks 1 tensors: model\.layers\.7\.self_attn\.q_proj"),
+        ({"model.layers.7.self_attn.q_proj.weight": None}, r"lacks 1 tensor: model\.layers\.7\.self_attn\.q_proj"),
         (
             {"model.layers.0.self_attn.q_proj.weight": "x"},
-            r"has, and the map does not know, 1 tensors: .*0\.self_attn\.q",
+            r"has, and the map does not know, 1 tensor: .*0\.self_attn\.q",
         ),
         (
             {"lm_head.weight": None, "model.layers.0.shared_mlp.weight": "x"},
-            r"lacks 1 tensors: lm_head\.weight; it has, .*: model\.layers\.0\.shared_mlp",
+            r"lacks 1 tensor: lm_head\.weight; it has, .*: model\.layers\.0\.shared_mlp",
         ),
     ],
 )
@@ -152,7 +152,7 @@ def test_rows_lie_as_the_table_says() -> None:
 
 
 def test_names_of_both_sides_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"^here lacks 1 tensors: b; it has, and the map does not know, 1 tensors: c$"):
+    with pytest.raises(ValueError, match=r"^here lacks 1 tensor: b; it has, and the map does not know, 1 tensor: c$"):
         check_names(["a", "b"], ["a", "c"], "here")
     check_names(["a"], ["a"], "here")
 

@@ -86,7 +86,7 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
         builder.add_item(torch.tensor(sentence))
     builder.end_document()
     builder.finalize(str(tmp_path / "c.idx"))
-    with pytest.raises(ValueError, match="2 sequences in 1 documents"):
+    with pytest.raises(ValueError, match="2 sequences in 1 document;"):
         check_prefix(str(tmp_path / "c"))
 
 

@@ -104,6 +104,9 @@ def test_an_empty_part_and_a_stale_one_are_said(tmp_path: Path, model: Path) -> 
     with pytest.raises(ValueError, match=r"--split gives the validation part 1e-06 of 2 documents, and by chance none"):
         tokenize_corpus([tmp_path / "few.jsonl"], tmp_path / "out", model, split=parse_split("999999,1"), workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["few.jsonl"]
+    write_lines(tmp_path / "one.jsonl", ["one"])
+    with pytest.raises(ValueError, match=r" part 0\.5 of 1 document, and by chance none"):
+        tokenize_corpus([tmp_path / "one.jsonl"], tmp_path / "out", model, split=parse_split("1,1"), workers=1)
     write_lines(tmp_path / "many.jsonl", [SENTENCE.format(i) for i in range(50)])
     tokenize_corpus([tmp_path / "many.jsonl"], tmp_path / "out", model, split=parse_split("1,1"), workers=1)
     notes: list[str] = []

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 
 from megatron_m1.config.foreign.command_line import CommandLine, Given
+from megatron_m1.printing import counted
 
 FLAGS = (
     *("train-iters", "train-samples", "eval-iters"),
@@ -87,7 +88,9 @@ class Schedule:
                 f"{given.text}: train.eval_samples is that x --global-batch-size, which is not given"
             )
         elif iterations:
-            self._said.say("train.eval_samples", iterations * self._batch, f"{given.text} of {self._batch:,} packs")
+            self._said.say(
+                "train.eval_samples", iterations * self._batch, f"{given.text} of {counted(self._batch, 'pack')}"
+            )
 
     def _spans(self, decay_end: Decimal) -> None:
         warmup, comment = self._warmup(decay_end)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_m1.config.foreign.command_line import CommandLine
 from megatron_m1.config.foreign.schedule import Said
+from megatron_m1.printing import counted
 
 FLAGS = (
     *("ffn-hidden-size", "moe-ffn-hidden-size", "num-experts", "moe-router-topk", "num-query-groups", "kv-channels"),
@@ -134,6 +135,8 @@ def _virtual_stages(command: CommandLine, said: Said) -> None:
     of_stage, of_chunk = stages.whole_number(1), given.whole_number(1)
     chunks, rest = divmod(layers.whole_number(1), of_stage * of_chunk)
     if rest or not chunks:
-        raise ValueError(f"{given.text}: {layers.text} does not split into chunks of that on {of_stage} stages")
+        raise ValueError(
+            f"{given.text}: {layers.text} does not split into chunks of that on {counted(of_stage, 'stage')}"
+        )
     if chunks > 1:
         said.say("parallel.virtual_pipeline_model_parallel_size", chunks, given.text)

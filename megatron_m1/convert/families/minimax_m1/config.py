@@ -16,6 +16,7 @@ from megatron_m1.config import ModelConfig
 from megatron_m1.config.resolve import check_model
 from megatron_m1.convert.families.minimax_m1 import rotary
 from megatron_m1.convert.places import check_model_type
+from megatron_m1.printing import counted
 from megatron_m1.shapes.registry import layer_mixers
 from megatron_m1.shapes.residual import residual_alpha
 from megatron_m1.shapes.softmax import rotary_dim
@@ -277,7 +278,7 @@ def _mixers(config: Mapping[str, Any], layers: int) -> list[str]:
             "hub's keys and saved looks so; correct it"
         )
     if len(mixers) != layers:
-        raise ValueError(f"{name} has {len(mixers)} entries for {layers} layers")
+        raise ValueError(f"{name} has {counted(len(mixers), 'entry', 'entries')} for {counted(layers, 'layer')}")
     # What repeats is said once, as in our own configurations.
     period = next(p for p in range(1, layers + 1) if layers % p == 0 and mixers[:p] * (layers // p) == mixers)
     return mixers[:period]

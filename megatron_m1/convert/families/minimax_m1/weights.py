@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron_m1.config import ModelConfig
 from megatron_m1.convert.families.minimax_m1.rotary import native_rows, our_rows
+from megatron_m1.printing import counted
 from megatron_m1.shapes import registry
 from megatron_m1.shapes.kind import LayerShape, Parameter
 from megatron_m1.shapes.registry import layer_ffns, layer_mixers
@@ -333,6 +334,6 @@ def check_names(wanted: Iterable[str], found: Iterable[str], place: str) -> None
     for names, fault in ((wanted - found, "lacks"), (found - wanted, "has, and the map does not know,")):
         if names:
             shown = ", ".join(sorted(names)[:8]) + (", ..." if len(names) > 8 else "")
-            faults.append(f"{fault} {len(names)} tensors: {shown}")
+            faults.append(f"{fault} {counted(len(names), 'tensor')}: {shown}")
     if faults:
         raise ValueError(f"{place} {'; it '.join(faults)}")
