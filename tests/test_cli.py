@@ -211,7 +211,7 @@ def test_the_example_configurations_are_valid(command: Run, name: str, world_siz
         *["--data.embedded_corpus", tmp_path / "corpus", "--run.folder", tmp_path / "run"],
     )
     assert (status, err) == (0, "")
-    assert f"world       {world_size} process{'es' if world_size > 1 else ''} (--world-size)" in out
+    assert f"world       {world_size:,} process{'es' if world_size > 1 else ''} (--world-size)" in out
     assert f"to be built in {tmp_path / 'corpus'}" in out
     assert list(tmp_path.iterdir()) == []
 

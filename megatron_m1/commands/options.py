@@ -60,7 +60,7 @@ def token_count(text: str) -> int:
 
 def _above_zero(text: str, *, counts: bool) -> int:
     try:
-        number = whole_number("it", text, counts=counts)
+        number = whole_number("the value", text, counts=counts)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     if not isinstance(number, int) or number < 1:

@@ -29,6 +29,8 @@ from megatron_m1.files import regular
 from megatron_m1.printing import shown
 
 _LONGEST_NAME = 120
+_ALIKE = 0.7
+"""Share of equal letters from which one name may be meant by another: ``--ep`` is no ``--help``."""
 _INTEGER_BITS = 63
 NONE_WORDS = ("none", "None", "null", "~")
 POWERS_OF_TWO = ("data.seq_length",)
@@ -107,7 +109,7 @@ def nearest(name: str, candidates: Sequence[str]) -> str | None:
         return max(whole, 0.99 * last)
 
     best = max(candidates, key=likeness, default=None)
-    return best if best is not None and likeness(best) >= 0.6 else None
+    return best if best is not None and likeness(best) >= _ALIKE else None
 
 
 def unknown_setting(kind: str, name: str, candidates: Sequence[str], value: object, *, prefix: str = "") -> ValueError:

@@ -78,7 +78,10 @@ def test_values_that_flags_give_are_values_of_their_fields() -> None:
         ("--job.config_file x", ["here it is --config"]),
         ("--train.micro_batch_size 4", ["there is no --train.micro_batch_size", "--micro-batch-size has no field"]),
         ("--train.lr 1e-4", ["there is no --train.lr", "Megatron-LM's --lr is here --optimizer.lr"]),
-        ("--micro-batch-sise 4", ["unknown option --micro-batch-sise"]),
+        ("--micro-batch-sise 4", ["unknown option --micro-batch-sise: --help lists"]),
+        ("--ep 4", ["unknown option --ep: --help lists"]),
+        ("--deepspeed", ["unknown option --deepspeed: --help lists"]),
+        ("--loss-scale 1024", ["only fp16 needs it"]),
     ],
 )
 def test_a_flag_of_another_program_is_answered(flags: str, parts: list[str]) -> None:

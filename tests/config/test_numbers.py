@@ -94,6 +94,8 @@ def test_options_of_commands_read_the_same() -> None:
     for text in ("0", "-1", "1.5", "x", "", "2K"):
         with pytest.raises(argparse.ArgumentTypeError):
             positive_integer(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"^the value = '2K': K may stand for two numbers here"):
+        positive_integer("2K")
     for text in ("0", "0K", "1.5", "2 kilo"):
         with pytest.raises(argparse.ArgumentTypeError):
             token_count(text)

@@ -16,6 +16,8 @@ _CHUNKED_LOSS = "the loss is computed in chunks of tokens (model.lm_head_chunk_m
 _LAYOUT = "parallel.pipeline_model_parallel_layout places layers on stages, such as Et*3|t*5L"
 _RING = "softmax layers take ring attention, lightning layers LASP+"
 _INIT = "initial weights are Xavier's, with the gain of the residual scheme, whatever the mesh"
+_SCALED = "positions are not scaled: raise model.rotary_base"
+_LOSS_SCALE = "only fp16 needs it, and train.precision takes bf16 and fp32"
 
 MODEL: tuple[Meaning, ...] = (
     same("num-layers", "model.num_layers"),
@@ -35,7 +37,8 @@ MODEL: tuple[Meaning, ...] = (
     same("rotary-percent", "model.rotary_percent"),
     nothing("rotary-interleaved", "a head's halves are rotated against each other"),
     nothing("rotary-seq-len-interpolation-factor", "positions are not interpolated: raise model.rotary_base"),
-    nothing("use-rope-scaling", "positions are not scaled: raise model.rotary_base"),
+    nothing("use-rope-scaling", _SCALED),
+    nothing("rope-scaling-factor", _SCALED),
     always("normalization", _NORM, "RMSNorm"),
     same("norm-epsilon", "model.layernorm_epsilon", "model.lightning_norm_epsilon is that inside lightning layers"),
     nothing("apply-layernorm-1p", "a norm's weight is its weight, not one less"),
@@ -125,6 +128,7 @@ MODEL: tuple[Meaning, ...] = (
         "data-parallel-sharding-strategy", "optimizer state is spread over the data-parallel ranks, parameters are not"
     ),
     nothing("tp-comm-overlap", "the tensor ranks' collectives are not overlapped with matrix products"),
+    nothing("no-async-tensor-model-parallel-allreduce", "tensor ranks split activations by sequence: there is none"),
     nothing("overlap-moe-expert-parallel-comm", "experts' transfers are not overlapped between micro-batches"),
     nothing("delay-wgrad-compute", "gradients of weights are computed with those of inputs"),
     nothing("use-tp-pp-dp-mapping", "ranks are ordered tensor, context, expert, data, pipeline"),
@@ -133,6 +137,9 @@ MODEL: tuple[Meaning, ...] = (
     # Precision and memory.
     turned("bf16", "train.precision", "bf16"),
     nothing("fp16", "train.precision takes bf16 and fp32"),
+    nothing("loss-scale", _LOSS_SCALE),
+    nothing("initial-loss-scale", _LOSS_SCALE),
+    nothing("loss-scale-window", _LOSS_SCALE),
     same("fp8-format", "model.fp8"),
     nothing("fp8-recipe", _FP8),
     nothing("fp8-amax-history-len", _FP8),

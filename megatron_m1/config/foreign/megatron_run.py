@@ -110,6 +110,7 @@ RUN: tuple[Meaning, ...] = (
     always("ckpt-format", _SAVED, "torch_dist"),
     always("auto-detect-ckpt-format", _SAVED),
     always("use-dist-ckpt", _SAVED),
+    always("dist-ckpt-format", _SAVED, "torch_dist"),
     nothing("no-ckpt-fully-parallel-save", "data-parallel ranks always share the writing"),
     nothing("ckpt-fully-parallel-load", "megatron-core's default holds"),
     nothing("ckpt-assume-constant-structure", "megatron-core's default holds"),
