@@ -7,6 +7,7 @@ names and no exceptions by file name, and which imports what it checks.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,3 +179,12 @@ def test_an_editor_finds_the_rooms() -> None:
     """Editors resolve names by folders: ``megatron_m1.kernels`` is looked for in ``megatron_m1/``."""
     for room in BARE_ROOMS:
         assert (ROOT / "megatron_m1" / room).samefile(ROOT / room)
+
+
+def test_every_dependency_is_pinned() -> None:
+    """What bootstrap.sh installs without a version is another one next month. ``gpu`` is for machines with one."""
+    required = (ROOT / "setup.py").read_text(encoding="utf-8").split("install_requires=", 1)[1]
+    names = re.findall(r'^ +"([\w.-]+)[^"]*",  # ', required, re.MULTILINE)
+    pinned = {line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()}
+    assert {"torch", "matplotlib", "wandb"} <= set(names)
+    assert {name.lower() for name in names} - pinned == set()
