@@ -216,6 +216,7 @@ def _run_to_the_end(
         with watchdog.step(trainer.progress.step):
             validation_loss = None if interrupted else trainer.validate()
             summary = summarise(config, trainer.feed, asdict(trainer.progress), validation_loss, interrupted)
+        summary["memory_peak_gib"] = trainer.memory_peaks
         if mesh.rank == 0:
             _write_summary(trainer, summary)
     return summary
@@ -228,7 +229,7 @@ def pretrain(config: ResolvedConfig) -> dict[str, Any] | None:
         config: its data paths filled in.
 
     Returns:
-        The summary, the same on every rank: step, tokens, losses, baselines, and ``interrupted``, the name of the
+        The summary, the same on every rank: step, tokens, losses, baselines, memory and ``interrupted``, the name of the
         signal that ended the run early or None. None if there was nothing to train: then nothing is written.
 
     Raises:

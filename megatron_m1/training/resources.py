@@ -42,6 +42,8 @@ class Taken:
 
     flops: float
     """Useful ones of forward and backward over the global batch."""
+    memory: list[float]
+    """GiB that each rank has held at a time, in order of the ranks."""
     figures: dict[Figure, float]
     """Of memory, and DATA_SECONDS."""
 
@@ -62,11 +64,11 @@ def share(mesh: Mesh, flops: float, data_seconds: float) -> Taken:
     places[2 + 2 * mesh.rank] = data_seconds
     dist.all_reduce(places)
     total, *rest = places.tolist()
-    memory, seconds = rest[::2], rest[1::2]
+    memory, seconds = [size / 2**30 for size in rest[::2]], rest[1::2]
     figures = {
-        MEMORY_PEAK: max(memory) / 2**30,
+        MEMORY_PEAK: max(memory),
         MEMORY_PEAK_RANK: memory.index(max(memory)),
-        MEMORY_PEAK_LEAST: min(memory) / 2**30,
+        MEMORY_PEAK_LEAST: min(memory),
         DATA_SECONDS: max(seconds),
     }
-    return Taken(total, figures)
+    return Taken(total, memory, figures)

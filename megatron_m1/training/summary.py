@@ -101,7 +101,8 @@ def show_summary(summary: dict[str, Any]) -> None:
     losses = ("validation_loss", "unigram_entropy", "bigram_entropy", "below_unigram")
     units = dict.fromkeys(losses, "nat/token")
     for name, value in summary.items():
-        if value is None:
+        # One number a rank may be thousands: the file has them.
+        if value is None or isinstance(value, list):
             continue
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), f"{shown} {units.get(name, '')}".rstrip())

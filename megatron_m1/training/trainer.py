@@ -57,6 +57,8 @@ class Trainer:
     """By the monotonic clock; the start counts as one."""
     save_seconds: float = field(init=False, default=0.0)
     """Of the checkpoints since the last record."""
+    memory_peaks: list[float] = field(init=False, default_factory=list)
+    """Of every rank in GiB, as of the last step."""
     peak_flops: float | None = field(init=False)
     """Of the device, per second; None on a CPU and on a GPU that is not in the list."""
 
@@ -90,6 +92,7 @@ class Trainer:
         # Waits for the device as well: what the optimizer has queued there is done then.
         taken = share(self.trained.mesh, useful_flops(config, samples), data_seconds)
         seconds = time.perf_counter() - began
+        self.memory_peaks = taken.memory
         parts = {
             FORWARD_BACKWARD_SECONDS: result.forward_backward_seconds,
             OPTIMIZER_SECONDS: seconds - data_seconds - result.forward_backward_seconds,

@@ -106,6 +106,10 @@ def test_the_summary_compares_with_the_baselines(straight: Path) -> None:
     assert summary["validation_loss"] == runs.records(straight)[-1]["validation_loss"]
     assert summary["below_unigram"] == summary["unigram_entropy"] - summary["validation_loss"]
     assert summary["bigram_entropy"] < summary["unigram_entropy"] < math.log(504)
+    last = next(record for record in reversed(runs.records(straight)) if "loss" in record)
+    memory = summary["memory_peak_gib"]
+    assert (max(memory), min(memory)) == (last["memory_peak_gib"], last["memory_peak_least_gib"])
+    assert memory.index(max(memory)) == last["memory_peak_rank"]
     assert not list(straight.rglob("*.part")) and not list(straight.rglob("*.tmp"))
 
 
