@@ -229,8 +229,8 @@ def pretrain(config: ResolvedConfig) -> dict[str, Any] | None:
         config: its data paths filled in.
 
     Returns:
-        The summary, the same on every rank: step, tokens, losses, baselines, memory and ``interrupted``, the name of the
-        signal that ended the run early or None. None if there was nothing to train: then nothing is written.
+        The summary, the same on every rank: step, tokens, losses, baselines, memory, and ``interrupted``, the name of
+        the signal that ended the run early or None. None if there was nothing to train: then nothing is written.
 
     Raises:
         CheckpointError: too many checkpoints in a row or the last one could not be written, or none of those there
