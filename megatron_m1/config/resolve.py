@@ -317,5 +317,11 @@ def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:
     if model.fp8 is not None and config.train.precision != "bf16":
         raise ValueError(f"model.fp8 = {model.fp8} needs train.precision bf16, but it is {config.train.precision}")
     check_layers_device(model, precision=config.train.precision, has_gpu=has_gpu)
+    _check_positive("parallel", parallel, ["moe_token_groups"])
+    if parallel.moe_token_groups > 1 and model.moe_token_dispatcher_type != "alltoall":
+        raise ValueError(
+            f"parallel.moe_token_groups = {parallel.moe_token_groups} needs model.moe_token_dispatcher_type alltoall, "
+            f"but it is {model.moe_token_dispatcher_type}: change one of them"
+        )
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise ValueError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce: turn it on as well")

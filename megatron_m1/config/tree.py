@@ -95,6 +95,9 @@ class ParallelConfig:
     """Ranks over which the experts are spread."""
     expert_tensor_parallel_size: int | None = None
     """Ranks that share one expert's matrices; none means 1."""
+    moe_token_groups: int = 1
+    """Groups into which a rank's tokens are split, so that the experts' products of one run while others travel (EP,
+    ETP or both above 1; needs model.moe_token_dispatcher_type alltoall); 1 is off."""
     sequence_parallel: bool | None = None
     """Split activations outside the matrices over the tensor ranks; none turns it on when there are any."""
     overlap_grad_reduce: bool = False

@@ -18,6 +18,8 @@ class EngineConfig(TransformerConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape and numerics of the whole model, as resolved: what is ours is read here, not from a copy of it."""
+    moe_token_groups: int = 1
+    """Of ``ParallelConfig``."""
 
     @property
     def lm_head_chunk_bytes(self) -> int:
@@ -101,4 +103,5 @@ def engine_config(config: ResolvedConfig, *, dtype: torch.dtype, on_meta: bool =
         # Lightning and softmax layers have different shapes under one key (the spelling is megatron-core's).
         hetereogenous_dist_checkpoint=True,
         model=model,
+        moe_token_groups=parallel.moe_token_groups,
     )

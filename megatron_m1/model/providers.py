@@ -10,13 +10,8 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 
-from megatron_m1.layers.linear import (
-    ColumnParallelWeight,
-    CpuColumnParallelLinear,
-    CpuExperts,
-    CpuRowParallelLinear,
-    RowParallelWeight,
-)
+from megatron_m1.layers.experts import ColumnParallelWeight, LocalExperts, RowParallelWeight
+from megatron_m1.layers.linear import CpuColumnParallelLinear, CpuRowParallelLinear
 from megatron_m1.layers.norm import NormBuilder, RMSNorm
 
 Implementation = Literal["local", "transformer_engine"]
@@ -44,7 +39,7 @@ class CpuProvider(LocalProvider):
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
         """Builder of a layer's local experts."""
         submodules = MLPSubmodules(linear_fc1=ColumnParallelWeight, linear_fc2=RowParallelWeight)
-        return partial(CpuExperts, submodules=submodules)
+        return partial(LocalExperts, submodules=submodules)
 
 
 def spec_provider(implementation: Implementation) -> BackendSpecProvider:

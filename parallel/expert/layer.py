@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -278,5 +278,7 @@ def expert_layer(hidden: Tensor, probs: Tensor, weights: Sequence[Tensor], call:
         [n, hidden] in ``hidden``'s dtype: the sum over each token's experts of their outputs, weighted by ``probs``.
         Differentiable once in hidden, probs and weights.
     """
+    if not torch.is_grad_enabled():
+        call = replace(call, recompute=True)  # nothing is kept
     result: Tensor = _ExpertLayer.apply(hidden, probs, call, *weights)
     return result
