@@ -43,7 +43,8 @@ class ModelConfig:
     moe_aux_loss_coeff: float = 0.01
     """Weight of the load-balancing loss (MiniMax-01 paper, section 4.2), in Megatron's convention (1 at balance)."""
     moe_expert_capacity_factor: float | None = None
-    """Tokens kept per expert, as a multiple of the balanced share; none drops no token."""
+    """Tokens that an expert takes of all ranks of a stage and micro-batch, as a multiple of the balanced share; the
+    least likely ones beyond are dropped. none drops no token."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
     """How tokens travel to experts on other ranks."""
     vocab_size: int = 200_064

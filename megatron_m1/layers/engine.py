@@ -59,7 +59,8 @@ def engine_config(config: ResolvedConfig, *, dtype: torch.dtype, on_meta: bool =
         moe_router_pre_softmax=False,
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_expert_capacity_factor=model.moe_expert_capacity_factor,
+        # Our router drops by the tokens of all ranks. The library must not, but has to know that numbers vary.
+        moe_expert_capacity_factor=None if model.moe_expert_capacity_factor is None else 2.0 * model.num_moe_experts,
         moe_token_dispatcher_type=model.moe_token_dispatcher_type,
         moe_grouped_gemm=transformer_engine,
         moe_permute_fusion=transformer_engine,

@@ -9,6 +9,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_m1.layers.engine import EngineConfig
+from megatron_m1.parallel.expert.quota import within_capacity
 
 
 class Router(TopKRouter):
@@ -27,15 +28,32 @@ class Router(TopKRouter):
         self.weight.sequence_parallel = self.config.sequence_parallel
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Choose experts; see ``TopKRouter.routing``. Counts the choices of passes that will be differentiated."""
+        """Choose experts, and drop what their capacity over all ranks of the stage does not take.
+
+        Counts the choices of passes that will be differentiated, before any is dropped.
+
+        Args:
+            logits: [n, 1, experts].
+            padding_mask: bool [n, 1], true for padding, or None.
+
+        Returns:
+            Probabilities [n, experts], 0 where not chosen or dropped, and what is chosen and kept, bool [n, experts].
+        """
         probs, routing_map = super().routing(logits, padding_mask)
+        # True marks padding, whatever the library's text says.
+        counted = None if padding_mask is None else ~padding_mask.reshape(-1)
         if torch.is_grad_enabled():
-            chosen = routing_map.detach()
-            if padding_mask is not None:
-                chosen = chosen & ~padding_mask.reshape(-1, 1)  # true marks padding, whatever the library's text says
+            chosen = routing_map.detach() if counted is None else routing_map.detach() & counted[:, None]
             counts = chosen.sum(dim=0)
             self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
+        factor = self.config.model.moe_expert_capacity_factor
+        if factor is not None:
+            kept = self._within_capacity(probs.detach(), routing_map, factor, counted)
+            probs, routing_map = probs * kept, kept
         return probs, routing_map
+
+    def _within_capacity(self, probs: Tensor, chosen: Tensor, factor: float, counted: Tensor | None) -> Tensor:
+        return within_capacity(probs, chosen, topk=self.topk, factor=factor, counted=counted, group=self.tp_dp_cp_group)
 
     def attach_and_log_load_balancing_loss(
         self,
