@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.common.expert_ranks import process_groups
 from megatron_m1.kernels.expert_mlp.one_by_one import OneByOne
 from megatron_m1.parallel.expert.layer import Call, expert_layer
 from megatron_m1.parallel.expert.links import GroupLink, Links
-from megatron_m1.parallel.expert.plan import Ranks, plan_exchange
+from megatron_m1.parallel.expert.plan import plan_exchange
 
 
 @dataclass(frozen=True)
@@ -86,25 +86,9 @@ def shard(weights: list[Tensor], case: Case, expert_rank: int, tensor_rank: int)
     return found
 
 
-def process_groups(case: Case, rank: int) -> Ranks:
-    """EP, ETP and both, with ETP ranks as neighbours."""
-
-    def mine(groups: list[list[int]]) -> dist.ProcessGroup | None:
-        made = [dist.new_group(group) for group in groups]
-        (found,) = (g for g, members in zip(made, groups, strict=True) if rank in members)
-        return found if len(groups[0]) > 1 else None
-
-    e, t = case.expert_ranks, case.tensor_ranks
-    return Ranks(
-        expert=mine([[i * t + j for i in range(e)] for j in range(t)]),
-        tensor=mine([[i * t + j for j in range(t)] for i in range(e)]),
-        both=mine([list(range(e * t))]),
-    )
-
-
 def run_rank(rank: int, world_size: int, case: Case) -> Outcome:
     """Forward and backward of this rank's tokens."""
-    ranks = process_groups(case, rank)
+    ranks = process_groups(case.expert_ranks, case.tensor_ranks, rank)
     hidden, probs, chosen, grad = case.inputs(rank)
     weights = shard(case.weights(), case, rank // case.tensor_ranks, rank % case.tensor_ranks)
     leaves = [x.requires_grad_() for x in (hidden, probs, *weights)]
