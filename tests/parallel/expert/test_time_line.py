@@ -134,7 +134,7 @@ def simulated(case: Case, groups: int, rate: float) -> float:
     )
 
 
-@pytest.mark.parametrize(("expert_ranks", "tensor_ranks", "busy"), [(2, 1, 1.0), (2, 2, 0.7)])
+@pytest.mark.parametrize(("expert_ranks", "tensor_ranks", "busy"), [(2, 1, 1.1), (2, 2, 0.7)])
 def test_groups_save_time(expert_ranks: int, tensor_ranks: int, busy: float, workers: WorkerPool) -> None:
     """1.3 times as fast in the same run, where EP's messages take ``busy`` times as long as all products.
 
