@@ -57,8 +57,12 @@ def engine_config(config: ResolvedConfig, *, dtype: torch.dtype, on_meta: bool =
         moe_router_topk=model.moe_router_topk,
         moe_router_dtype="fp32",
         moe_router_pre_softmax=False,
-        moe_router_load_balancing_type="aux_loss",
+        moe_router_load_balancing_type=model.moe_router_load_balancing_type,
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
+        moe_z_loss_coeff=model.moe_z_loss_coeff,
+        moe_router_score_function=model.moe_router_score_function,
+        moe_router_enable_expert_bias=model.moe_router_enable_expert_bias,
+        moe_router_bias_update_rate=model.moe_router_bias_update_rate,
         # Our router drops by the tokens of all ranks. The library must not, but has to know that numbers vary.
         moe_expert_capacity_factor=None if model.moe_expert_capacity_factor is None else 2.0 * model.num_moe_experts,
         moe_token_dispatcher_type=model.moe_token_dispatcher_type,

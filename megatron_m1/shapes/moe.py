@@ -29,15 +29,20 @@ class MixtureOfExperts(FfnShape):
         return experts + 2 * model.hidden_size * model.num_moe_experts
 
     def check(self, model: ModelConfig) -> None:
-        """There are as many experts as a token visits.
+        """There are as many experts as a token visits, and scores that a bias can be added to.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: there are fewer, or none.
         """
         if model.moe_router_topk > model.num_moe_experts:
             raise ValueError(
                 f"model.moe_router_topk = {model.moe_router_topk} is more than model.num_moe_experts = "
                 f"{model.num_moe_experts}: lower it"
+            )
+        if model.moe_router_enable_expert_bias and model.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                "model.moe_router_enable_expert_bias needs model.moe_router_score_function sigmoid, but it is "
+                f"{model.moe_router_score_function}: change one of them"
             )
 
     def check_split(self, model: ModelConfig, parallel: ResolvedParallelConfig) -> None:
