@@ -31,7 +31,7 @@ class Processor:
 
 @dataclass(frozen=True)
 class Network:
-    """Between GPUs: bytes a second that one GPU's messages reach in each direction, and seconds before the first byte."""
+    """Between GPUs: bytes a second of one GPU's messages in each direction, and seconds before the first byte."""
 
     name: str
     inside: float
@@ -137,7 +137,7 @@ CALLS = {
     Kind.COLLECT: 2,
     Kind.WEIGHTS: 3,
 }
-"""Of torch, by operation, with grouped products; the collective besides. Twice as many for EXPERTS in the backward pass."""
+"""Calls of torch, with grouped products, without the collective; EXPERTS makes twice as many in the backward pass."""
 
 
 @dataclass(frozen=True)

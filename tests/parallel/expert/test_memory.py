@@ -1,4 +1,4 @@
-"""What an expert layer holds at its peak: groups hold less, and what travels at once does not grow with their number."""
+"""What an expert layer holds at its peak: groups hold less, and no more travels at once the more there are."""
 
 from __future__ import annotations
 
