@@ -150,6 +150,8 @@ class Costs:
     backward: bool
     processor: Processor = GPU
     host: Host = Host()
+    fused_totals: bool = False
+    """Products add to the weights' float32 gradients themselves, which ``kernels.matmul.matmul_add_`` does not do."""
 
     def _rows(self) -> float:
         return self.layer.pairs / self.groups
@@ -190,9 +192,13 @@ class Costs:
         return seconds + (2 / 3 * self._products(0.0) if passes == 2 else 0.0)
 
     def _weight_gradients(self) -> float:
-        # More than one group adds to float32 totals, which are read and written each time.
-        each = 2 if self.groups == 1 else 8
-        return self._products(each * self.layer.weights)
+        weights, memory = self.layer.weights, self.processor.memory
+        if self.groups == 1:
+            return self._products(2 * weights)
+        if self.fused_totals:
+            return self._products(8 * weights)
+        # A product in bf16, which is then read and added to the totals.
+        return self._products(2 * weights) + 10 * weights / memory
 
     def duration(self, operation: Operation) -> float:
         """Seconds in its lane."""
@@ -242,7 +248,7 @@ class Times:
 
 
 def layer_times(
-    layer: Layer, network: Network, groups: int, *, host: Host | None = None, processor: Processor = GPU
+    layer: Layer, network: Network, groups: int, *, host: Host | None = None, fused_totals: bool = False
 ) -> Times:
     """Run the lists that train, forward and backward.
 
@@ -252,14 +258,14 @@ def layer_times(
     total, sums = 0.0, dict.fromkeys(Lane, 0.0)
     e, t = (min(size, 2) for size in (layer.expert_ranks, layer.tensor_ranks))
     for backward in (False, True):
-        costs = Costs(layer, network, groups, backward, processor, pace)
+        costs = Costs(layer, network, groups, backward, GPU, pace, fused_totals)
         spans = run_ranks(
             Shape(groups, e, t, backward),
             lambda _, operation, costs=costs: costs.duration(operation),
             issue=lambda _, operation, costs=costs: costs.issue(operation),
         )[0]
         total += max(span.ended for span in spans.values())
-        whole = Costs(layer, network, 1, backward, processor, pace)
+        whole = Costs(layer, network, 1, backward, GPU, pace)
         for operation in schedule(1, e, t, backward=backward):
             sums[operation.lane] += whole.duration(operation)
     return Times(total, sums[Lane.COMPUTE], sums[Lane.EXPERT] + sums[Lane.TENSOR])
