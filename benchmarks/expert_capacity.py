@@ -1,6 +1,6 @@
 """How many of the routers' choices a capacity drops: each rank's own against one that all ranks share.
 
-README.md says what is compared. Run ``python benchmarks/expert_capacity.py``; it takes a minute or two, and some minutes
+README.md says what is compared. Run ``python benchmarks/expert_capacity.py``; it takes some minutes, and some
 more to train ``runs/tiny`` if it is not there.
 """
 

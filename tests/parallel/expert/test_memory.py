@@ -129,6 +129,26 @@ def test_groups_hold_no_more(expert_ranks: int, tensor_ranks: int, recompute: bo
         assert cut.peak < 0.8 * whole.peak
 
 
+@pytest.mark.parametrize(("expert_ranks", "tensor_ranks"), MESHES)
+def test_sums_of_16_bit_gradients_cost_two_bytes_a_weight(
+    expert_ranks: int, tensor_ranks: int, workers: WorkerPool
+) -> None:
+    """Where weights' gradients are bfloat16, several groups' are added up in float32, and rounded weight by weight.
+
+    The layer is all weights here, so that what groups save elsewhere does not hide it.
+    """
+    ranks = expert_ranks * tensor_ranks
+    case = replace(
+        case_of(expert_ranks, tensor_ranks, 1), tokens=(16,) * ranks, hidden=128, ffn=256, dtype=torch.bfloat16
+    )
+    one, four = (workers.run(held, replace(case, groups=groups), world_size=ranks) for groups in (1, 4))
+    sizes = [weight.numel() for weight in shard(case.weights(), case, 0, 0)]
+    for whole, cut in zip(one, four, strict=True):
+        more = cut.peak - whole.peak
+        # The largest one is there in both precisions.
+        assert sum(sizes) < more <= 2 * sum(sizes) + 2 * max(sizes) + 2 * max(cut.of_groups)
+
+
 def groups_on_their_way(expert_ranks: int, tensor_ranks: int, groups: int) -> int:
     """The most groups at once that are between their first exchange and their products, or after them, by the list."""
     first = Kind.DISPATCH if expert_ranks > 1 else Kind.GATHER
