@@ -194,7 +194,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes[1][2].set_xlabel("capacity factor")
     for line in axes:
         line[0].set_ylabel("choices dropped (%)")
-    figure.suptitle("Choices dropped: each rank's own capacity (dashed), capacity shared by all ranks (solid)")
+    figure.suptitle(
+        "Choices dropped: each rank's own capacity (dashed, the same for any number of them), and one that all share (solid)"
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -209,7 +211,7 @@ def main() -> None:
     run = parser.parse_args().run.absolute()
     if not (run / "summary.json").is_file():
         train(run)
-    found = {
+    found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "torch": torch.__version__,
         "simulated": simulated(),

@@ -291,7 +291,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tests = ["tests/parallel/expert/test_schedule.py", "tests/parallel/expert/test_costs.py"]
     subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=ROOT, check=True)
-    found = {
+    found: dict[str, Any] = {
         "setup": {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(), "torch": torch.__version__,
             "python": platform.python_version(), "processor": processor_name(), "cores": multiprocessing.cpu_count(),

@@ -219,6 +219,15 @@ class Costs:
             Kind.WEIGHTS: self._weight_gradients,
         }[kind]()
 
+    def run(self, expert_ranks: int, tensor_ranks: int) -> list[float]:
+        """When every rank has ended this pass, seconds, on as many ranks."""
+        ranks = run_ranks(
+            Shape(self.groups, expert_ranks, tensor_ranks, self.backward),
+            lambda _, operation: self.duration(operation),
+            issue=lambda _, operation: self.issue(operation),
+        )
+        return [max(span.ended for span in spans.values()) for spans in ranks]
+
     def issue(self, operation: Operation) -> float:
         """Seconds of the process."""
         calls = CALLS[operation.kind] * (2 if self.backward and operation.kind is Kind.EXPERTS else 1)
@@ -258,13 +267,7 @@ def layer_times(
     total, sums = 0.0, dict.fromkeys(Lane, 0.0)
     e, t = (min(size, 2) for size in (layer.expert_ranks, layer.tensor_ranks))
     for backward in (False, True):
-        costs = Costs(layer, network, groups, backward, GPU, pace, fused_totals)
-        spans = run_ranks(
-            Shape(groups, e, t, backward),
-            lambda _, operation, costs=costs: costs.duration(operation),
-            issue=lambda _, operation, costs=costs: costs.issue(operation),
-        )[0]
-        total += max(span.ended for span in spans.values())
+        total += Costs(layer, network, groups, backward, GPU, pace, fused_totals).run(e, t)[0]
         whole = Costs(layer, network, 1, backward, GPU, pace)
         for operation in schedule(1, e, t, backward=backward):
             sums[operation.lane] += whole.duration(operation)

@@ -136,6 +136,7 @@ def choices_of_checkpoint(path: Path, packs: int) -> tuple[Tensor, int]:
     assert isinstance(source, OurCheckpoint)
     config = source.contents.config
     data = config.data
+    assert data.cache_folder is not None, "a run writes down which one it used"
     samples = build_packed_dataset(
         data.validation,
         sequence_length=data.seq_length,
