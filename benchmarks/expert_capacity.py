@@ -194,9 +194,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     axes[1][2].set_xlabel("capacity factor")
     for line in axes:
         line[0].set_ylabel("choices dropped (%)")
-    figure.suptitle(
-        "Choices dropped: each rank's own capacity (dashed, the same for any number of them), and one that all share (solid)"
-    )
+    figure.suptitle("Choices dropped: each rank's own capacity (dashed, any number of ranks), a shared one (solid)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
