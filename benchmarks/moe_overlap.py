@@ -6,6 +6,7 @@ README.md says what is modelled and what is measured. Run ``python benchmarks/mo
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import multiprocessing
 import platform
@@ -31,11 +32,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 GROUPS = (1, 2, 4, 8)
 MORE_GROUPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 MESHES = [(expert, tensor) for tensor in (1, 2, 4) for expert in (8, 16, 32)]
-TOKENS = (8192, 2048, 512)
-CALLS = (2e-6, 10e-6, 50e-6, 200e-6)
+TOKENS = (8192, 2048)
+CALLS = (2e-6, 10e-6, 50e-6)
 """Seconds of the process for one call of torch; a collective takes four times as long."""
 RATES = tuple(400e9 / 2 ** (step / 2) for step in range(18))
 LATENCIES = (10e-6, 100e-6, 1e-3)
+SWEPT = [(8, 1), (32, 1), (8, 2)]
 MARKS = {
     "NVLink\nH100": 320e9,
     "NVLink\nH800": 155e9,
@@ -118,35 +120,43 @@ def modelled() -> Rows:
 def too_many() -> Rows:
     """Which number of groups is best where tokens are few and issuing is slow, as MiniMax-01 warns (section 3.1)."""
     rows = []
-    for expert, tensor in ((16, 1), (8, 2)):
-        for tokens in TOKENS:
-            for call in CALLS:
-                host = Host(call, 4 * call)
-                layer = m1_layer(expert, tensor, tokens)
-                speedups = {g: layer_times(layer, NETWORKS[1], g, host=host).speedup for g in (*GROUPS, 16, 32)}
-                best, speedup = best_groups(layer, NETWORKS[1], host)
-                rows.append(
-                    {
-                        "EP": expert, "ETP": tensor, "tokens": tokens, "call_s": call, "speedup": speedups,
-                        "best_groups": best, "best_speedup": speedup,
-                    }
-                )  # fmt: skip
+    for expert, tensor, fused in itertools.product((8, 32), (1, 2), (False, True)):
+        for tokens, call in itertools.product(TOKENS, CALLS):
+            layer, host = m1_layer(expert, tensor, tokens), Host(call, 4 * call)
+            speedups = {
+                g: layer_times(layer, NETWORKS[1], g, host=host, fused_totals=fused).speedup for g in (*GROUPS, 16, 32)
+            }
+            best, speedup = best_groups(layer, NETWORKS[1], host, fused_totals=fused)
+            rows.append(
+                {
+                    "EP": expert, "ETP": tensor, "fused": fused, "tokens": tokens, "call_s": call,
+                    "speedup": speedups, "best_groups": best, "best_speedup": speedup,
+                }
+            )  # fmt: skip
     return rows
 
 
 def sweep() -> Rows:
     """One rate and latency for EP's messages, wherever they go; ETP stays on the H800's NVLink."""
     rows = []
-    for expert, tensor in ((8, 1), (8, 2)):
+    for expert, tensor in SWEPT:
         layer = m1_layer(expert, tensor)
         for latency in LATENCIES:
             for rate in RATES:
                 network = Network("sweep", rate, latency, rate, latency)
                 if tensor > 1:
-                    # All of EP's messages leave their node, so that ``inside`` is ETP's alone.
+                    # Half of EP's messages stay in the node, where they are faster; the others take as long as told.
                     network = replace(NETWORKS[1], outside=rate, outside_latency=latency)
-                hidden = {groups: layer_times(layer, network, groups).hidden for groups in GROUPS}
-                rows.append({"EP": expert, "ETP": tensor, "latency_s": latency, "rate": rate, "hidden": hidden})
+                hidden, fused = (
+                    {groups: layer_times(layer, network, groups, fused_totals=inside).hidden for groups in GROUPS}
+                    for inside in (False, True)
+                )
+                rows.append(
+                    {
+                        "EP": expert, "ETP": tensor, "latency_s": latency, "rate": rate, "hidden": hidden,
+                        "hidden_fused": fused,
+                    }
+                )  # fmt: skip
     return rows
 
 
@@ -214,11 +224,13 @@ def report(found: dict[str, Any]) -> str:
     lines += [
         "\n### Too many groups\n",
         "H800 with 400 Gb/s InfiniBand; times as fast as with nothing overlapping.\n",
-        "| EP | ETP | tokens a rank | a call of torch | " + " | ".join(f"G = {g}" for g in counts) + " | best G |",
-        "|--:|--:|--:|--:|" + "--:|" * (len(counts) + 1),
+        "| EP | ETP | fused | tokens a rank | a call of torch | "
+        + " | ".join(f"G = {g}" for g in counts)
+        + " | best G |",
+        "|--:|--:|---|--:|--:|" + "--:|" * (len(counts) + 1),
     ]
     lines += [
-        f"| {r['EP']} | {r['ETP']} | {r['tokens']} | {1e6 * r['call_s']:.0f} us | "
+        f"| {r['EP']} | {r['ETP']} | {'yes' if r['fused'] else 'no'} | {r['tokens']} | {1e6 * r['call_s']:.0f} us | "
         + " | ".join(f"{r['speedup'][g]:.2f}" for g in counts)
         + f" | {r['best_groups']} |"
         for r in found["too_many"]
@@ -253,25 +265,28 @@ def report(found: dict[str, Any]) -> str:
 
 def plot(rows: Rows, path: Path) -> None:
     """The sweep: one panel a mesh and latency, one line a number of groups."""
-    meshes = sorted({(r["EP"], r["ETP"]) for r in rows}, key=lambda mesh: mesh[1])
-    figure, axes = plt.subplots(len(meshes), len(LATENCIES), figsize=(13, 7.5), sharex=True, sharey=True, squeeze=False)
-    for line, (expert, tensor) in zip(axes, meshes, strict=True):
+    figure, axes = plt.subplots(len(SWEPT), len(LATENCIES), figsize=(13, 10), sharex=True, sharey=True, squeeze=False)
+    for line, (expert, tensor) in zip(axes, SWEPT, strict=True):
         for axis, latency in zip(line, LATENCIES, strict=True):
             part = [r for r in rows if (r["EP"], r["ETP"], r["latency_s"]) == (expert, tensor, latency)]
             for groups, colour in zip(GROUPS, ("tab:gray", "tab:orange", "tab:blue", "tab:red"), strict=True):
-                shares = [100 * r["hidden"][groups] for r in part]
-                axis.plot([r["rate"] / 1e9 for r in part], shares, color=colour, label=f"G = {groups}")
+                rates = [r["rate"] / 1e9 for r in part]
+                axis.plot(rates, [100 * r["hidden"][groups] for r in part], color=colour, label=f"G = {groups}")
+                axis.plot(rates, [100 * r["hidden_fused"][groups] for r in part], color=colour, ls=":")
             axis.axhline(50, color="black", lw=1, ls="--", label="MiniMax-01's claim")
             for name, rate in MARKS.items():
                 axis.axvline(rate / 1e9, color="black", lw=0.5, ls=":")
-                axis.text(rate / 1e9, -18, name, rotation=90, fontsize=7, ha="right", va="bottom")
+                axis.text(rate / 1e9, -18, name, rotation=90, fontsize=6.5, ha="right", va="bottom")
             axis.set_xscale("log")
             axis.set_ylim(-20, 100)
             axis.set_title(f"EP {expert}, ETP {tensor}, latency {1e6 * latency:.0f} us", fontsize=10)
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("GB/s of a rank's EP messages")
-    figure.suptitle("Modelled: share of an M1 expert layer's communication that is hidden (%), 8K tokens a rank")
+    figure.suptitle(
+        "Modelled: share of an M1 expert layer's communication that is hidden (%), 8K tokens a rank;"
+        " dotted: products add to the weights' gradients"
+    )
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
