@@ -223,7 +223,8 @@ def report(found: dict[str, Any]) -> str:
     lines += [
         f"| {r['EP']} | {r['ETP']} | {r['network']} | {1e3 * r['products_s']:.1f} | {1e3 * r['travel_s']:.1f}"
         f" | {percent(r['hidden'])} | {r['best_groups']} | {r['best_speedup']:.2f}"
-        f" | {percent({g: r['hidden_fused'][g] for g in GROUPS[1:]})} | {r['best_groups_fused']} | {r['best_speedup_fused']:.2f} |"
+        f" | {percent({g: r['hidden_fused'][g] for g in GROUPS[1:]})}"
+        f" | {r['best_groups_fused']} | {r['best_speedup_fused']:.2f} |"
         for r in found["modelled"]
         if not r["recompute"]
     ]
