@@ -233,6 +233,12 @@ class _Backward(_Pass):
         self.scales.start_all_to_all(plan.sends, plan.receives, self.links.expert)
 
 
+def _rounded(totals: list[Tensor | None], index: int, weight: Tensor) -> Tensor:
+    """The weight's gradient in its dtype, taken out of ``totals``: so never all exist in both precisions."""
+    total, totals[index] = totals[index], None
+    return torch.zeros_like(weight) if total is None else total.to(weight.dtype)
+
+
 def _all_pairs(plan: ExpertPlan) -> tuple[Tensor, Tensor]:
     """Tokens and experts of all pairs, [pairs] each, group by group."""
     tokens, experts = (torch.cat([getattr(g, name) for g in plan.groups]) for name in ("tokens", "experts"))
@@ -258,11 +264,7 @@ class _ExpertLayer(torch.autograd.Function):
         ctx.kept = None
         grad_probs = torch.zeros_like(probs)
         grad_probs[tokens, experts] = grad_scales
-        totals = [
-            torch.zeros_like(weight) if total is None else total.to(weight.dtype)
-            for total, weight in zip(done.totals, weights, strict=True)
-        ]
-        return done.result, grad_probs, None, *totals
+        return done.result, grad_probs, None, *(_rounded(done.totals, index, w) for index, w in enumerate(weights))
 
 
 def expert_layer(hidden: Tensor, probs: Tensor, weights: Sequence[Tensor], call: Call) -> Tensor:

@@ -51,6 +51,7 @@ class Span:
 
 @dataclass
 class _Rank:
+    number: int
     program: tuple[Operation, ...]
     clock: float = 0.0
     issued: dict[Operation, float] = field(default_factory=dict)
@@ -64,8 +65,11 @@ class _Rank:
 
 
 class _Simulation:
-    def __init__(self, shape: Shape, duration: Duration, ranks: list[_Rank], *, blocking: bool) -> None:
+    def __init__(
+        self, shape: Shape, duration: Duration, ranks: list[_Rank], *, issue: Duration | None, blocking: bool
+    ) -> None:
         self.shape, self.duration, self.ranks, self.blocking = shape, duration, ranks, blocking
+        self.issue_time = issue
         self.free: dict[tuple[Lane, tuple[int, ...]], float] = {}
         self.done: dict[tuple[Lane, tuple[int, ...]], int] = {}
         for lane in Lane:
@@ -96,6 +100,8 @@ class _Simulation:
             if any(time is None for time in times):
                 return False
             rank.clock = max([rank.clock, *(time for time in times if time is not None)])
+        if self.issue_time is not None:
+            rank.clock += self.issue_time(rank.number, operation)
         rank.issued[operation] = rank.clock
         rank.queues[operation.lane].append(operation)
         return True
@@ -137,6 +143,7 @@ def run_ranks(
     duration: Duration,
     *,
     programs: Mapping[int, tuple[Operation, ...]] | None = None,
+    issue: Duration | None = None,
     blocking: bool = False,
 ) -> list[dict[Operation, Span]]:
     """Run every rank's list, with process groups that run their collectives one after the other.
@@ -148,6 +155,7 @@ def run_ranks(
         shape: of the layer and pass.
         duration: how long each operation takes.
         programs: lists by rank where they are not the schedule.
+        issue: how long the process needs to issue each operation, one after the other; None is no time.
         blocking: the process itself waits before it issues anything (a CPU), instead of the lane (a GPU's stream).
 
     Returns:
@@ -157,6 +165,6 @@ def run_ranks(
         RuntimeError: no rank can go on, or the ranks of a process group issue its collectives in different orders.
     """
     given = programs or {}
-    ranks = [_Rank(given.get(rank, shape.schedule())) for rank in range(shape.ranks)]
-    _Simulation(shape, duration, ranks, blocking=blocking).run()
+    ranks = [_Rank(rank, given.get(rank, shape.schedule())) for rank in range(shape.ranks)]
+    _Simulation(shape, duration, ranks, issue=issue, blocking=blocking).run()
     return [rank.spans for rank in ranks]

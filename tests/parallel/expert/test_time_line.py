@@ -11,13 +11,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common.expert_ranks import process_groups
 from benchmarks.common.slow_experts import SlowExperts
+from benchmarks.common.slow_layer import Load, Pace
 from benchmarks.common.slow_link import SlowLink
 from megatron_m1.kernels.expert_mlp.one_by_one import OneByOne
 from megatron_m1.parallel.expert.layer import Call, Experts, expert_layer
 from megatron_m1.parallel.expert.links import Links
 from megatron_m1.parallel.expert.plan import plan_exchange
-from megatron_m1.parallel.expert.schedule import Kind, Lane, Operation, schedule
-from megatron_m1.parallel.expert.simulate import Shape, run_ranks
+from megatron_m1.parallel.expert.schedule import Lane, schedule
 from megatron_m1.runtime.pool import WorkerPool
 from tests.parallel.expert.ranks import Case, shard
 
@@ -109,29 +109,9 @@ def measured(rank: int, world_size: int, case: Case, rate: float) -> tuple[float
     return without, with_groups
 
 
-def simulated(case: Case, groups: int, rate: float) -> float:
-    """What the list alone gives, with equal groups."""
-    rows = sum(case.tokens) * case.topk / case.ranks / groups
-    row_bytes = case.hidden * 4
-
-    def duration(rank: int, operation: Operation) -> float:
-        if operation.kind in (Kind.EXPERTS, Kind.WEIGHTS):
-            return rows * case.tensor_ranks * ROW_SECONDS
-        if operation.kind in (Kind.DISPATCH, Kind.COMBINE):
-            return 0.001 + rows * row_bytes * (case.expert_ranks - 1) / case.expert_ranks / rate
-        if operation.kind in (Kind.GATHER, Kind.REDUCE):
-            return 0.001 + rows * row_bytes * (case.tensor_ranks - 1) / rate
-        return 0.001 if operation.kind in (Kind.SEND_SCALES, Kind.SHARE_SCALES) else 0.0
-
-    return sum(
-        max(
-            span.ended
-            for span in run_ranks(
-                Shape(groups, case.expert_ranks, case.tensor_ranks, backward), duration, blocking=True
-            )[0].values()
-        )
-        for backward in (False, True)
-    )
+def load_of(case: Case) -> Load:
+    """Of every rank, if experts are loaded evenly."""
+    return Load(sum(case.tokens) * case.topk / case.ranks, case.hidden * 4, case.expert_ranks, case.tensor_ranks)
 
 
 @pytest.mark.parametrize(("expert_ranks", "tensor_ranks", "busy"), [(2, 1, 1.1), (2, 2, 0.7)])
@@ -148,5 +128,6 @@ def test_groups_save_time(expert_ranks: int, tensor_ranks: int, busy: float, wor
     without, with_groups = workers.run(measured, case, rate, world_size=ranks)[0]
     assert without > 1.3 * with_groups, (without, with_groups)
     # The simulation says how long, but for what the machine adds.
-    assert 0.97 * simulated(case, 1, rate) < without
-    assert 0.97 * simulated(case, 8, rate) < with_groups
+    load, pace = load_of(case), Pace(ROW_SECONDS, 0.001, rate)
+    assert 0.97 * load.simulated(1, pace) < without
+    assert 0.97 * load.simulated(8, pace) < with_groups
