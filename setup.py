@@ -3,14 +3,22 @@
 The links in ``megatron_m1/`` show editors and mypy the same; where a checkout has no links, the mapping here holds.
 """
 
+import re
+from pathlib import Path
+
 from setuptools import setup
 
 ROOMS = {"megatron_m1": "megatron_m1"} | {f"megatron_m1.{room}": room for room in ("parallel", "kernels", "data")}
+VERSION = re.findall(
+    r'^__version__ = "(.+)"$', Path(__file__).with_name("megatron_m1").joinpath("__init__.py").read_text(), re.MULTILINE
+)[0]
+"""Read, not imported: what the package needs is not there yet."""
 PACKAGES = [
     *ROOMS,
     "megatron_m1.checkpoint",
     "megatron_m1.commands",
     "megatron_m1.config",
+    "megatron_m1.config.foreign",
     "megatron_m1.convert",
     "megatron_m1.convert.families",
     "megatron_m1.convert.families.minimax_m1",
@@ -18,6 +26,7 @@ PACKAGES = [
     "megatron_m1.generate",
     "megatron_m1.launch",
     "megatron_m1.layers",
+    "megatron_m1.library",
     "megatron_m1.model",
     "megatron_m1.plan",
     "megatron_m1.runtime",
@@ -38,12 +47,13 @@ PACKAGES = [
 
 setup(
     name="megatron-m1",
-    version="0.1.0",
+    version=VERSION,
     description="A Megatron-style 3D-parallel pretraining system for MiniMax-M1-class models",
     license="Apache-2.0",
     python_requires=">=3.12",
     packages=PACKAGES,
     package_dir=ROOMS,
+    package_data={"megatron_m1": ["py.typed"]},
     install_requires=[
         "torch>=2.11",  # tensors, autograd, process groups, torchrun
         "triton>=3.6; platform_system == 'Linux'",  # GPU kernels
@@ -73,8 +83,9 @@ setup(
             "types-PyYAML",  # types
             "types-psutil",  # types
             "matplotlib>=3.9",  # plots of benchmarks
+            "wandb>=0.18",  # its offline mode, as the extra below has it
         ],
-        "wandb": ["wandb>=0.18"],
+        "wandb": ["wandb>=0.18"],  # runs on Weights & Biases
         "gpu": ["transformer-engine[pytorch]>=2.5"],
     },
     entry_points={"console_scripts": ["megatron-m1 = megatron_m1.cli:main"]},

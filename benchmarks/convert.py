@@ -29,8 +29,9 @@ from megatron_m1.cli import run
 from megatron_m1.config import ModelConfig
 from megatron_m1.convert.families.minimax_m1.config import hub_config
 from megatron_m1.convert.families.minimax_m1.weights import units
-from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
+from megatron_m1.convert.hub_folder import open_hub_folder
 from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
+from megatron_m1.convert.places import INDEX
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile
 from megatron_m1.convert.work import Ranks
 

@@ -8,7 +8,8 @@
 #
 # bash starts this node's processes as NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT and GPUS_PER_NODE say, else as SLURM's
 # variables say, else one per GPU, else 2 on the CPU. Overrides are those of "megatron-m1 pretrain --help"; without
-# --config they change examples/configs/tiny.yaml, whose corpus is built on first use.
+# --config they change examples/configs/tiny.yaml, whose corpus is built on first use, or, with the --run.folder of a run
+# that has checkpoints, that run's own configuration.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=$root/.venv/bin/python
@@ -29,10 +30,8 @@ from megatron_m1.commands.pretrain import run
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
-    if not any(argument.partition("=")[0] == "--config" for argument in arguments):
-        arguments = ["--config", str(Path(__file__).resolve().parent / "configs" / "tiny.yaml"), *arguments]
-    return exit_status(lambda: run(arguments, default_processes=2))
+    tiny = Path(__file__).resolve().parent / "configs" / "tiny.yaml"
+    return exit_status(lambda: run(sys.argv[1:], default_processes=2, default_config=tiny))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 from megatron_m1.config.io import unknown
 from megatron_m1.launch import report_error
@@ -18,6 +19,7 @@ COMMANDS = {
     "convert": "from our checkpoints to Hugging Face folders, and back",
     "generate": "continue prompts with a checkpoint, a run or a Hugging Face folder",
     "inspect": "parameter counts of a preset, contents of a checkpoint or of a run folder",
+    "translate": "a command line of Megatron-LM into YAML for pretrain --config",
 }
 
 
@@ -33,9 +35,20 @@ def usage() -> str:
             "commands:",
             *lines,
             "",
-            "megatron-m1 COMMAND --help explains every option.",
+            "megatron-m1 COMMAND --help explains every option; megatron-m1 --version names the versions.",
         ]
     )
+
+
+def versions() -> str:
+    """Return the line of ``megatron-m1 --version``: what is installed, asked without importing it."""
+    found = []
+    for package in ("megatron-m1", "megatron-core", "torch"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"{package} (not installed)")
+    return ", ".join(found)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -46,6 +59,9 @@ def run(arguments: Sequence[str]) -> int:
     """
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
+        return 0
+    if arguments[0] == "--version":
+        print(versions())
         return 0
     command = arguments[0]
     if command not in COMMANDS:

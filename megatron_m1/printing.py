@@ -1,5 +1,7 @@
 """Printing never ends a run: standard output and error that outlive their terminal, pipe, file or file system.
 
+And it fits: tables and lines by a terminal's width, and a last word of a process that is about to be gone.
+
 Whoever reads may go away (``| tee`` at a Ctrl-C, ``| head``, a closed terminal), a log's disk may be full, a job may
 be started with closed streams. What can't be printed then is dropped, and the next line is tried again.
 """
@@ -9,7 +11,10 @@ from __future__ import annotations
 import io
 import os
 import reprlib
+import shutil
 import sys
+import textwrap
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, TextIO
 
@@ -41,6 +46,69 @@ def cut(text: str) -> str:
     text = " ".join(text.split())
     half = LONGEST_MESSAGE // 2
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
+
+
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """Spell a number of things: ``1 step``, ``2,048 processes`` (the plural is the noun with an s unless given)."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def terminal_columns() -> int | None:
+    """Return the width of the terminal that standard output is, None if it is none: then lines may have any length."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+def folded(line: str, columns: int | None, *, indent: int = 0) -> list[str]:
+    """Break a line between words, so that no terminal breaks it in the middle of a number; a longer word stays whole.
+
+    Args:
+        line: of any length.
+        columns: of the terminal; None breaks nothing.
+        indent: columns of space before what goes on.
+    """
+    if columns is None or len(line) <= columns:
+        return [line]
+    wrapper = textwrap.TextWrapper(
+        columns, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.wrap(line)
+
+
+def table(rows: Sequence[Sequence[str]], columns: int | None, *, left: Sequence[int] = ()) -> list[str]:
+    """Lay out cells under each other. Where they don't fit, each row goes on in further lines, by whole cells.
+
+    Args:
+        rows: the cells, as many in every row; the first row is the heading.
+        columns: of the terminal; None fits everything.
+        left: indices of the columns of words, which are flush left; numbers are flush right.
+    """
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    # What goes on stands to the right of the first cell, which names the row.
+    indent = widths[0] + 2
+    parts: list[list[int]] = [[]]
+    room = columns
+    for index, width in enumerate(widths):
+        if room is not None and columns is not None and width > room and parts[-1]:
+            parts.append([])
+            room = columns - indent
+        parts[-1].append(index)
+        room = None if room is None else room - width - 2
+    lines = []
+    for row in rows:
+        for number, part in enumerate(parts):
+            cells = [row[i].ljust(widths[i]) if i in left else row[i].rjust(widths[i]) for i in part]
+            lines.append((" " * indent * bool(number) + "  ".join(cells)).rstrip())
+    return lines
+
+
+def say_at_once(line: str) -> None:
+    """Write ``line`` to standard error past all buffers and locks, for a process that leaves without cleaning up.
+
+    On a terminal the line takes the place of a live one that nobody will remove, and the cursor is shown.
+    """
+    clean = "\r\x1b[J\x1b[?25h" if os.isatty(2) else ""
+    with suppress(OSError):
+        os.write(2, f"{clean}{line}\n".encode(errors="backslashreplace"))
 
 
 class _Output(io.FileIO):

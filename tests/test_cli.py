@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,9 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_m1 import cli
 from megatron_m1.commands import pretrain
-from megatron_m1.config.io import parse_config, write_config
+from megatron_m1.config.io import parse_config
+from megatron_m1.config.written import write_config
+from megatron_m1.data.demo.corpus import MAX_VOCAB_SIZE, check_own_data
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +77,13 @@ def dry_run(corpus: Path, tokenizer: Path, *more: object) -> list[object]:
     return ["pretrain", "--dry-run", *data, "--run.folder", corpus.parent / "run", *more]
 
 
+def test_the_version_is_told_without_importing_what_has_one() -> None:
+    code = "import sys; from megatron_m1 import cli; cli.run(['--version']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    found = [f"{name} {version(name)}" for name in ("megatron-m1", "megatron-core", "torch")]
+    assert done.stdout == f"{', '.join(found)}\nFalse\n"
+
+
 def test_help_lists_commands_and_options(command: Run) -> None:
     status, out, _ = command("--help")
     assert status == 0
@@ -80,6 +92,25 @@ def test_help_lists_commands_and_options(command: Run) -> None:
     assert status == 0
     assert "--parallel.tensor_model_parallel_size" in out
     assert "Tokens of linear warm-up" in out
+
+
+@pytest.mark.parametrize(
+    ("preset", "layers", "length"), [((), 8, 512), (("--preset", "tiny"), 8, 512), (("--preset=m1-456b",), 80, 8192)]
+)
+def test_help_has_the_defaults_of_one_preset(command: Run, preset: tuple[str, ...], layers: int, length: int) -> None:
+    """And they are what a run has."""
+    status, out, _ = command("pretrain", *preset, "--help")
+    name = preset[-1].rpartition("=")[2] if preset else "tiny"
+    assert status == 0 and f"(defaults are those of the preset {name}, of another one with" in out
+    assert "The defaults are" not in out
+    given = parse_config([], [], name)
+    text = " ".join(out.split())
+    for field, value, default in (
+        ("--model.num_layers", given.model.num_layers, layers),
+        ("--data.seq_length", given.data.seq_length, length),
+    ):
+        assert value == default
+        assert f"(type: int, default: {default})" in text.partition(field)[2].partition(" --")[0]
 
 
 @pytest.mark.parametrize(
@@ -145,7 +176,7 @@ def test_dry_run_prints_the_plan_and_leaves_nothing(command: Run, corpus: Path, 
     assert "tensor 2 x context 1 x pipeline 1 x data 2 = 4" in out
     assert "1 node x 4" in out
     assert "2 documents, 7 tokens" in out
-    assert f"{5 * 8 * 8192:,} tokens" in out
+    assert f"{5 * 8 * 512:,} tokens" in out
     assert sorted(corpus.parent.iterdir()) == before
 
 
@@ -214,7 +245,7 @@ def test_a_corpus_without_a_sidecar_is_named(command: Run, corpus: Path, tokeniz
     Path(f"{corpus}.json").write_text(json.dumps(sidecar))
     status, out, _ = command(*dry_run(corpus, tokenizer))
     assert status == 0
-    assert "warning" not in out
+    assert "sidecar" not in out
 
 
 def test_ids_beyond_the_vocabulary_are_refused(command: Run, corpus: Path, tokenizer: Path) -> None:
@@ -250,6 +281,39 @@ def test_a_corpus_of_another_tokenizer_is_refused(command: Run, corpus: Path, to
 def test_a_tokenizer_larger_than_the_embedding_is_refused(command: Run, corpus: Path, tokenizer: Path) -> None:
     result = command(*dry_run(corpus, tokenizer, "--model.vocab_size", 499))
     assert_refused(result, "500 tokens", "model.vocab_size = 499", "at least 500")
+
+
+def test_own_data_beside_the_embedded_corpus_name_the_cure(command: Run, corpus: Path, tokenizer: Path) -> None:
+    tiny = ["--config", CONFIGS / "tiny.yaml", "--data.embedded_corpus", corpus.parent / "embedded"]
+    plan = [*dry_run(corpus, tokenizer, *tiny), "--world-size", 2]
+    assert_refused(command(*plan), "data.validation is empty", "tokenize --split", "--data.embedded_corpus none")
+    assert_refused(command(*plan, "--data.train", "[]"), "data.train is empty", str(tokenizer))
+    # With both blends of its own, and without any other's, the run has all that it needs.
+    shared = ["--data.validation", f"[{corpus}]", "--data.allow_shared_validation", "true"]
+    assert command(*plan, *shared)[0] == 0
+    assert command(*plan, "--data.embedded_corpus", "none")[0] == 0
+
+
+def test_own_data_made_with_the_embedded_tokenizer_go_with_the_embedded_validation(tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "bpe-300").mkdir(parents=True)
+    own, copied = tmp_path / "corpus" / "bpe-300" / "tokenizer.model", tmp_path / "copy.model"
+    own.write_bytes(b"a model")
+    copied.write_bytes(b"a model")
+    for tokenizer in (own, copied):
+        check_own_data(tmp_path / "corpus", train=["mine"], validation=[], tokenizer=str(tokenizer))
+    copied.write_bytes(b"another")
+    with pytest.raises(ValueError, match="hold out a part of yours"):
+        check_own_data(tmp_path / "corpus", train=["mine"], validation=[], tokenizer=str(copied))
+
+
+def test_more_rows_than_the_embedded_tokenizer_has_tokens_are_said(command: Run, tmp_path: Path) -> None:
+    plan = ["pretrain", "--dry-run", "--data.embedded_corpus", tmp_path / "corpus", "--run.folder", tmp_path / "run"]
+    status, out, _ = command(*plan, "--model.vocab_size", MAX_VOCAB_SIZE)
+    assert (status, "note: model.vocab_size" in out) == (0, False)
+    status, out, _ = command(*plan, "--model.vocab_size", 32_768)
+    assert status == 0
+    assert "note: model.vocab_size is 32,768, but the embedded corpus' tokenizer has 16,384 tokens at most" in out
+    assert "--model.vocab_size 16384" in out
 
 
 def test_a_missing_or_damaged_tokenizer_is_refused(command: Run, corpus: Path, tmp_path: Path) -> None:
@@ -295,6 +359,7 @@ def run_folder(tmp_path: Path) -> Path:
     torch_checkpoint.save(state, checkpoint_id=checkpoint, no_dist=True)
     write_config(parse_config([], []), checkpoint / "config.yaml")
     (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 1}')
+    (checkpoint / "state.json").write_text(json.dumps({"step": 20, "tokens": 81_920}))
     (folder / "checkpoints" / "step_00000030").mkdir()
     return folder
 
@@ -304,7 +369,7 @@ def test_inspect_shows_a_run_and_its_newest_checkpoint(command: Run, run_folder:
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == f"run {run_folder}: step_00000020"
-    assert f"step 20, {20 * 8 * 8192:,} tokens" in lines[2]
+    assert f"step 20, {20 * 8 * 512:,} tokens" in lines[2]
     assert "    max_steps: 1000" in lines
     assert [" ".join(line.split()) for line in lines[-2:]] == [
         "layer.weight bfloat16 [3, 5] 30 bytes",

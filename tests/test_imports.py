@@ -44,6 +44,7 @@ RULES = [
             "megatron_m1.data",
             "megatron_m1.files",
             "megatron_m1.cores",
+            "megatron_m1.printing",
         ),
     ),
     Rule("megatron_m1", ("triton", "examples", "tests", "benchmarks")),
@@ -67,6 +68,7 @@ FLOORS = (
     "checkpoint",
     "convert",
     "training generate",
+    "library",
     "commands",
     "cli",
 )

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("megatron_m1", "data", "parallel", "kernels", "benchmarks", "examples")
-READER = ROOT / "megatron_m1" / "checkpoint" / "metadata.py"
+READER = ROOT / "megatron_m1" / "checkpoint" / "metadata_file.py"
 POOL = ROOT / "megatron_m1" / "runtime" / "pool"
 """Processes of one program talk to each other through pipes of their own here; no file is read."""
 FORBIDDEN = {

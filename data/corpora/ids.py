@@ -65,6 +65,8 @@ def check_token_ids(prefixes: Sequence[str], *, vocab_size: int, cache_folder: P
     if remember:
         cache_folder.mkdir(parents=True, exist_ok=True)
     with _progress(unread_bytes(prefixes, cache_folder)) as progress:
+        # Hidden, it would stay so when this process is killed.
+        progress.console.show_cursor(True)
         for prefix in prefixes:
             _check_findings(prefix, _findings(prefix, cache_folder, progress, remember=remember), vocab_size)
 

@@ -71,6 +71,14 @@ def is_sidecar(path: Path) -> bool:
         return False
 
 
+def is_split_part(prefix: str) -> bool:
+    """Whether ``prefix`` is what ``tokenize --split`` held out of a corpus, or left of it."""
+    try:
+        return "split" in (_sidecar_content(sidecar_path(prefix)) or {})
+    except (OSError, ValueError):
+        return False
+
+
 def check_prefix(prefix: str, *, tokenizer_digest: str | None = None) -> PrefixSummary:
     """Check that the files of ``prefix`` are there, whole and belong together. Takes milliseconds at any size.
 

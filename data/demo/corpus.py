@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 
 from megatron_m1.data.corpora.prefix import check_prefix
@@ -47,6 +48,57 @@ def find_corpus(folder: str | Path, *, vocab_size: int) -> PreparedCorpus | None
     """Return what :func:`prepare_corpus` would with these arguments, or None when something of it is not there yet."""
     prepared = _locate(Path(folder), vocab_size)
     return None if _missing_prefixes(prepared) else prepared
+
+
+def vocabulary_notes(folder: str | Path | None, tokenizer: str, vocab_size: int) -> list[str]:
+    """Say in a line where a model has more rows than the embedded corpus' tokenizer has tokens.
+
+    Args:
+        folder: of the corpus, if a run has one.
+        tokenizer: that of the run; empty takes the embedded one.
+        vocab_size: rows of the embedding.
+    """
+    if folder is None or vocab_size <= MAX_VOCAB_SIZE or (tokenizer and not _is_from(tokenizer, Path(folder))):
+        return []
+    return [
+        f"note: model.vocab_size is {vocab_size:,}, but the embedded corpus' tokenizer has {MAX_VOCAB_SIZE:,} tokens "
+        f"at most: the other rows are never trained; --model.vocab_size {MAX_VOCAB_SIZE} leaves them out, a tokenizer "
+        "and data of your own fill them"
+    ]
+
+
+def check_own_data(folder: str | Path, *, train: Sequence[str], validation: Sequence[str], tokenizer: str) -> None:
+    """Check that what a run names itself goes with what it takes from the embedded corpus, before that is built.
+
+    Args:
+        folder: of the embedded corpus.
+        train: the run's own blend; empty takes the embedded one.
+        validation: its own held-out blend, the same.
+        tokenizer: its own tokenizer; empty takes the embedded one, with which own data can be made as well.
+
+    Raises:
+        ValueError: one blend is its own and the other the embedded corpus', whose ids are another tokenizer's.
+    """
+    if not tokenizer or (train and validation) or _is_from(tokenizer, Path(folder)):
+        return
+    if not train:
+        raise ValueError(
+            f"data.tokenizer = {tokenizer} is your own, but data.train is empty, and the embedded corpus has its own "
+            "tokenizer: name data.train as well, or leave data.tokenizer out"
+        )
+    raise ValueError(
+        "data.train is your own, but data.validation is empty, and the embedded corpus' held-out part has another "
+        "tokenizer: hold out a part of yours (megatron-m1 tokenize --split 0.99,0.01 writes PREFIX and "
+        "PREFIX_validation) and name it in data.validation, or go without by --data.embedded_corpus none"
+    )
+
+
+def _is_from(tokenizer: str, folder: Path) -> bool:
+    """Whether a tokenizer is one of the corpus, or a copy."""
+    path = Path(tokenizer)
+    if path.resolve().is_relative_to(folder.resolve()):
+        return True
+    return path.is_file() and any(cmp(path, own, shallow=False) for own in folder.glob("bpe-*/tokenizer.model"))
 
 
 def _silent(line: str) -> None:
@@ -91,7 +143,7 @@ def prepare_corpus(
             # megatron-core takes seconds to import, which a finished corpus need not cost.
             from megatron_m1.data.tokenize import tokenize_corpus
 
-            note(f"tokenising {len(missing)} files")
+            note(f"tokenising {len(missing)} file{'s' if len(missing) > 1 else ''}")
             for prefix in missing:
                 name = Path(prefix).name
                 processes = workers if name.endswith(".train") else 1

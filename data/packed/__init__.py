@@ -1,5 +1,5 @@
 """From tokenised corpora to packs."""
 
-from megatron_m1.data.packed.dataset import PackedDataset, PackedSample, build_packed_dataset, pad_pack
+from megatron_m1.data.packed.dataset import DocumentPiece, PackedDataset, PackedSample, build_packed_dataset, pad_pack
 
-__all__ = ["PackedDataset", "PackedSample", "build_packed_dataset", "pad_pack"]
+__all__ = ["DocumentPiece", "PackedDataset", "PackedSample", "build_packed_dataset", "pad_pack"]

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -57,6 +58,22 @@ class PackedSample:
     """Further tensors [n, ...] by name, a row a token: what an objective reads besides these."""
     padding: Mapping[str, float] = field(default_factory=dict)
     """What each of ``extra`` is padded with where the pack's end is; 0 where nothing is said."""
+
+
+@dataclass(frozen=True)
+class DocumentPiece:
+    """What a pack has of one document."""
+
+    corpus: str
+    """Prefix of the corpus."""
+    document: int
+    """Index of the document there."""
+    offset: int
+    """Tokens of the document before this piece; they are in another pack."""
+    start: int
+    """First token of the piece in the pack."""
+    end: int
+    """Token after its last."""
 
 
 def pad_pack(sample: PackedSample, tokens: int) -> PackedSample:
@@ -124,6 +141,19 @@ class _DocumentPacks(GPTDataset):
         sample["label_opens_document"] = torch.tensor(int(offset_of_label) == 0)
         return sample
 
+    def pieces(self, idx: int) -> list[DocumentPiece]:
+        """What pack ``idx`` is made of, in its order; it must have been read before, which opens the indices."""
+        place = int(self.shuffle_index[idx])
+        (first, offset), (last, _) = self.sample_index[place].tolist(), self.sample_index[place + 1].tolist()
+        found: list[DocumentPiece] = []
+        begin, tokens = 0, self.config.sequence_length
+        for document in self.document_index[first : last + 1].tolist():
+            taken = min(int(self.dataset.sequence_lengths[document]) - offset, tokens - begin)
+            if taken:
+                found.append(DocumentPiece(self.dataset.path_prefix, document, offset, begin, begin + taken))
+            begin, offset = begin + taken, 0
+        return found
+
 
 class PackedDataset:
     """``num_samples`` packs in their final order; made by :func:`build_packed_dataset`."""
@@ -138,9 +168,7 @@ class PackedDataset:
         return self._num_samples
 
     def __getitem__(self, index: int) -> PackedSample:
-        if not 0 <= index < self._num_samples:
-            raise IndexError(f"pack {index} of {self._num_samples}")
-        raw = self._packs[index]
+        raw = self._raw(index)
         tokens, labels = raw["tokens"], raw["labels"]
         # GPTDataset hands out its cached mask itself the first time: changing that one would spoil all later packs.
         loss_mask = raw["loss_mask"].clone()
@@ -152,6 +180,20 @@ class PackedDataset:
         if raw["label_opens_document"]:
             loss_mask[-1] = 0.0
         return PackedSample(tokens, labels, loss_mask, cu_seqlens)
+
+    def pieces(self, index: int) -> list[DocumentPiece]:
+        """Where the tokens of pack ``index`` are from: documents end to end, empty ones left out."""
+        self._raw(index)
+        if isinstance(self._packs, BlendedDataset):
+            corpus = self._packs.datasets[self._packs.dataset_index[index]]
+            return list(corpus.pieces(int(self._packs.dataset_sample_index[index])))
+        return list(self._packs.pieces(index))
+
+    def _raw(self, index: int) -> Mapping[str, torch.Tensor]:
+        if not 0 <= index < self._num_samples:
+            raise IndexError(f"pack {index} of {self._num_samples}")
+        raw: Mapping[str, torch.Tensor] = self._packs[index]
+        return raw
 
 
 def build_packed_dataset(

@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_KEYS_NAMED, _KEY_LENGTH = 12, 40
 _STRING_OR_BRACKET = re.compile(
     r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|(?P<open>[\[{])|(?P<close>[\]}])|(?P<unclosed>")', re.DOTALL
 )
@@ -31,9 +33,11 @@ class SkipReason(StrEnum):
 class BadDocumentError(Exception):
     """A document that is skipped."""
 
-    def __init__(self, reason: SkipReason) -> None:
+    def __init__(self, reason: SkipReason, keys: tuple[str, ...] = ()) -> None:
         super().__init__(str(reason))
         self.reason = reason
+        self.keys = keys
+        """Where the text's key is missing: those that are there, the first few, each as JSON spells it and cut."""
 
 
 class Part(Enum):
@@ -59,6 +63,8 @@ class RawBatch:
     file_bytes: int
     """Bytes on disk that were read for it, for a progress bar."""
     part: Part = Part.WHOLE
+    keys: tuple[str, ...] = ()
+    """Of a record that was parsed here and lacks the text's key: ``BadDocumentError.keys``."""
 
     @property
     def size(self) -> int:
@@ -115,12 +121,17 @@ def _json_text(line: bytes, text_key: str) -> str:
         line.decode("utf-8")
         raise BadDocumentError(SkipReason.NOT_JSON)
     if text_key not in record:
-        raise BadDocumentError(SkipReason.KEY_MISSING)
+        keys = tuple(_short(json.dumps(key)) for key in islice(record, _KEYS_NAMED))
+        raise BadDocumentError(SkipReason.KEY_MISSING, keys)
     text = record[text_key]
     if not isinstance(text, str):
         raise BadDocumentError(SkipReason.NOT_STRING)
     utf8_size(text)
     return text
+
+
+def _short(key: str) -> str:
+    return key if len(key) <= _KEY_LENGTH else f"{key[: _KEY_LENGTH - 3]}..."
 
 
 def json_record(line: bytes) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_m1.data.tokenize.documents import BadDocumentError, Part, RawBatch, SkipReason, decoded, utf8_size
+from megatron_m1.data.tokenize.split import text_mark
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -33,6 +34,12 @@ class EncodedBatch:
     part: Part = Part.WHOLE
     is_blank: bool = False
     """Of a part: it holds nothing but white space."""
+    marks: npt.NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64))
+    """What tells the text of each document from others, by ``split.text_mark``; of a part, that of its text [1]."""
+    sizes: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """UTF-8 bytes of each of these texts."""
+    keys: tuple[str, ...] = ()
+    """Of the first record without the text's key: its keys."""
 
 
 def token_dtype(vocab_size: int) -> type[np.integer[Any]]:
@@ -48,12 +55,14 @@ def encode_batch(tokenizer: Tokenizer, batch: RawBatch, *, text_key: str, append
     """
     texts: list[str] = []
     skipped: Counter[str] = Counter()
+    keys = batch.keys
     is_whole = batch.part is Part.WHOLE
     for payload in batch.payloads:
         try:
             text = decoded(batch.kind, payload, text_key=text_key)
         except BadDocumentError as bad:
             skipped[bad.reason.value] += 1
+            keys = keys or bad.keys
             continue
         if is_whole and (not text or text.isspace()):
             skipped[SkipReason.EMPTY.value] += 1
@@ -73,7 +82,9 @@ def encode_batch(tokenizer: Tokenizer, batch: RawBatch, *, text_key: str, append
         start += len(ids) + len(ends)
         tokens[start - len(ends) : start] = ends
     is_blank = not is_whole and all(not text or text.isspace() for text in texts)
-    return EncodedBatch(tokens, lengths, sum(map(utf8_size, texts)), +skipped, batch.part, is_blank)
+    marks = np.array([text_mark(text) for text in texts], dtype=np.uint64)
+    sizes = np.array([utf8_size(text) for text in texts], dtype=np.int64)
+    return EncodedBatch(tokens, lengths, int(sizes.sum()), +skipped, batch.part, is_blank, marks, sizes, keys)
 
 
 def encode_batch_in_worker(tokenizer_path: Path, batch: RawBatch, text_key: str, append_eod: bool) -> EncodedBatch:

@@ -6,7 +6,7 @@ import glob
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,9 @@ from megatron_m1.data.corpora.prefix import is_sidecar
 _JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
 _COMPRESSIONS = (".gz", ".zst")
-_SUPPORTED = f"{', '.join(_JSON_SUFFIXES + _TEXT_SUFFIXES)} (plain, .gz or .zst) and .parquet"
+_PARQUET = ".parquet"
+_SUPPORTED = f"{', '.join(_JSON_SUFFIXES + _TEXT_SUFFIXES)} (plain, .gz or .zst) and {_PARQUET}"
+_HOW = "--suffix .EXT takes such files as text"
 _KINDS_SHOWN = 8
 _HIDDEN = "hidden"
 _MET_BEFORE = "met before"
@@ -46,7 +48,8 @@ class PassedOver:
         shown += [kind for kind, _ in kinds if kind not in shown][:_KINDS_SHOWN]
         words = [self._words(kind) for kind, _ in kinds if kind in shown]
         rest = self.counts.total() - sum(self.counts[kind] for kind in shown)
-        return f"passed over in {self.place}: {', '.join(words)}{f', {rest:,} of other kinds' if rest else ''}"
+        how = f" ({_HOW})" if any(kind.startswith(".") for kind in self.counts) else ""
+        return f"passed over in {self.place}: {', '.join(words)}{f', {rest:,} of other kinds' if rest else ''}{how}"
 
     def _words(self, kind: str) -> str:
         example = self.examples.get(kind)
@@ -63,28 +66,51 @@ class Found:
     """One for each input where something was."""
 
 
-def file_kind(file: Path) -> Literal["json", "text", "parquet"] | None:
-    """How the documents of a file are laid out, by its name; None if the name tells of none that we can read."""
+def text_suffix(text: str) -> str:
+    """Return a suffix as it is compared with those of files: ``py`` and ``.PY`` are ``.py``.
+
+    Raises:
+        ValueError: it is none, or one whose files are read in another way.
+    """
+    suffix = f".{text.removeprefix('.').lower()}"
+    if suffix == "." or not suffix[1:].isprintable() or set(suffix[1:]) & set("./* "):
+        raise ValueError(f"{text!r} is no suffix of files: give one such as .py")
+    if suffix in (*_JSON_SUFFIXES, *_COMPRESSIONS, _PARQUET):
+        raise ValueError(f"{text!r} is not taken as text: {_SUPPORTED} are read as what they are")
+    return suffix
+
+
+def file_kind(file: Path, text_suffixes: Collection[str] = ()) -> Literal["json", "text", "parquet"] | None:
+    """How the documents of a file are laid out, by its name; None if the name tells of none that we can read.
+
+    Args:
+        file: its path.
+        text_suffixes: of files that are text besides the usual ones, from ``text_suffix``.
+    """
     suffixes = [suffix.lower() for suffix in file.suffixes]
     last = suffixes[-2:-1] if suffixes and suffixes[-1] in _COMPRESSIONS else suffixes[-1:]
     if last and last[0] in _JSON_SUFFIXES:
         return "json"
-    if last and last[0] in _TEXT_SUFFIXES:
+    if last and (last[0] in _TEXT_SUFFIXES or last[0] in text_suffixes):
         return "text"
-    return "parquet" if suffixes and suffixes[-1] == ".parquet" else None
+    return "parquet" if suffixes and suffixes[-1] == _PARQUET else None
 
 
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
+def find_files(inputs: Sequence[str | Path], text_suffixes: Collection[str] = ()) -> list[Path]:
     """The files of :func:`find_inputs`, with its errors."""
-    return find_inputs(inputs).files
+    return find_inputs(inputs, text_suffixes).files
 
 
-def find_inputs(inputs: Sequence[str | Path]) -> Found:
+def find_inputs(inputs: Sequence[str | Path], text_suffixes: Collection[str] = ()) -> Found:
     """Resolve files, folders (searched recursively, through links as well) and globs to input files.
 
     Inputs keep their order; what a folder or glob holds is sorted by path; no file comes twice, whatever it is called.
     In folders, hidden entries, files of other kinds and whatever can't be read are passed over and counted; in folders
     and globs so are the sidecars of tokenised corpora.
+
+    Args:
+        inputs: paths and globs.
+        text_suffixes: of files that are text besides the usual ones, from ``text_suffix``.
 
     Raises:
         FileNotFoundError: an input does not exist or a glob matches nothing.
@@ -98,9 +124,10 @@ def find_inputs(inputs: Sequence[str | Path]) -> Found:
     passed_over: list[PassedOver] = []
     for item in inputs:
         passed = PassedOver(str(item))
-        for file in _files_of(item, passed):
-            if file_kind(file) is None:
-                raise ValueError(f"{file} is of no supported kind; supported are {_SUPPORTED}")
+        for file in _files_of(item, passed, text_suffixes):
+            if file_kind(file, text_suffixes) is None:
+                fix = f"; --suffix {file.suffix} takes it as text" if file.suffix else ""
+                raise ValueError(f"{file} is of no supported kind; supported are {_SUPPORTED}{fix}")
             status = file.stat()
             first = unique.setdefault((status.st_dev, status.st_ino), file)
             if first is not file and _is_same(first, file, status):
@@ -117,14 +144,14 @@ def _is_same(first: Path, second: Path, status: os.stat_result) -> bool:
     return status.st_nlink > 1 or os.path.realpath(first) == os.path.realpath(second)
 
 
-def _files_of(item: str | Path, passed: PassedOver) -> list[Path]:
+def _files_of(item: str | Path, passed: PassedOver, text_suffixes: Collection[str]) -> list[Path]:
     """Files of one input in their order, no sidecars unless named."""
     path = Path(item)
     if path.is_dir():
-        files = [file for file in _search(path, passed) if not _is_counted(file, passed)]
+        files = [file for file in _search(path, passed) if not _is_counted(file, passed, text_suffixes)]
         if not files:
-            why = f" ({passed})" if passed.counts else ""
-            raise ValueError(f"{path} holds no document files{why}; supported are {_SUPPORTED}")
+            why = f"; {passed}" if passed.counts else ""
+            raise ValueError(f"{path} holds no document files: supported are {_SUPPORTED}{why}")
         return files
     if path.exists():
         return [path]
@@ -146,9 +173,9 @@ def _is_counted_sidecar(file: Path, passed: PassedOver) -> bool:
     return True
 
 
-def _is_counted(file: Path, passed: PassedOver) -> bool:
+def _is_counted(file: Path, passed: PassedOver, text_suffixes: Collection[str]) -> bool:
     """Whether a file in a folder is no input; it is counted then."""
-    if file_kind(file) is None:
+    if file_kind(file, text_suffixes) is None:
         passed.add(file.suffix.lower() or "without suffix", file)
         return True
     return _is_counted_sidecar(file, passed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import psutil
@@ -13,14 +13,18 @@ _MEMORY_PER_BYTE = 100
 """Bytes of memory that a byte of text takes while a document is encoded whole (measured: 95, SentencePiece 35)."""
 
 
-def check_text_files(files: Sequence[Path]) -> None:
+def check_text_files(files: Sequence[Path], text_suffixes: Collection[str] = ()) -> None:
     """Check files before anything is read, for a tokenizer that can cut no document.
+
+    Args:
+        files: from ``find.find_inputs``.
+        text_suffixes: as it got them.
 
     Raises:
         ValueError: a text file, which is one document, is too large to be encoded whole.
     """
     for file in files:
-        if file_kind(file) == "text":
+        if file_kind(file, text_suffixes) == "text":
             check_document(file, file.stat().st_size)
 
 

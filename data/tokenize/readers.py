@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -36,7 +36,9 @@ _LARGE_BYTES = 1 << 26
 """From here on it is looked whether there is memory for a document that nothing was cut from so far."""
 
 
-def read_batches(files: Sequence[Path], *, text_key: str, cut: LineCut | None = None) -> Generator[RawBatch]:
+def read_batches(
+    files: Sequence[Path], *, text_key: str, cut: LineCut | None = None, text_suffixes: Collection[str] = ()
+) -> Generator[RawBatch]:
     """Read all documents in order, in batches of about half a megabyte.
 
     Args:
@@ -44,16 +46,17 @@ def read_batches(files: Sequence[Path], *, text_key: str, cut: LineCut | None = 
         text_key: Parquet column of the text; of JSON objects only large ones are parsed here.
         cut: where larger documents may be cut into parts, which then come as batches of their own; None leaves them
             whole, each in the memory of its reader.
+        text_suffixes: as ``find.find_inputs`` got them.
 
     Raises:
         ValueError: a compressed or Parquet file is truncated or damaged, a Parquet file has no such column, a file was
             changed meanwhile, or a document can't be cut and is too large for the memory; names the file.
     """
-    yield from _joined(batch for file in files for batch in _file_batches(file, text_key, cut))
+    yield from _joined(batch for file in files for batch in _file_batches(file, text_key, cut, text_suffixes))
 
 
-def _file_batches(file: Path, text_key: str, cut: LineCut | None) -> Iterator[RawBatch]:
-    kind = file_kind(file)
+def _file_batches(file: Path, text_key: str, cut: LineCut | None, text_suffixes: Collection[str]) -> Iterator[RawBatch]:
+    kind = file_kind(file, text_suffixes)
     if kind == "text":
         yield from _document_batches(file, _chunks(file), cut)
     elif kind == "json":
@@ -74,7 +77,7 @@ def _joined(batches: Iterable[RawBatch]) -> Generator[RawBatch]:
     for batch in batches:
         joins = batch.part is Part.WHOLE and isinstance(batch.content, list)
         if together and (not joins or size >= _BATCH_BYTES or len(payloads) >= _BATCH_DOCUMENTS):
-            yield RawBatch(together[0].file, "text", payloads, sum(small.file_bytes for small in together))
+            yield _one_batch(together, payloads)
             together, payloads, size = [], [], 0
         if not joins or not isinstance(batch.content, list):
             yield batch
@@ -83,7 +86,12 @@ def _joined(batches: Iterable[RawBatch]) -> Generator[RawBatch]:
         payloads += batch.content
         size += sum(len(payload) for payload in batch.content)
     if together:
-        yield RawBatch(together[0].file, "text", payloads, sum(small.file_bytes for small in together))
+        yield _one_batch(together, payloads)
+
+
+def _one_batch(together: Sequence[RawBatch], payloads: list[bytes | SkipReason]) -> RawBatch:
+    keys = next((batch.keys for batch in together if batch.keys), ())
+    return RawBatch(together[0].file, "text", payloads, sum(batch.file_bytes for batch in together), keys=keys)
 
 
 def _document_batches(file: Path, chunks: Iterable[tuple[bytes, int]], cut: LineCut | None) -> Iterator[RawBatch]:
@@ -139,7 +147,7 @@ def _block(file: Path, lines: bytes, file_bytes: int, text_key: str, cut: LineCu
     try:
         text = document_text("json", lines, text_key=text_key).encode("utf-8")
     except BadDocumentError as bad:
-        yield RawBatch(file, "text", [bad.reason], file_bytes)
+        yield RawBatch(file, "text", [bad.reason], file_bytes, keys=bad.keys)
     else:
         yield from _document_batches(file, [(text, file_bytes)], cut)
 

@@ -7,9 +7,11 @@ need. The tests compare the files with that builder's, byte by byte.
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from array import array
 from collections import Counter
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +27,7 @@ from megatron_m1.files import put_in_place, write_atomically
 _MAKERS = ("megatron-m1", "tokenizers", "transformers", "sentencepiece")
 """Packages of which a version may decide the ids."""
 _DTYPE_CODES = {np.int32: 4, np.uint16: 8}
+_COPIED_BYTES = 1 << 20
 _MOST_TOKENS = 2**31 - 1
 """Of a document: the index has 32 bits for it."""
 
@@ -46,7 +49,7 @@ class TokenWriter:
         self._append_eod = append_eod
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._lengths = array("i")
-        self._stream: BinaryIO = self._bin.open("wb")
+        self._stream: BinaryIO = self._bin.open("w+b")
         self._open: _OpenDocument | None = None
 
     def __enter__(self) -> TokenWriter:
@@ -55,8 +58,12 @@ class TokenWriter:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    def add(self, batch: EncodedBatch) -> None:
+    def add(self, batch: EncodedBatch, *, owner: TokenWriter | None = None) -> None:
         """Append the documents of a batch, or a part to the document that is open.
+
+        Args:
+            batch: after all before it.
+            owner: with the last part of a document, the writer that gets the whole of it; None is this one.
 
         Raises:
             ValueError: a document has more tokens than the index can tell.
@@ -72,16 +79,23 @@ class TokenWriter:
         self._open.add(batch)
         self._stream.write(batch.tokens)
         if batch.part is Part.LAST:
-            self._end(self._open)
+            self._end(self._open, owner or self)
             self._open = None
 
-    def _end(self, document: _OpenDocument) -> None:
+    def _end(self, document: _OpenDocument, owner: TokenWriter) -> None:
         reason = document.reason_to_skip()
-        if reason is not None:
-            self.skipped[reason] += 1
+        if reason is None and owner is not self:
+            self._stream.seek(document.start)
+            shutil.copyfileobj(self._stream, owner._stream, _COPIED_BYTES)
+        if reason is not None or owner is not self:
             self._stream.seek(document.start)
             self._stream.truncate()
+        if reason is not None:
+            self.skipped[reason] += 1
             return
+        owner._close(document)
+
+    def _close(self, document: _OpenDocument) -> None:
         ends = np.array([self._tokenizer.eod] if self._append_eod else [], dtype=self._dtype)
         self._stream.write(ends)
         if document.tokens + ends.size > _MOST_TOKENS:
@@ -94,8 +108,13 @@ class TokenWriter:
         self.tokens += tokens
         self.text_bytes += text_bytes
 
-    def commit(self, prefix: str) -> None:
-        """Replace an older output. The .idx makes a corpus of the files: the old one goes first, the new comes last."""
+    def commit(self, prefix: str, *, split: Mapping[str, object] | None = None) -> None:
+        """Replace an older output. The .idx makes a corpus of the files: the old one goes first, the new comes last.
+
+        Args:
+            prefix: of the output.
+            split: what the sidecar says of the part that this is of a corpus; None is all of it.
+        """
         self._stream.close()
         self._write_index()
         sidecar = {
@@ -108,6 +127,8 @@ class TokenWriter:
             "skipped": dict(self.skipped),
             "versions": installed_versions(),
         }
+        if split is not None:
+            sidecar["split"] = dict(split)
         idx_path(prefix).unlink(missing_ok=True)
         # By the sidecar the files are known as ours, so that the command may replace them after a kill.
         write_atomically(sidecar_path(prefix), json.dumps(sidecar, indent=1).encode())

@@ -46,7 +46,7 @@ OTHER_VOCABULARIES = (
 )
 """Vocabularies of particular classes of transformers; they matter where there is no ``tokenizer.json``."""
 GENERATION = "generation_config.json"
-"""May give the end mark's id where nothing names its text."""
+"""May give the end mark's id where nothing names its text; config.json where this does not."""
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -179,7 +179,8 @@ def read_folder(path: Path) -> TokenizerFolder:
         end_mark, end_mark_in = token_text(special.get("eos_token")), SPECIAL
     end_id = None
     if end_mark is None:
-        end_id = _end_id(generation)
+        # As in transformers, config.json is asked where there are no settings for generation that say.
+        end_id = _end_id(generation if generation.get("eos_token_id") is not None else model)
     kind = _rebuilt_class(config, model, contents.get(FILE, b""))
     code = _own_code(config)
     named = bool(config.get("tokenizer_class") or model.get("tokenizer_class"))

@@ -11,12 +11,15 @@ from megatron_m1.checkpoint.folder import (
     COMMIT_MARK,
     DATA_SUFFIX,
     MANIFEST,
+    TOKENIZER,
     checkpoint_folders,
     first_fault,
     read_manifest,
+    run_folder_of,
 )
+from megatron_m1.checkpoint.metadata_file import tensors_of
 from megatron_m1.config import Config, ModelConfig
-from megatron_m1.config.io import load_config
+from megatron_m1.config.written import read_saved
 from megatron_m1.files import check_folder, read_json_object
 from megatron_m1.plan.parameters import model_counts
 from megatron_m1.printing import shown
@@ -58,6 +61,9 @@ class CheckpointContents:
 
     folder: Path
     config: Config
+    """What was asked; ``auto`` and none are left open."""
+    became: Config
+    """What that became where the checkpoint was written. Both have paths that can be opened from here."""
     step: int
     tensors: list[StoredTensor]
     bytes_on_disk: int
@@ -66,6 +72,17 @@ class CheckpointContents:
     def tokens(self) -> int:
         """Tokens trained on up to this checkpoint, if every step was as its configuration says."""
         return self.step * self.config.tokens_per_step
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Where its tokenizer is: the run's own copy, or else where it was. None if nothing names one."""
+        recorded = [Path(path) for path in (self.became.data.tokenizer, self.config.data.tokenizer) if path]
+        if not recorded:
+            return None
+        # An imported model that was moved has it beside itself, and says where that once was.
+        beside = run_folder_of(self.folder) / TOKENIZER
+        places = [recorded[0], *([beside] if beside.is_dir() else []), *recorded]
+        return next((place for place in places if place.exists()), recorded[0])
 
 
 def complete_checkpoints(run_folder: Path) -> list[Path]:
@@ -94,7 +111,9 @@ def check_shape(
     for name in MODEL_SHAPE:
         ours, theirs = getattr(wanted, name), getattr(saved, name)
         if ours != theirs:
-            raise ValueError(f"model.{name} is {ours}, but checkpoint {checkpoint} has {theirs}: {fix}")
+            rows = name == "vocab_size" and ours > theirs
+            more = f"; megatron-m1 convert from-hf HF_FOLDER OUT --resize-vocab {ours} makes more rows" if rows else ""
+            raise ValueError(f"model.{name} is {ours}, but checkpoint {checkpoint} has {theirs}: {fix}{more}")
     for name, kinds in (("mixers", layer_mixers), ("ffns", layer_ffns)):
         for layer, (ours, theirs) in enumerate(zip(kinds(wanted), kinds(saved), strict=True)):
             if ours != theirs:
@@ -103,11 +122,12 @@ def check_shape(
                 )
 
 
-def read_checkpoint(folder: Path) -> CheckpointContents:
+def read_checkpoint(folder: Path, *, with_tensors: bool = True) -> CheckpointContents:
     """Read what a checkpoint holds, and check that every file is there and as long as the metadata say.
 
     Args:
         folder: ``<run.folder>/checkpoints/step_<number>``.
+        with_tensors: list the tensors and check their files; False leaves them out, and needs no torch.
 
     Raises:
         ValueError: it is no checkpoint, is incomplete, or is damaged; one line.
@@ -122,10 +142,12 @@ def read_checkpoint(folder: Path) -> CheckpointContents:
     check_folder(folder)
     _check_small_files(folder)
     check_format(folder)
-    tensors = _stored_tensors(folder)
+    tensors = _stored_tensors(folder) if with_tensors else []
+    saved = read_saved(folder, run_folder_of(folder))
     return CheckpointContents(
         folder=folder,
-        config=load_config(folder / "config.yaml"),
+        config=saved.asked,
+        became=saved.became,
         step=int(match[1]),
         tensors=tensors,
         bytes_on_disk=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
@@ -169,16 +191,10 @@ def _check_small_files(folder: Path) -> None:
 
 
 def _stored_tensors(folder: Path) -> list[StoredTensor]:
-    # torch takes seconds to import, which what needs no checkpoint should not wait for.
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    from megatron_m1.checkpoint.metadata import read_metadata
-
     tensors = []
-    for name, stored in sorted(read_metadata(folder).state_dict_metadata.items()):
-        if isinstance(stored, TensorStorageMetadata):
-            dtype, shape = stored.properties.dtype, tuple(stored.size)
-            tensors.append(StoredTensor(name, shape, str(dtype)[6:], math.prod(shape) * dtype.itemsize))
+    for name, stored in tensors_of(folder).items():
+        dtype = stored.properties.dtype
+        tensors.append(StoredTensor(name, stored.size, dtype.name, math.prod(stored.size) * dtype.itemsize))
     return tensors
 
 

@@ -17,13 +17,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from megatron_m1.config import written
 from megatron_m1.files import put_in_place, read_json_object, sync
 from megatron_m1.printing import shown
 
 TRACKER = "latest"
 MANIFEST = "integrity.json"
 STATE = "state.json"
-CONFIG = "config.yaml"
+CONFIG, RESOLVED = written.CONFIG, written.RESOLVED
+TOKENIZER = "tokenizer"
+"""Folder beside ``checkpoints`` with the tokenizer of a run, or of an imported model."""
 TEMPORARY = ".tmp"
 DAMAGED = ".damaged"
 METADATA = ".metadata"
@@ -42,6 +45,11 @@ def folder_name(step: int) -> str:
 def step_of(folder: Path) -> int:
     """Step of a checkpoint folder."""
     return int(folder.name.removeprefix("step_"))
+
+
+def run_folder_of(checkpoint: Path) -> Path:
+    """Folder of the run to which a checkpoint belongs, as long as it lies there."""
+    return checkpoint.resolve().parent.parent
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -163,8 +171,9 @@ def read_manifest(checkpoint: Path) -> dict[str, str]:
     strange = next((name for name in files if Path(name).name != name or name == ".."), None)
     if strange is not None:
         raise ValueError(f"{MANIFEST} names {shown(strange)}, which is not in the checkpoint's folder")
-    data = sorted(path.name for path in checkpoint.glob(f"*{DATA_SUFFIX}"))
-    missing = next((name for name in (CONFIG, STATE, METADATA, COMMIT_MARK, *data) if name not in files), None)
+    # Checkpoints of older versions have no RESOLVED.
+    present = sorted(path.name for pattern in (f"*{DATA_SUFFIX}", RESOLVED) for path in checkpoint.glob(pattern))
+    missing = next((name for name in (CONFIG, STATE, METADATA, COMMIT_MARK, *present) if name not in files), None)
     if missing is not None:
         raise ValueError(f"{MANIFEST} does not name {missing}")
     return files

@@ -15,7 +15,9 @@ from megatron_m1.checkpoint import folder as folders
 from megatron_m1.checkpoint.contents import check_shape
 from megatron_m1.checkpoint.state import Trained, load_model_state, load_train_state
 from megatron_m1.checkpoint.write import Write
-from megatron_m1.config.io import config_of_text, load_config
+from megatron_m1.config import Config
+from megatron_m1.config.io import load_config
+from megatron_m1.config.written import saved_texts
 from megatron_m1.files import refusal
 from megatron_m1.runtime.ranks import first_fault, on_rank_zero
 
@@ -69,7 +71,7 @@ class Checkpoints:
             interrupted save has left there is removed now.
         keep: newest checkpoints kept; 0 keeps all. While one is written there is one more.
         async_save: write in the background.
-        config_text: resolved configuration as YAML, copied into every checkpoint; an attribute that may be replaced.
+        config: of the run, written into every checkpoint; an attribute that may be replaced.
         note: called on rank 0 with one line for each damaged checkpoint that is passed over, and for what the disk
             refuses.
         max_failures: saves in a row that may fail; the last of them raises.
@@ -84,14 +86,14 @@ class Checkpoints:
         *,
         keep: int,
         async_save: bool,
-        config_text: str,
+        config: Config,
         note: Callable[[str], None],
         max_failures: int = 1,
     ) -> None:
         self._folder = folder
         self._keep = keep
         self._async_save = async_save
-        self.config_text = config_text
+        self.config = config
         self._note = note
         self._max_failures = max_failures
         self._attempts = 0
@@ -155,7 +157,8 @@ class Checkpoints:
 
     def _begin(self, trained: Trained, state: dict[str, Any], *, in_background: bool) -> str | None:
         """Start to write; on every rank, what is in the way."""
-        texts = {folders.CONFIG: self.config_text, folders.STATE: json.dumps(state, indent=2) + "\n"}
+        texts = saved_texts(self.config, self._folder.parent)
+        texts[folders.STATE] = json.dumps(state, indent=2) + "\n"
         try:
             temporary = on_rank_zero(lambda: folders.start(self._folder, int(state["step"])))
         except OSError as error:
@@ -269,7 +272,7 @@ class Checkpoints:
 
     def _load(self, trained: Trained, checkpoint: Path, damaged: list[Path]) -> dict[str, Any]:
         saved_model = load_config(checkpoint / folders.CONFIG).model
-        check_shape(config_of_text(self.config_text).model, saved_model, checkpoint)
+        check_shape(self.config.model, saved_model, checkpoint)
         saved = folders.read_state(checkpoint)
         if saved.get("weights_only"):
             raise ValueError(

@@ -6,8 +6,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_m1.commands.options import CommandParser, positive_integer
+from megatron_m1.commands.options import CommandParser, token_count
 from megatron_m1.config.paths import path_option
+from megatron_m1.generate.sampling import Sampling
+from megatron_m1.library.load import load
+from megatron_m1.library.places import find_place, find_tokenizer
 
 
 def _number(text: str) -> float:
@@ -26,13 +29,11 @@ def command_parser() -> CommandParser:
     )
     parser.add_argument("source", type=path_option, metavar="CHECKPOINT_OR_RUN_OR_HF_FOLDER")
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="text to continue; repeatable")
-    parser.add_argument("--max-tokens", type=positive_integer, default=64, metavar="N", help="new tokens (default: 64)")
+    parser.add_argument("--max-tokens", type=token_count, default=64, metavar="N", help="new tokens (default: 64)")
     parser.add_argument("--temperature", type=_number, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=_number, default=1.0, metavar="P", help="share of probability to draw from")
     parser.add_argument("--seed", type=int, default=1234, metavar="N", help="of the draws")
-    parser.add_argument(
-        "--chunk-tokens", type=positive_integer, default=2048, metavar="N", help="prompt tokens of a pass"
-    )
+    parser.add_argument("--chunk-tokens", type=token_count, default=2048, metavar="N", help="prompt tokens of a pass")
     parser.add_argument(
         "--tokenizer",
         type=path_option,
@@ -59,44 +60,18 @@ def run(arguments: Sequence[str]) -> int:
             # Python turns bytes of the command line that are no UTF-8 into lone surrogates, which no tokenizer takes
             # and which could not be printed before the answer either.
             raise ValueError(f"prompt {text!r} is not UTF-8: give it in this encoding") from None
-    from megatron_m1.convert.families.minimax_m1.config import DTYPES
-    from megatron_m1.convert.sources import open_any, tokenizer_of
-    from megatron_m1.data.tokenizers import load_tokenizer
-
-    source = open_any(options.source)
-    place = options.tokenizer or tokenizer_of(source)
-    if not place:
-        raise ValueError(f"{options.source} names no tokenizer: give --tokenizer")
-    try:
-        tokenizer = load_tokenizer(place)
-    except OSError as error:
-        raise ValueError(f"tokenizer {place} can't be read: {error.strerror or error}; give --tokenizer") from error
+    numbers = {name: getattr(options, name) for name in ("max_tokens", "temperature", "top_p", "seed", "chunk_tokens")}
+    Sampling(**numbers).check()
+    tokenizer = find_tokenizer(find_place(options.source), options.tokenizer, fix="give --tokenizer")
+    if isinstance(tokenizer, str):
+        raise ValueError(tokenizer)
     for note in tokenizer.notes:
         print(f"note: {note}", file=sys.stderr)
     prompts = [tokenizer.encode(text) for text in options.prompt]
-
-    from megatron_m1.generate.build import build_model
-    from megatron_m1.generate.sampler import Sampling, generate
-    from megatron_m1.runtime.mesh import shut_down
-
-    sampling = Sampling(
-        max_tokens=options.max_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-        chunk_tokens=options.chunk_tokens,
-        stop=tokenizer.eod,
-    )
-    sampling.check()
-    stored = source.stored_dtype(source.units[0])
-    model = build_model(source, DTYPES[options.precision] if options.precision else stored)
-    try:
-        ids: list[list[int]] = [[] for _ in prompts]
-        for tokens in generate(model, prompts, sampling):
-            for sequence, token in tokens.items():
-                ids[sequence].append(token)
-    finally:
-        shut_down()
-    for text, new in zip(options.prompt, ids, strict=True):
-        print(f"{text}{tokenizer.decode(new)}" if len(prompts) == 1 else f"--- {text}\n{text}{tokenizer.decode(new)}")
+    if not all(prompts):
+        raise ValueError(f"prompt {options.prompt[prompts.index([])]!r} has no token: give some text")
+    model = load(options.source, dtype=options.precision, tokenizer=tokenizer)
+    texts = [generation.text for generation in model.generate(prompts, **numbers)]
+    for prompt, text in zip(options.prompt, texts, strict=True):
+        print(f"{prompt}{text}" if len(prompts) == 1 else f"--- {prompt}\n{prompt}{text}")
     return 0

@@ -9,10 +9,12 @@ from pathlib import Path
 from megatron_m1.checkpoint.contents import CheckpointContents, StoredTensor, complete_checkpoints, read_checkpoint
 from megatron_m1.commands.options import CommandParser
 from megatron_m1.config import Config, ModelConfig
-from megatron_m1.config.io import config_text, parse_config
+from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import check_model
-from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts, model_counts
+from megatron_m1.config.written import config_text, tree_values
+from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts, model_counts, parameter_counts
+from megatron_m1.printing import counted, folded, table, terminal_columns
 from megatron_m1.shapes.registry import layer_mixers
 
 DESCRIPTION = """\
@@ -63,7 +65,9 @@ def run(arguments: Sequence[str]) -> int:
         lines = describe_checkpoint(read_checkpoint(options.checkpoint), every_tensor=options.tensors)
     else:
         lines = describe_folder(options.folder, every_tensor=options.tensors)
-    print("\n".join(lines))
+    columns = terminal_columns()
+    # A line of a table that fits stays as it is: it is laid out by the width as well.
+    print("\n".join(part for line in lines for part in folded(line, columns, indent=2)))
     return 0
 
 
@@ -85,13 +89,17 @@ def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def describe_model(config: Config) -> list[str]:
     """Describe a model by its parameters, line by line."""
     model = config.model
-    counts, active = model_counts(model), model_counts(model, active=True)
-    lines = [f"preset {config.preset}: {model.num_layers} layers, hidden {model.hidden_size}", ""]
-    lines += [f"{'parameters':<22}{'all':>20}{'active per token':>20}"]
-    lines += [f"{group:<22}{count:>20,}{active[group]:>20,}" for group, count in counts.groups.items()]
+    found = parameter_counts(model)
+    counts, active = found.all, found.active
+    lines = [f"preset {config.preset}: {counted(model.num_layers, 'layer')}, hidden {model.hidden_size}", ""]
+    rows = [["parameters", "all", "active per token"]]
+    rows += [[group, f"{count:,}", f"{active[group]:,}"] for group, count in counts.groups.items()]
+    rows += [
+        ["total", f"{counts.total:,}", f"{active.total:,}"],
+        ["less embedding, head", f"{counts.without_vocabulary:,}", f"{active.without_vocabulary:,}"],
+    ]
     lines += [
-        f"{'total':<22}{counts.total:>20,}{active.total:>20,}",
-        f"{'less embedding, head':<22}{counts.without_vocabulary:>20,}{active.without_vocabulary:>20,}",
+        *table(rows, terminal_columns(), left=[0]),
         "",
         f"weights in bf16: {_gib(2 * counts.total)}, in fp32: {_gib(4 * counts.total)}",
         "",
@@ -103,15 +111,12 @@ def describe_model(config: Config) -> list[str]:
 def _layer_table(model: ModelConfig) -> list[str]:
     mixers, ffns = kind_parameters(model)
     mixing = {parameter.group for parameter in mixers}
-    # Stacks of experts have many more digits than anything else.
-    widths = {parameter.group: 18 if parameter.split == "expert" else 12 for parameter in ffns}
-    others = "".join(f"{group:>{width}}" for group, width in widths.items())
-    lines = [f"{'layer':>5}  {'attention':<10}{'attention':>16}{others}{NORMS:>10}{'total':>18}"]
+    groups = list(dict.fromkeys(parameter.group for parameter in ffns))
+    rows = [["layer", "attention", "attention", *groups, NORMS, "total"]]
     for index, (kind, counts) in enumerate(zip(layer_mixers(model), layer_counts(model), strict=True)):
-        own = sum(counts[group] for group in mixing)
-        others = "".join(f"{counts[group]:>{width},}" for group, width in widths.items())
-        lines.append(f"{index:>5}  {kind:<10}{own:>16,}{others}{counts[NORMS]:>10,}{counts.total:>18,}")
-    return lines
+        numbers = [sum(counts[group] for group in mixing), *(counts[group] for group in groups), counts[NORMS]]
+        rows.append([f"{index}", kind, *(f"{number:,}" for number in (*numbers, counts.total))])
+    return table(rows, terminal_columns(), left=[1])
 
 
 def _gib(size: int) -> str:
@@ -128,20 +133,35 @@ def describe_checkpoint(contents: CheckpointContents, *, every_tensor: bool = Fa
     Raises:
         ValueError: its configuration is of no possible model.
     """
-    config, parallel = contents.config, contents.config.parallel
+    config, parallel = contents.config, contents.became.parallel
     check_model(config.model)
+    tokenizer = contents.tokenizer
     return [
         f"checkpoint {contents.folder}",
-        f"step {contents.step:,}, {contents.tokens:,} tokens, {_gib(contents.bytes_on_disk)} on disk",
-        f"preset {config.preset}, {model_counts(config.model).total:,} parameters, {config.train.precision}",
+        f"step {contents.step:,}, {counted(contents.tokens, 'token')}, {_gib(contents.bytes_on_disk)} on disk",
+        f"preset {config.preset}, {model_counts(config.model).total:,} parameters, {contents.became.train.precision}",
         f"written by tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}, "
         f"expert {parallel.expert_model_parallel_size} x expert tensor {parallel.expert_tensor_parallel_size}",
+        *([f"tokenizer {tokenizer}" + ("" if tokenizer.exists() else ", which is not there")] if tokenizer else []),
         "config:",
         *(f"  {line}" for line in config_text(config).splitlines()),
-        f"{len(contents.tensors)} tensors, {_gib(sum(t.size for t in contents.tensors))}"
+        *_became_lines(contents),
+        f"{counted(len(contents.tensors), 'tensor')}, {_gib(sum(t.size for t in contents.tensors))}"
         + (":" if every_tensor else " (--tensors lists them)"),
         *_tensor_lines(contents.tensors if every_tensor else ()),
     ]
+
+
+def _became_lines(contents: CheckpointContents) -> list[str]:
+    """What was left open in the configuration, and what that became where it ran."""
+    asked, became = tree_values(contents.config), tree_values(contents.became)
+    lines = [
+        f"  {group}.{name} {value}"
+        for group in asked.keys() - {"preset"}
+        for name, value in became[group].items()
+        if value != asked[group][name]
+    ]
+    return ["which became:", *sorted(lines)] if lines else []
 
 
 def _tensor_lines(tensors: Sequence[StoredTensor]) -> list[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_m1.config.io import nearest
+from megatron_m1.config.numbers import whole_number
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -48,7 +49,20 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def positive_integer(text: str) -> int:
-    """Read an integer above 0; argparse puts the option's name before the error."""
-    if not text.isdecimal() or int(text) < 1:
+    """Read an integer above 0, also one written 1e3 or 4_096; argparse puts the option's name before the error."""
+    return _above_zero(text, counts=False)
+
+
+def token_count(text: str) -> int:
+    """Read a number of tokens above 0, which may be written 2K or 1.5M; argparse puts the option's name before it."""
+    return _above_zero(text, counts=True)
+
+
+def _above_zero(text: str, *, counts: bool) -> int:
+    try:
+        number = whole_number("it", text, counts=counts)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if not isinstance(number, int) or number < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
-    return int(text)
+    return number

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
+from megatron_m1.checkpoint.contents import complete_checkpoints
+from megatron_m1.checkpoint.folder import read_state, step_of
 from megatron_m1.config import ResolvedConfig
+from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.config.pipeline import StageLayers, plan_stages
-from megatron_m1.config.resolve import data_parallel_size
-from megatron_m1.config.resolved import ResolvedParallelConfig
-from megatron_m1.data.corpora.blend import parse_blend
-from megatron_m1.data.corpora.prefix import PrefixSummary
+from megatron_m1.data.demo.corpus import vocabulary_notes
 from megatron_m1.launch import Launch
-from megatron_m1.plan.parameters import model_counts, rank_counts
-from megatron_m1.training.preflight import check_data, check_folders, find_embedded_corpus, newest_checkpoint
+from megatron_m1.plan.parameters import rank_counts
+from megatron_m1.training.changes import changes_since, nothing_to_train, stream_lines
+from megatron_m1.training.description import (
+    Fact,
+    batch_facts,
+    blend_facts,
+    lines_of,
+    mesh_facts,
+    model_fact,
+    run_tokens,
+    schedule_facts,
+)
+from megatron_m1.training.preflight import (
+    check_data,
+    check_folders,
+    find_embedded_corpus,
+    newest_checkpoint,
+    with_own_tokenizer,
+)
+from megatron_m1.training.run_folder import IMPORTED
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -37,35 +56,21 @@ def describe_plan(config: ResolvedConfig, world_size: int, *, source: str, on_gp
         ValueError: the run folder or the data are not as the configuration says.
     """
     check_folders(config)
-    data_lines = _data_lines(config)
+    notes: list[str] = []
+    found = find_embedded_corpus(config)
+    config = with_own_tokenizer(found or config, note=notes.append)
+    data_lines = _data_lines(config, notes) if found else _lines_of_what_is_built(config)
     model, parallel, train = config.model, config.parallel, config.train
-    counts, active = model_counts(model), model_counts(model, active=True)
     device = "gpu" if on_gpu else "cpu"
-    newest = newest_checkpoint(config)
     return [
         f"plan        preset {config.preset}, {train.precision} on {device} over {parallel.distributed_backend}, "
         f"{model.transformer_impl} modules",
         f"world       {world_size} process{'es' if world_size > 1 else ''} ({source})",
-        *_mesh_lines(parallel, world_size),
-        f"model       {model.num_layers} layers, {counts.total:,} parameters, {active.total:,} active per token",
+        *lines_of([*mesh_facts(parallel, world_size), model_fact(config)]),
         *_stage_lines(config),
         *data_lines,
-        *_length_lines(config, world_size),
-        f"run folder  {config.run.folder}" + (f", goes on from {newest.name}" if newest else ""),
+        *lines_of([*batch_facts(config, world_size), *_start_facts(config)]),
         "dry run: nothing was started",
-    ]
-
-
-def _mesh_lines(parallel: ResolvedParallelConfig, world_size: int) -> list[str]:
-    expert, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
-    pipeline = parallel.pipeline_model_parallel_size
-    replicas = data_parallel_size(parallel, world_size)
-    expert_replicas = world_size // (pipeline * expert * expert_tensor)
-    return [
-        f"mesh        tensor {parallel.tensor_model_parallel_size} x context {parallel.context_parallel_size} "
-        f"x pipeline {pipeline} x data {replicas} = {world_size}",
-        f"experts     expert {expert} x expert tensor {expert_tensor} x pipeline {pipeline} "
-        f"x expert data {expert_replicas} = {world_size}",
     ]
 
 
@@ -93,53 +98,54 @@ def _describe_chunk(chunk: StageLayers) -> str:
     return ("embedding, " if chunk.has_embedding else "") + text + (", head" if chunk.has_head else "")
 
 
-def _data_lines(config: ResolvedConfig) -> list[str]:
-    found = find_embedded_corpus(config)
-    if found is None:
-        return [f"data        embedded corpus, to be built in {config.data.embedded_corpus}"]
-    config = found
+def _lines_of_what_is_built(config: ResolvedConfig) -> list[str]:
+    data = config.data
+    notes = vocabulary_notes(data.embedded_corpus, data.tokenizer, config.model.vocab_size)
+    return [f"data        embedded corpus, to be built in {data.embedded_corpus}", *notes]
+
+
+def _data_lines(config: ResolvedConfig, notes: Sequence[str]) -> list[str]:
     summary = check_data(config, only_plan=True)
     return [
         f"tokenizer   {config.data.tokenizer}, {summary.tokenizer_vocab_size:,} tokens",
-        *_blend_lines("train", config.data.train, summary.train, tokens=_run_tokens(config)),
-        *_blend_lines("validation", config.data.validation, summary.validation),
+        *lines_of(blend_facts("train", config.data.train, summary.train, tokens=run_tokens(config))),
+        *lines_of(blend_facts("validation", config.data.validation, summary.validation)),
+        *notes,
         *summary.notes,
     ]
 
 
-def _run_tokens(config: ResolvedConfig) -> int:
-    return config.train.max_steps * config.tokens_per_step
+def _initial_source(config: ResolvedConfig, init_from: str) -> str:
+    """What a new run will read its weights from."""
+    if not init_from.startswith(HUGGING_FACE):
+        # It imports torch.
+        from megatron_m1.convert.places import find_checkpoint
+
+        return f"weights of {find_checkpoint(Path(init_from))}"
+    imported = Path(config.run.folder) / IMPORTED
+    if complete_checkpoints(imported):
+        return f"weights of {init_from}, as they lie converted in {imported}"
+    return f"weights of {init_from}, which is converted to {imported} first"
 
 
-def _blend_lines(
-    name: str, blend: Sequence[str], summaries: Sequence[PrefixSummary], *, tokens: int | None = None
-) -> list[str]:
-    """One line a corpus; with the ``tokens`` of the whole run, how often each is read."""
-    if not blend:
-        return [f"{name:<11} none"]
-    _, weights = parse_blend(blend)
-    return [
-        f"{name:<11} {weight:.1%} {summary.prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens"
-        + (f", read {weight * tokens / summary.tokens:,.2f} times" if tokens else "")
-        for weight, summary in zip(weights, summaries, strict=True)
-    ]
-
-
-def _length_lines(config: ResolvedConfig, world_size: int) -> list[str]:
-    train, data = config.train, config.data
-    replicas = data_parallel_size(config.parallel, world_size)
-    return [
-        f"batch       {train.global_batch_size} packs of {data.seq_length:,} tokens = "
-        f"{config.tokens_per_step:,} tokens a step, {train.global_batch_size // replicas} micro-batches a rank",
-        *_padding_lines(config),
-        f"steps       {train.max_steps:,} = {_run_tokens(config):,} tokens",
-    ]
-
-
-def _padding_lines(config: ResolvedConfig) -> list[str]:
-    context, tokens = config.parallel.context_parallel_size, config.padded_pack_tokens
-    padding = tokens - config.data.seq_length
-    if context == 1 and not padding:
-        return []
-    added = f", {padding} of them padding at its end" if padding else ""
-    return [f"packs       {tokens:,} tokens each{added}, {tokens // context:,} on every context rank"]
+def _start_facts(config: ResolvedConfig) -> list[Fact]:
+    """Where the run begins: at a checkpoint, and what has changed since; or with which weights."""
+    train, run = config.train, config.run
+    newest = newest_checkpoint(config)
+    if newest is None:
+        weights = [("init_from", _initial_source(config, run.init_from))] if run.init_from is not None else []
+        return [*schedule_facts(config), ("run folder", run.folder), *weights]
+    facts = [("run folder", f"{run.folder}, goes on from {newest.name}")]
+    if run.init_from is not None:
+        facts.append(("init_from", f"{run.init_from} is not read: the run has checkpoints"))
+    step = step_of(newest)
+    if step >= train.max_steps:
+        return [*facts, ("", nothing_to_train(step, train.max_steps))]
+    try:
+        changes, state = changes_since(newest, config), read_state(newest)
+    except ValueError as error:
+        return [*facts, ("", f"{error}: it will be passed over")]
+    tokens = state["tokens"] if isinstance(state.get("tokens"), int) else step * config.tokens_per_step
+    facts += [("changed" if not at else "", change) for at, change in enumerate(changes.values())]
+    facts += [("", line) for line in stream_lines(changes)]
+    return [*schedule_facts(config, step=step, tokens=tokens), *facts]

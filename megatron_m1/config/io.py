@@ -1,4 +1,4 @@
-"""Read and write the configuration tree: preset < YAML file < dotted flags, and the resolved file of a run.
+"""Read the configuration tree: preset < YAML file < dotted flags.
 
 Every fault of the user's is one ``ValueError`` whose message is one line that names the value and the fix.
 """
@@ -19,16 +19,20 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import jsonargparse
 import yaml
 
+from megatron_m1.config.foreign.answer import answer
+from megatron_m1.config.numbers import whole_number
 from megatron_m1.config.older import OLDER, translate
 from megatron_m1.config.paths import expand
-from megatron_m1.config.presets import preset
-from megatron_m1.config.tree import PATH, Config, ModelConfig
-from megatron_m1.files import regular, write_atomically
+from megatron_m1.config.presets import preset_config
+from megatron_m1.config.tree import PATH, Config
+from megatron_m1.files import regular
 from megatron_m1.printing import shown
 
 _LONGEST_NAME = 120
 _INTEGER_BITS = 63
 NONE_WORDS = ("none", "None", "null", "~")
+POWERS_OF_TWO = ("data.seq_length",)
+"""Besides the model's fields, those of which nobody knows what ``32K`` is; it is refused."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -82,7 +86,7 @@ def path_fields() -> frozenset[str]:
     )
 
 
-def _groups() -> set[str]:
+def tree_groups() -> set[str]:
     """Names of the groups of the tree."""
     return {path.partition(".")[0] for path in field_types() if "." in path}
 
@@ -106,6 +110,13 @@ def nearest(name: str, candidates: Sequence[str]) -> str | None:
     return best if best is not None and likeness(best) >= 0.6 else None
 
 
+def unknown_setting(kind: str, name: str, candidates: Sequence[str], value: object, *, prefix: str = "") -> ValueError:
+    """Make the error for a setting that the tree lacks: what another program's means here, else as ``unknown``."""
+    given = value if isinstance(value, str) else None
+    said = answer(name, given, prefix=prefix)
+    return unknown(kind, name, candidates, prefix=prefix) if said is None else ValueError(said)
+
+
 def unknown(kind: str, name: str, candidates: Sequence[str], *, prefix: str = "") -> ValueError:
     """Make the error for an unknown ``name``, with the nearest of ``candidates`` as the fix."""
     name = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
@@ -120,7 +131,7 @@ def parse_config(
     preset_name: str | None = None,
     *,
     command_options: Sequence[str] = (),
-    model: ModelConfig | None = None,
+    base: Config | None = None,
     expand_paths: bool = True,
 ) -> Config:
     """Build the configuration from a preset, YAML files (later ones win) and dotted flags, in rising precedence.
@@ -130,7 +141,7 @@ def parse_config(
         flags: command line left after the command's own options: ``--train.max_steps 5`` or ``--train.max_steps=5``.
         preset_name: name given on the command line; None takes the files' ``preset``, else the default one.
         command_options: the command's own options without ``--``, which an unknown flag may have meant.
-        model: what ``model`` starts from instead of the preset's.
+        base: what files and flags are laid over instead of a preset; its paths are as they stand.
         expand_paths: replace ``~`` and environment variables in paths, as a shell would.
 
     Raises:
@@ -141,13 +152,9 @@ def parse_config(
     for file in files:
         values |= read_yaml(file)
     values |= read_flags(flags, command_options)
-    tree = _over_preset(values, preset_name, model)
+    name = str(preset_name or values.get("preset") or (base or Config()).preset)
+    tree = _typed({**values, "preset": name}, base or preset_config(name))
     return _expanded(tree, values) if expand_paths else tree
-
-
-def _over_preset(values: Mapping[str, Any], preset_name: str | None = None, model: ModelConfig | None = None) -> Config:
-    name = str(preset_name or values.get("preset") or Config().preset)
-    return _typed({**values, "preset": name}, Config(preset=name, model=model or preset(name)))
 
 
 def load_config(path: str | Path) -> Config:
@@ -161,25 +168,6 @@ def load_config(path: str | Path) -> Config:
     except OSError as error:
         raise ValueError(f"config file {path} can't be read: {error.strerror}") from error
     return parse_config([path], [], expand_paths=False)
-
-
-def config_of_text(text: str) -> Config:
-    """Read what ``config_text`` returned, in this version or an older one.
-
-    Raises:
-        ValueError: as ``parse_config``.
-    """
-    return _over_preset(translate(_flatten(parse_yaml(text), "")))
-
-
-def config_text(config: Config) -> str:
-    """Return ``config`` as the YAML that ``load_config`` reads."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None, width=120)
-
-
-def write_config(config: Config, path: str | Path) -> None:
-    """Write ``config`` as YAML, atomically: the file is complete or is not there."""
-    write_atomically(Path(path), config_text(config).encode())
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -217,7 +205,7 @@ def parse_yaml(text: str) -> Any:
 def _flatten(content: Any, prefix: str) -> dict[str, Any]:
     """Turn nested mappings into dotted paths and refuse what the tree does not have."""
     known = field_types()
-    groups = _groups()
+    groups = tree_groups()
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -232,7 +220,7 @@ def _flatten(content: Any, prefix: str) -> dict[str, Any]:
             _check_plain(path, value, known.get(path, int))
             flat[path] = value
         else:
-            raise unknown("key", path, [*known, *groups])
+            raise unknown_setting("key", path, [*known, *groups], value)
     return flat
 
 
@@ -278,29 +266,35 @@ def read_flags(flags: Sequence[str], command_options: Sequence[str] = ()) -> dic
         path = flag.removeprefix("--")
         if path == flag:
             raise ValueError(f"unexpected argument {flag!r}: settings are --group.field value")
-        if path in _groups():
+        if path in tree_groups():
             raise ValueError(f"--{path} is a group of options: give its fields, such as --{_example(path)}")
         if path not in known:
-            raise unknown("option", path, [*field_types(), *command_options], prefix="--")
+            given = value or next((word for word in rest[:1] if not word.startswith("--")), None)
+            raise unknown_setting("option", path, [*field_types(), *command_options], given, prefix="--")
         if not equals:
             follows = bool(rest) and not rest[0].startswith("--")
-            if not follows and bool not in _alternatives(known[path]):
+            if not follows and bool not in alternatives(known[path]):
                 raise ValueError(f"--{path} needs a value: {describe(known[path])}")
             value = rest.pop(0) if follows else "true"
         values[path] = value
     return translate(values)
 
 
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
+def alternatives(annotation: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the type itself."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _takes_integer(annotation: Any) -> bool:
+    """Whether a field holds an integer, and not also a text or another number."""
+    return set(alternatives(annotation)) <= {int, type(None)}
 
 
 def describe(annotation: Any) -> str:
     """Say in words what values a type takes, e.g. ``an integer or none``."""
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
     parts = []
-    for member in _alternatives(annotation):
+    for member in alternatives(annotation):
         if get_origin(member) is Literal:
             parts.append("one of " + ", ".join(map(str, get_args(member))))
         else:
@@ -310,7 +304,7 @@ def describe(annotation: Any) -> str:
 
 def _normalise(value: Any, annotation: Any) -> Any:
     """Bring a YAML or flag value to the form the type checker expects: lists of text, and the words for none."""
-    if type(None) in _alternatives(annotation) and isinstance(value, str) and value in NONE_WORDS:
+    if type(None) in alternatives(annotation) and isinstance(value, str) and value in NONE_WORDS:
         return None
     if annotation != list[str]:
         return value
@@ -331,12 +325,14 @@ def _typed(values: Mapping[str, Any], base: Config) -> Config:
     texts: dict[str, str] = {}
     for path, raw in values.items():
         value = _normalise(raw, known[path])
+        if _takes_integer(known[path]):
+            value = whole_number(path, value, counts=path not in POWERS_OF_TWO and not path.startswith("model."))
         if isinstance(value, str):
-            if str in _alternatives(known[path]):
+            if str in alternatives(known[path]):
                 texts[path] = value
                 continue
             _check_text(path, value, known[path])
-        if value is None and type(None) not in _alternatives(known[path]):
+        if value is None and type(None) not in alternatives(known[path]):
             raise ValueError(f"{path} has no value; it takes {describe(known[path])}")
         group, _, name = path.rpartition(".")
         (tree[group] if group else tree)[name] = value
@@ -385,19 +381,3 @@ def tree_parser() -> jsonargparse.ArgumentParser:
 def _type_checker() -> jsonargparse.ArgumentParser:
     """Return the parser that checks types; parsing leaves it unchanged, and making one takes 50 ms."""
     return tree_parser()
-
-
-def tree_help(base: Config) -> str:
-    """Explain every field: its docstring, its type and its value in ``base``."""
-    parser = tree_parser()
-    values = dataclasses.asdict(base)
-    for path in field_types():
-        group, _, name = path.rpartition(".")
-        if group:
-            parser.set_defaults({path: values[group][name]})
-    groups = _groups()
-    for action in parser._actions:
-        if action.dest in groups or action.dest == "preset":
-            action.help = argparse.SUPPRESS
-    text: str = parser.format_help()
-    return text.strip()

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from megatron_m1.config.tree import ModelConfig, ParallelConfig
+from megatron_m1.printing import counted
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ def _parse_layout(layout: str, model: ModelConfig, parallel: ParallelConfig) -> 
     if text.count("E") != 1 or not text.startswith("E") or text.count("L") != 1 or not text.endswith("L"):
         raise ValueError(f"{name} must begin with its only E (embedding) and end with its only L (head and loss)")
     if text.count("t") != model.num_layers:
-        raise ValueError(f"{name} places {text.count('t')} layers, but model.num_layers = {model.num_layers}")
+        raise ValueError(
+            f"{name} places {counted(text.count('t'), 'layer')}, but model.num_layers = {model.num_layers}"
+        )
     stages = text.split("|")
     pipeline = parallel.pipeline_model_parallel_size
     if len(stages) % pipeline:

@@ -1,10 +1,10 @@
-"""Named model shapes. A preset is a function that returns a fresh ``ModelConfig``."""
+"""Named model shapes. A preset is a function that returns a fresh ``ModelConfig``, and a length of its packs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron_m1.config.tree import ModelConfig
+from megatron_m1.config.tree import Config, DataConfig, ModelConfig
 
 
 def m1_456b() -> ModelConfig:
@@ -52,3 +52,17 @@ def preset(name: str) -> ModelConfig:
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} does not exist; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]()
+
+
+SEQ_LENGTHS = {"tiny": 512}
+"""``data.seq_length`` of presets for which ``DataConfig``'s own is too long: tiny trains 4,096 tokens a step."""
+
+
+def preset_config(name: str) -> Config:
+    """Return the configuration in which nothing but the preset is chosen.
+
+    Raises:
+        ValueError: no preset has that name.
+    """
+    model = preset(name)
+    return Config(preset=name, model=model, data=DataConfig(seq_length=SEQ_LENGTHS.get(name, DataConfig.seq_length)))

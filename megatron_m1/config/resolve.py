@@ -19,7 +19,9 @@ from megatron_m1.config.resolved import (
     ResolvedParallelConfig,
     ResolvedTrainConfig,
 )
+from megatron_m1.config.tracking import check_tracking
 from megatron_m1.config.tree import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_m1.printing import counted
 from megatron_m1.shapes.kind import check_divides
 from megatron_m1.shapes.registry import check_layers, check_layers_device, check_layers_split
 from megatron_m1.shapes.residual import residual_alpha
@@ -67,6 +69,7 @@ def _filled_in(config: Config, *, has_gpu: bool) -> ResolvedConfig:
                 **vars(config.train)
                 | {"precision": _unless_auto(config.train.precision, "bf16" if has_gpu else "fp32")}
             ),
+            "asked": config,
         }
     )
 
@@ -223,9 +226,9 @@ def check_batch(config: ResolvedConfig, world_size: int) -> None:
             )
         if parallel.virtual_pipeline_model_parallel_size and packs // replicas % pipeline:
             raise ValueError(
-                f"{name} = {packs} gives each rank {packs // replicas} micro-batches, but interleaved stages need a "
-                f"multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a multiple of "
-                f"{replicas * pipeline}"
+                f"{name} = {packs} gives each rank {counted(packs // replicas, 'micro-batch', 'micro-batches')}, but "
+                f"interleaved stages need a multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a "
+                f"multiple of {replicas * pipeline}"
             )
     if config.data.train_samples < train.global_batch_size:
         raise ValueError(
@@ -291,8 +294,7 @@ def _check_train(config: Config) -> None:
         raise ValueError("run.folder is empty: give the folder of the run")
     if data.cache_folder == "":
         raise ValueError("data.cache_folder is empty: give a folder, or null for the run's own")
-    if run.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise ValueError(f"run.wandb_project = {run.wandb_project!r} needs the wandb package: pip install wandb")
+    check_tracking(run)
 
 
 def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:

@@ -1,12 +1,12 @@
 """A configuration with nothing left to derive: what ``resolve`` returns, and what everything that runs takes.
 
-Each class narrows the types of the fields that ``resolve`` fills in; no field is added, so that the file of a run is
-that of the plain tree.
+Each class narrows the types of the fields that ``resolve`` fills in. What was asked stays beside what it became, for a
+run's ``config.yaml``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_m1.config.tree import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
@@ -52,6 +52,8 @@ class ResolvedConfig(Config):
     parallel: ResolvedParallelConfig
     data: ResolvedDataConfig
     train: ResolvedTrainConfig
+    asked: Config = field(compare=False, repr=False)
+    """As it was read, before anything was derived; no part of the tree."""
 
     @property
     def padded_pack_tokens(self) -> int:

@@ -2,7 +2,7 @@
 
 Field names are Megatron's where Megatron has one. ``docs in the field`` is what ``--help`` prints. A field whose
 default is ``None`` is derived by ``megatron_m1.config.resolve`` from the others. Presets
-(``megatron_m1.config.presets``) are instances of ``ModelConfig``.
+(``megatron_m1.config.presets``) are instances of ``ModelConfig``, whose own defaults are MiniMax-M1's (456B).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PATH = {"path": True}
 
 @dataclass
 class ModelConfig:
-    """Shape and numerics of the model. The defaults are MiniMax-M1 (456B)."""
+    """Shape and numerics of the model."""
 
     num_layers: int = 80
     """Transformer layers, a multiple of the kinds that mixers and ffns list."""
@@ -125,7 +125,7 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
-    """Where tokens come from and how they are packed."""
+    """Where tokens come from and how they are packed. Write lengths out: 32K might be 32,768 or 32,000."""
 
     embedded_corpus: str | None = field(default=None, metadata=PATH)
     """Folder of the embedded corpus (Python's own sources and documentation), built there when it is missing; train,
@@ -138,9 +138,10 @@ class DataConfig:
     allow_shared_validation: bool = False
     """Let data.validation name a corpus that data.train names as well; otherwise that is refused."""
     tokenizer: str = field(default="", metadata=PATH)
-    """A SentencePiece .model file or a Hugging Face tokenizer folder."""
+    """A SentencePiece .model file or a Hugging Face tokenizer folder; empty takes that of run.init_from."""
     seq_length: int = 8192
-    """Tokens of one pack; one micro-batch is one pack."""
+    """Tokens of one pack; one micro-batch is one pack. Where nothing says, 512 with the preset tiny and 8192 with
+    others; with init_from, what its weights were trained on, or 8192 and no more than their longest sequence."""
     reset_at_documents: bool = True
     """Attention, state and positions restart at every document; false lets them flow through the pack."""
     cache_folder: str | None = field(default=None, metadata=PATH)
@@ -152,7 +153,7 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and the learning-rate schedule, which counts tokens."""
+    """AdamW and the learning-rate schedule, which counts tokens; 1e9, 500M, 1.5B and 2T are numbers of them."""
 
     lr: float = 2e-4
     """Peak learning rate."""
@@ -216,8 +217,8 @@ class RunConfig:
     folder: str = field(default="runs/m1", metadata=PATH)
     """Everything of the run goes here: config, checkpoints, metrics.jsonl, TensorBoard, profiles."""
     init_from: str | None = field(default=None, metadata=PATH)
-    """Weights that a new run starts from, and whose model it takes (set by --init-from): hf:FOLDER is a Hugging Face
-    folder, anything else a checkpoint or a run; none draws them."""
+    """Weights that a new run starts from, and whose model it takes (set by --init-from): hf:FOLDER is a local Hugging
+    Face folder, anything else a checkpoint or a run; none draws them."""
     resume: bool = True
     """Continue from the newest complete checkpoint of the folder; false refuses a folder that has one."""
     save_interval: int = 0
@@ -236,7 +237,20 @@ class RunConfig:
     tensorboard: bool = True
     """Write TensorBoard events to <folder>/tensorboard."""
     wandb_project: str | None = None
-    """Weights & Biases project; none is off. Needs the wandb package."""
+    """Weights & Biases project; none is off. Needs the wandb package (pip install 'megatron-m1[wandb]'). What the next
+    fields leave open, W&B's own variables say (WANDB_ENTITY, WANDB_MODE, ...)."""
+    wandb_entity: str | None = None
+    """User or team that the project belongs to."""
+    wandb_name: str | None = None
+    """Name of the run there."""
+    wandb_group: str | None = None
+    """Group of runs that this one is shown with."""
+    wandb_tags: list[str] = field(default_factory=list)
+    """Tags of the run."""
+    wandb_id: str | None = None
+    """W&B run to go on in; none is that of <folder>/wandb_id, or a new one."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """offline writes to <folder>/wandb, for "wandb sync" later; none is WANDB_MODE, or else online."""
 
 
 @dataclass

@@ -15,21 +15,25 @@ import torch
 from torch import Tensor
 
 from megatron_m1.checkpoint.folder import first_fault, read_manifest
+from megatron_m1.convert.card import CARD, CardFacts, model_card
 from megatron_m1.convert.families.minimax_m1.buffers import buffer_entries, buffers_layer, native_buffers
-from megatron_m1.convert.families.minimax_m1.config import CONFIG, hub_config, native_config
+from megatron_m1.convert.families.minimax_m1.config import caveats, hub_config, native_config
 from megatron_m1.convert.families.minimax_m1.weights import WeightPiece, cast, check_spelled, to_hub, units
-from megatron_m1.convert.hub_folder import INDEX, open_hub_folder
+from megatron_m1.convert.hub_folder import open_hub_folder
+from megatron_m1.convert.jobs import Job, run_jobs
+from megatron_m1.convert.licences import add_licences, licences_of
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
+from megatron_m1.convert.places import CONFIG, INDEX, REMOTE_FILES, check_remote_code
 from megatron_m1.convert.safetensors_files import Entry, StreamedFile, total_size
+from megatron_m1.convert.sizes import group_by_size
 from megatron_m1.convert.tokenizer import ReadyTokenizer, ready_tokenizer
-from megatron_m1.convert.work import Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
+from megatron_m1.convert.work import Ranks, WorkFolder, stamps
 from megatron_m1.data.tokenizers.hf_folder import GENERATION
 from megatron_m1.files import read_json_object, write_atomically
+from megatron_m1.printing import counted
 from megatron_m1.shapes.registry import layer_mixers
 from megatron_m1.shapes.softmax import rotary_dim
 
-REMOTE_FILES = ("configuration_minimax_m1.py", "modeling_minimax_m1.py")
-"""The hub's own code; written by others, so only copied where the caller has it."""
 AUTO_MAP = {
     "AutoConfig": "configuration_minimax_m1.MiniMaxM1Config",
     "AutoModelForCausalLM": "modeling_minimax_m1.MiniMaxM1ForCausalLM",
@@ -55,6 +59,8 @@ class ExportOptions:
     """Folder with the hub's own modeling files, to be copied and named in auto_map."""
     verify: bool = False
     """Read every file again and compare it with the checkpoint, bit by bit."""
+    licence: str | None = None
+    """The hub's identifier of the model's licence, for the card; None if nobody states one."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,7 @@ def _finish(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None
             shutil.copyfile(options.remote_code / name, folder / name)
         config["auto_map"] = AUTO_MAP
     _write_json(folder / CONFIG, config)
+    _write_card(plan, folder, tokenizer)
     if not brought:
         _write_json(folder / GENERATION, generation)
     index = {
@@ -193,6 +200,20 @@ def _finish(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None
         "weight_map": {entry.name: shard.name for shard in plan.shards for entry in shard.entries},
     }
     _write_json(folder / INDEX, index)
+
+
+def _write_card(plan: _Plan, folder: Path, tokenizer: ReadyTokenizer | None) -> None:
+    options, contents = plan.options, plan.source.contents
+    native = options.format == "native"
+    facts = CardFacts(
+        dtype=str(plan.dtype).removeprefix("torch."),
+        licence=options.licence,
+        licence_files=add_licences(licences_of(contents.folder), folder),
+        tokenizer=None if tokenizer is None else tokenizer.description,
+        remote_code=options.remote_code is not None,
+        caveats=caveats(contents.config.model, native=native),
+    )
+    write_atomically(folder / CARD, model_card(contents.folder, contents.became, facts).encode())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
@@ -205,7 +226,7 @@ def describe_export(source: OurCheckpoint, options: ExportOptions) -> str:
     count = sum(len(shard.entries) for shard in plan.shards)
     mixers = Counter(layer_mixers(source.model))
     return (
-        f"{count:,} tensors, {plan.total:,} bytes in {len(plan.shards)} files, "
+        f"{count:,} tensors, {plan.total:,} bytes in {counted(len(plan.shards), 'file')}, "
         f"{' and '.join(f'{layers} {kind}' for kind, layers in mixers.items())} layers, "
         f"{str(plan.dtype).removeprefix('torch.')}"
     )
@@ -218,15 +239,7 @@ def check_inputs(source: OurCheckpoint, options: ExportOptions) -> ReadyTokenize
         ValueError: the tokenizer can't be exported, modeling files are missing, or the format is not theirs.
     """
     if options.remote_code is not None:
-        if options.format == "native":
-            raise ValueError(
-                "--remote-code goes with --format hub: the hub's code reads neither keys nor rows of --format native"
-            )
-        missing = [name for name in REMOTE_FILES if not (options.remote_code / name).is_file()]
-        if missing:
-            raise ValueError(
-                f"{options.remote_code} has no {missing[0]}: give the folder with the hub's modeling files"
-            )
+        check_remote_code(options.remote_code, options.format)
     place = options.tokenizer
     return None if place is None else ready_tokenizer(place, source.model.vocab_size)
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_m1.config import ModelConfig
-from megatron_m1.convert.families.minimax_m1.config import has_native_heads, model_from_hf, read_hf_config
+from megatron_m1.convert.families.minimax_m1.config import has_native_heads, model_from_hf
 from megatron_m1.convert.families.minimax_m1.weights import (
     WeightPiece,
     check_names,
@@ -21,12 +21,10 @@ from megatron_m1.convert.families.minimax_m1.weights import (
     to_ours,
     units,
 )
+from megatron_m1.convert.places import CONFIG, INDEX, SINGLE, read_hf_config
 from megatron_m1.convert.safetensors_files import Entry, read_header
 from megatron_m1.files import check_folder, regular
 from megatron_m1.printing import shown
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 @dataclass
@@ -112,13 +110,11 @@ def open_hub_folder(folder: Path, *, headers: bool = True) -> HubFolder:
     try:
         model = model_from_hf(config)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
     files, announced = _read_index(folder)
     files = {name: file for name, file in files.items() if not is_native_buffer(name)}
     if model.num_moe_experts * model.num_layers > len(files):
-        raise ValueError(
-            f"{folder / 'config.json'}: {model.num_moe_experts} experts, but there are {len(files)} tensors"
-        )
+        raise ValueError(f"{folder / CONFIG}: {model.num_moe_experts} experts, but there are {len(files)} tensors")
     wanted = units(model, native_heads=has_native_heads(config))
     check_names([part.name for unit in wanted for part in unit.parts], files, str(folder))
     opened = HubFolder(folder, config, model, wanted, files)

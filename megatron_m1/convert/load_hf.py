@@ -18,13 +18,17 @@ from torch.distributed.checkpoint.storage import WriteResult
 from megatron_m1.checkpoint import folder as folders
 from megatron_m1.checkpoint.contents import FORMAT
 from megatron_m1.config import Config
-from megatron_m1.config.io import config_text
+from megatron_m1.config.written import config_text
 from megatron_m1.convert.export import same_bits
 from megatron_m1.convert.families.minimax_m1.weights import WeightPiece, cast
 from megatron_m1.convert.hub_folder import HubFolder
+from megatron_m1.convert.jobs import Job, run_jobs
+from megatron_m1.convert.licences import LICENCES, keep_licences
 from megatron_m1.convert.our_checkpoint import LateWriter, open_checkpoint
+from megatron_m1.convert.resize import Resize, ResizedFolder, resized
+from megatron_m1.convert.sizes import group_by_size
 from megatron_m1.convert.tokenizer import TOKENIZER, copy_tokenizer
-from megatron_m1.convert.work import ConversionError, Job, Ranks, WorkFolder, group_by_size, run_jobs, stamps
+from megatron_m1.convert.work import ConversionError, Ranks, WorkFolder, stamps
 
 CHECKPOINT = Path("checkpoints") / folders.folder_name(0)
 """Where in ``OUT`` the checkpoint is: ``OUT`` looks like a run that has not trained yet."""
@@ -40,6 +44,8 @@ class LoadOptions:
     """Bytes of tensors in a file at most, unless one tensor of ours is larger."""
     verify: bool = False
     """Read the whole checkpoint again and compare it with the folder, bit by bit."""
+    resize: Resize | None = None
+    """More rows for embedding and head; None keeps them as they are."""
 
 
 @contextmanager
@@ -116,8 +122,11 @@ class _Loading:
         tokenizer = self.work.path / TOKENIZER
         if copy_tokenizer(self.source.folder, tokenizer):
             config.data.tokenizer = str((self.work.out / TOKENIZER).absolute())
+        keep_licences(self.source.folder, self.work.path / LICENCES)
         state: dict[str, Any] = {"step": 0, "tokens": 0, "consumed_samples": 0, "weights_only": True}
         state |= {"source": str(self.source.folder.resolve()), "source_files": self.source_files}
+        if isinstance(self.source, ResizedFolder):
+            state["resized_from"] = self.source.stored_rows
         texts = {
             folders.CONFIG: config_text(config),
             folders.STATE: json.dumps(state, indent=2) + "\n",
@@ -157,9 +166,12 @@ def load_hf(source: HubFolder, out: Path, options: LoadOptions, ranks: Ranks) ->
 
     Raises:
         ConversionError: the disk refuses, or a file of the source can't be read; ``out`` is not there.
-        ValueError: ``out`` exists, or the source has changed meanwhile.
+        ValueError: ``out`` exists, the source has changed meanwhile, or has more rows than are wanted.
     """
-    with WorkFolder(out, _description(source, options), ranks, reads=[source.folder]) as work:
+    description = _description(source, options)
+    if options.resize is not None:
+        source = resized(source, options.resize)
+    with WorkFolder(out, description, ranks, reads=[source.folder]) as work:
         loading = _Loading(source, work, options)
 
         def digest(name: str) -> str:
@@ -179,4 +191,5 @@ def _description(source: HubFolder, options: LoadOptions) -> dict[str, Any]:
         "files": stamps(source.folder),
         "dtype": str(options.dtype),
         "shard_size": options.shard_size,
+        "resize": str(options.resize),
     }

@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_m1.checkpoint import folder
+from megatron_m1.convert.licences import PATTERNS
+from megatron_m1.convert.places import CONFIG
 from megatron_m1.data.tokenizers import load_tokenizer
-from megatron_m1.data.tokenizers.hf_folder import FOLDER_FILES, GENERATION, OTHER_VOCABULARIES
+from megatron_m1.data.tokenizers.hf_folder import FOLDER_FILES, GENERATION, OTHER_VOCABULARIES, read_folder
 from megatron_m1.files import read_json_object, regular
 
 SPACE = "\u2581"
 """SentencePiece's space, in models that escape spaces."""
-TOKENIZER = "tokenizer"
+TOKENIZER = folder.TOKENIZER
 """Folder of an imported model in which its tokenizer is, beside ``checkpoints``."""
 FILES = (
     "tokenizer*",
@@ -30,34 +33,74 @@ FILES = (
     "chat_templates/*",
     "additional_chat_templates/*",
     GENERATION,
-    "LICENSE*",
-    "NOTICE*",
+    *PATTERNS,
 )
 """Patterns of what belongs to a tokenizer in a Hugging Face folder. Its code is copied, and never run."""
-_READ = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_READ = (CONFIG, "*.safetensors", "*.safetensors.index.json")
 """Patterns of what an import reads."""
+ENLARGE = "megatron-m1 convert from-hf HF_FOLDER OUT --resize-vocab"
+"""What gives a model more rows; their number follows."""
 _BPE = 2
 _NORMAL, _USER_DEFINED = 1, 4
 
 
 def copy_tokenizer(source: Path, target: Path) -> bool:
-    """Copy a Hugging Face folder's tokenizer, byte by byte.
+    """Copy a Hugging Face folder's tokenizer, byte by byte; config.json with it where only that names what ends a text.
 
     Returns:
         Whether there is one.
     """
-    found = _matching(source, FILES)
-    if not {str(file) for file in found} & {*FOLDER_FILES, *OTHER_VOCABULARIES}:
+    if not has_tokenizer(source):
         return False
-    for file in found:
+    for file in _matching(source, FILES if ends_of_config(source) is None else (*FILES, CONFIG)):
         (target / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / file, target / file)
     return True
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a Hugging Face folder has files of a tokenizer."""
+    return any((folder / name).is_file() for name in (*FOLDER_FILES, *OTHER_VOCABULARIES))
+
+
+def ends_of_config(source: Path) -> int | list[Any] | None:
+    """``eos_token_id`` of config.json where nothing else in the folder of a tokenizer says as much; None if it does."""
+    if (source / GENERATION).is_file():
+        return None
+    try:
+        ends = read_json_object(source / CONFIG).get("eos_token_id")
+    except (OSError, ValueError):
+        return None  # a tokenizer's folder needs none
+    # One that the tokenizer names is better known there: transformers' own defaults stand in many a config.json.
+    single = type(ends) is int and read_folder(source).end_mark is None
+    return ends if single or isinstance(ends, list) else None
+
+
+def check_rows(tokens: int, rows: int, tokenizer: Path | str) -> None:
+    """Check that the embedding has a row for every id of a tokenizer.
+
+    Raises:
+        ValueError: it has not; one line with what makes a larger one.
+    """
+    if tokens > rows:
+        raise ValueError(
+            f"tokenizer {tokenizer} has {tokens} tokens, the model's embedding {rows} rows: give another tokenizer, or "
+            f"make rows for it with {ENLARGE} {tokens}"
+        )
+
+
+def token_count(folder: Path) -> int | None:
+    """How many ids the tokenizer of a Hugging Face folder has; None if it has none, or none that can be loaded here."""
+    try:
+        return load_tokenizer(folder).vocab_size if has_tokenizer(folder) else None
+    except (OSError, ValueError):
+        return None
+
+
 def left_behind(source: Path) -> list[str]:
     """A line, or none, that names the files of a Hugging Face folder that an import leaves there."""
-    taken = {*_matching(source, FILES), *_matching(source, _READ)}
+    kept = FILES if has_tokenizer(source) else PATTERNS
+    taken = {*_matching(source, kept), *_matching(source, _READ)}
     left = [str(file) for file in _matching(source, ("*",)) if file not in taken and not file.name.startswith(".")]
     if not left:
         return []
@@ -77,18 +120,31 @@ class ReadyTokenizer:
     eos_token_id: int
     converted: Any
     """transformers' tokenizer; None where the source's files are copied."""
+    vocab_size: int
+    """Its ids are below it."""
     notes: tuple[str, ...]
     """What was assumed of it, one line each."""
+
+    @property
+    def description(self) -> str:
+        """Its kind and its size, in words."""
+        kind = "a Hugging Face folder's" if self.converted is None else "a SentencePiece BPE model, converted"
+        return f"{kind}, {self.vocab_size:,} ids, {self.eos_token_id} ends documents"
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Put it into a Hugging Face folder; returns the ids that config.json and generation_config.json name.
 
+        Several ends of the config.json that it came with stay several.
+
         Raises:
             OSError: the disk refuses.
         """
-        ids = {"eos_token_id": self.eos_token_id}
+        ids: dict[str, Any] = {"eos_token_id": self.eos_token_id}
         if self.converted is None:
             copy_tokenizer(self.source, folder)
+            ends = ends_of_config(self.source)
+            if isinstance(ends, list) and self.eos_token_id in ends:
+                ids["eos_token_id"] = ends
         else:
             try:
                 self.converted.save_pretrained(str(folder))
@@ -120,10 +176,9 @@ def ready_tokenizer(path: Path, vocab_size: int) -> ReadyTokenizer:
     if (path / GENERATION).is_file():
         # It is read again when it is copied, at the end: a fault in it is told before hours of work on weights.
         read_json_object(path / GENERATION)
-    if loaded.vocab_size > vocab_size:
-        raise ValueError(f"tokenizer {path} has {loaded.vocab_size} tokens, the model's embedding {vocab_size} rows")
+    check_rows(loaded.vocab_size, vocab_size, path)
     converted = None if path.is_dir() else from_sentencepiece(path)
-    return ReadyTokenizer(path, loaded.eod, converted, loaded.notes)
+    return ReadyTokenizer(path, loaded.eod, converted, loaded.vocab_size, loaded.notes)
 
 
 def from_sentencepiece(path: Path) -> Any:

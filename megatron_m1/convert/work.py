@@ -1,4 +1,4 @@
-"""The frame of every conversion: ranks, the working folder and its journal, checks beside the work, the bar.
+"""The frame of every conversion: ranks, and the working folder with its journal. Torch is not imported for it.
 
 A conversion to ``OUT`` is made in ``OUT.partial`` and renamed at the end. There every finished file has an entry in
 ``journal/``, so that a run after a kill goes on where it stopped; an entry is written when its file is on the disk.
@@ -7,25 +7,16 @@ A conversion to ``OUT`` is made in ``OUT.partial`` and renamed at the end. There
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from decimal import Decimal
 from pathlib import Path
-from threading import Event
 from typing import Any, Self
-
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from megatron_m1.files import file_lock, read_json_object, refuse_overwriting, sync, write_atomically
 
@@ -36,41 +27,10 @@ DESCRIPTION = "conversion.json"
 PATIENCE = timedelta(days=7)
 """That ranks have for each other: one may have hours of work more, as after a kill. One that dies closes its
 connections, which ends the others at once."""
-_UNITS = {
-    "": 1,
-    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
-    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)},
-}
 
 
 class ConversionError(RuntimeError):
     """A conversion could not be finished. One line; what was finished is kept for the next run."""
-
-
-def parse_size(text: str) -> int:
-    """Read a size such as ``2GB``, ``500MiB`` or ``1000000``, in bytes.
-
-    Raises:
-        ValueError: it is none, or 0.
-    """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-z]*)", text.strip().lower())
-    size = int(Decimal(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
-    if size == 0:
-        raise ValueError(f"shard size {text!r}: give a number above 0 and one of KB, MB, GB, TB, KiB, MiB, GiB, TiB")
-    return size
-
-
-def group_by_size[T](items: Sequence[T], size: Callable[[T], int], limit: int) -> list[list[T]]:
-    """Cut ``items`` into runs of at most ``limit`` bytes; what is larger stands alone."""
-    groups: list[list[T]] = []
-    room = 0
-    for item in items:
-        if not groups or size(item) > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(item)
-        room -= size(item)
-    return groups
 
 
 @dataclass(frozen=True)
@@ -102,7 +62,7 @@ class Ranks:
             try:
                 action()
             except OSError as error:
-                fault = ("os", _refusal(place, error))
+                fault = ("os", disk_refusal(place, error))
             except ValueError as error:
                 fault = ("value", str(error))
         first = self.gather(fault)[0]
@@ -149,7 +109,8 @@ def refuse_existing(out: Path) -> None:
         raise ValueError(f"{out} exists: choose another folder, or remove it")
 
 
-def _refusal(place: Path, error: OSError) -> str:
+def disk_refusal(place: Path, error: OSError) -> str:
+    """Say in one line that ``place`` could not be written, and what to do."""
     return f"{place} can't be written: {_disk_fault(error)}; make room and run again, it goes on from there"
 
 
@@ -279,122 +240,3 @@ class WorkFolder:
             sync(self.out.absolute().parent)
 
         self.on_first(rename)
-
-
-@dataclass(frozen=True)
-class Job:
-    """One file of a conversion."""
-
-    path: Path
-    size: int
-    """Bytes, about."""
-    write: Callable[[], Any]
-    """Write it; what it returns is recorded. ``run_jobs`` brings it to the disk."""
-    check: Callable[[], None] | None = None
-    """Compare it with the source (``--verify``); raises ValueError."""
-
-
-def run_jobs(
-    work: WorkFolder,
-    jobs: Sequence[Job],
-    ranks: Ranks,
-    *,
-    title: str,
-    beside: Callable[[Event], str | None],
-    after: Callable[[str], Any] | None = None,
-) -> list[Any]:
-    """Do what the journal does not have yet, dealt over the ranks. Collective.
-
-    Args:
-        work: where.
-        jobs: all files, the same on every rank.
-        ranks: who.
-        title: of the progress bar, which rank 0 shows for its own share.
-        beside: runs in a thread meanwhile: this rank's part of checking the source; a fault in one line, or None. Its
-            argument is set when the work has failed and nobody waits for the answer.
-        after: called in a thread with the name of each file that was written; its value is recorded with the file.
-
-    Returns:
-        What is recorded of every job, in order, as ``{"value": ..., "after": ...}``.
-
-    Raises:
-        ConversionError: some rank could not write, or the source is damaged; on every rank.
-    """
-    mine = jobs[ranks.rank :: ranks.size]
-    fault: str | None = None
-    damage: str | None = None
-    total = sum(job.size for job in mine)
-    failed = Event()
-    with _one_thread(), ThreadPoolExecutor(2) as pool, _bar(title, total, shown=ranks.rank == 0) as advance:
-        checking = pool.submit(beside, failed)
-        ends: list[Future[None]] = []
-        try:
-            for job in mine:
-                is_new = work.entry(job.path) is None
-                value = job.write() if is_new else None
-                if job.check is not None:
-                    job.check()
-                if is_new:
-                    # Beside the next file: the disk is as slow as all the rest together.
-                    ends.append(pool.submit(_record, work, job, value, after))
-                _return_free_memory()
-                advance(job.size)
-                if checking.done() and checking.result() is not None:
-                    break
-            for pending in ends:
-                pending.result()
-        except OSError as error:
-            failed.set()
-            fault = _refusal(work.path, error)
-        except ValueError as error:
-            damage = str(error)
-        except BaseException:
-            failed.set()
-            raise
-        damage = checking.result() or damage
-    _raise_together(work, ranks, damage, fault)
-    return [work.entry(job.path) for job in jobs]
-
-
-def _record(work: WorkFolder, job: Job, value: Any, after: Callable[[str], Any] | None) -> None:
-    sync(job.path)
-    work.record(job.path, {"value": value, "after": after(job.path.name) if after else None})
-
-
-def _raise_together(work: WorkFolder, ranks: Ranks, damage: str | None, fault: str | None) -> None:
-    """Raise on every rank what some rank met: damage first, with which nothing that was written is worth keeping."""
-    answers = ranks.gather((damage, fault))
-    damaged = [first for first, _ in answers if first is not None]
-    if damaged:
-        work.forget()
-        raise ConversionError(damaged[0])
-    refused = [second for _, second in answers if second is not None]
-    if refused:
-        raise ConversionError(refused[0])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    # Copies are as fast as memory with one; more would take turns with the threads that hash.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def _return_free_memory() -> None:
-    # glibc keeps freed blocks, and tensors of alternating sizes leave holes in them: a third of a model in all.
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim"):
-        library.malloc_trim(0)
-
-
-@contextmanager
-def _bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda size: bar.advance(task, size)

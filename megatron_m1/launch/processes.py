@@ -25,7 +25,7 @@ import psutil
 
 from megatron_m1.cores import usable_cores
 from megatron_m1.launch.slurm import number_of, read_step
-from megatron_m1.printing import cut
+from megatron_m1.printing import cut, say_at_once
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Signals that mean: save and exit cleanly. A hang-up that is ignored at the start (``nohup``) stays ignored."""
@@ -140,6 +140,8 @@ class _Signals:
         self._passed_on = False
         self.status: int | None = None
         """The exit status when no worker can give one: the agent was killed."""
+        self.is_hurried = False
+        """Whether a second Ctrl-C has killed it."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -147,8 +149,8 @@ class _Signals:
         if number == signal.SIGINT:
             # The workers can't tell a second Ctrl-C from one that they got besides ours. Without any, all is saved.
             if workers and self._interrupted_at is not None and now - self._interrupted_at > SAME_PRESS_SECONDS:
-                print(SECOND_INTERRUPT, file=sys.stderr, flush=True)
                 self._kill(number)
+                self.is_hurried = True
                 return
             self._interrupted_at = self._interrupted_at or now
         for worker in workers:
@@ -201,6 +203,9 @@ def start_workers(launch: Launch, program: Sequence[str]) -> int:
     if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:
         signal.signal(signal.SIGTSTP, pause)
     status = agent.wait()
+    if signals.is_hurried:
+        # Only now: the workers have been killed with the agent, and draw nothing over it any more.
+        say_at_once(SECOND_INTERRUPT)
     if signals.status is not None and status < 0:
         return signals.status
     return 128 - status if status < 0 else status
@@ -325,6 +330,6 @@ def run_agent(arguments: Sequence[str]) -> int:
         if failure.exitcode >= 0:
             return failure.exitcode
         killer = signal.Signals(-failure.exitcode).name
-        print(f"megatron-m1: error: rank {rank} was ended by {killer}", file=sys.stderr, flush=True)
+        say_at_once(f"megatron-m1: error: rank {rank} was ended by {killer}")
         return 128 - failure.exitcode
     return 0

@@ -26,6 +26,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from megatron_m1.printing import counted
+
 ONE_TASK = "use srun --ntasks-per-node=1, each task starts its node's processes"
 
 
@@ -131,7 +133,7 @@ def _check_tasks(environ: Mapping[str, str]) -> int:
     if most > 1:
         raise ValueError(f"SLURM starts {most} tasks a node: {ONE_TASK}")
     if (sum(counts) or tasks or nodes) < nodes:
-        raise ValueError(f"SLURM starts {sum(counts) or tasks} tasks on {nodes} nodes: {ONE_TASK}")
+        raise ValueError(f"SLURM starts {counted(sum(counts) or tasks or 0, 'task')} on {nodes} nodes: {ONE_TASK}")
     return nodes
 
 

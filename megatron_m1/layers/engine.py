@@ -33,13 +33,14 @@ def _leave_uninitialised(weight: Tensor) -> Tensor:
     return weight
 
 
-def engine_config(config: ResolvedConfig, *, dtype: torch.dtype, on_meta: bool = False) -> EngineConfig:
+def engine_config(config: ResolvedConfig, *, dtype: torch.dtype, on_default_device: bool = False) -> EngineConfig:
     """Translate the configuration into what megatron-core's modules read.
 
     Args:
         config: the run's configuration after ``resolve.resolve``.
         dtype: parameters and activations, ``torch.bfloat16`` or ``torch.float32``.
-        on_meta: allocate on the surrounding default device (``with torch.device("meta")``) instead of the GPU.
+        on_default_device: allocate on the surrounding default device (``with torch.device("meta")``), not on the
+            current GPU.
     """
     model, parallel, train = config.model, config.parallel, config.train
     virtual = parallel.virtual_pipeline_model_parallel_size
@@ -83,7 +84,9 @@ def engine_config(config: ResolvedConfig, *, dtype: torch.dtype, on_meta: bool =
         init_method=_leave_uninitialised,
         output_layer_init_method=_leave_uninitialised,
         embedding_init_method=_leave_uninitialised,
-        use_cpu_initialization=on_meta,
+        use_cpu_initialization=on_default_device,
+        # On a CPU the library would draw a whole fp32 matrix for every slice.
+        perform_initialization=not on_default_device,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

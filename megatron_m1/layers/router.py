@@ -8,6 +8,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_tokens_per_expert_and_token_count,
+    router_gating_linear,
     switch_load_balancing_loss_func,
 )
 from megatron.core.transformer.moe.router import TopKRouter
@@ -34,6 +35,11 @@ class Router(TopKRouter):
         """Keep the weight in fp32 (the released checkpoint stores it so), marked for sequence parallelism."""
         self.weight.data = self.weight.data.to(dtype=torch.float32)
         self.weight.sequence_parallel = self.config.sequence_parallel
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits [..., experts] in fp32, where the weight is: the library would move a CPU's to the current GPU."""
+        logits: Tensor = router_gating_linear(input, self.weight, self.bias, torch.float32)
+        return logits
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts, and drop what their capacity over all ranks of the stage does not take.

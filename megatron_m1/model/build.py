@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
+from megatron.core.utils import get_pg_rank
 
 from megatron_m1.layers.engine import EngineConfig
 from megatron_m1.layers.head import OutputLayer
@@ -68,9 +69,11 @@ def build_chunk(
         vp_stage: virtual stage, None without interleaving.
         pg_collection: process groups; None takes megatron-core's initialised ones.
     """
-    provider = spec_provider(implementation)
-    first = get_transformer_layer_offset(config, vp_stage)
-    count = get_num_layers_to_build(config, vp_stage)
+    on_gpu = torch.get_default_device().type == "cuda" if config.use_cpu_initialization else torch.cuda.is_available()
+    provider = spec_provider(implementation, on_gpu=on_gpu)
+    stage = get_pg_rank(pg_collection.pp) if pg_collection is not None else None
+    first = get_transformer_layer_offset(config, vp_stage, stage)
+    count = get_num_layers_to_build(config, vp_stage, stage)
     final_norm = provider.layer_norm(rms_norm=True)
     model = GPTModel(
         config,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Literal
 
-import torch
 from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
@@ -42,10 +41,10 @@ class CpuProvider(LocalProvider):
         return partial(LocalExperts, submodules=submodules)
 
 
-def spec_provider(implementation: Implementation) -> BackendSpecProvider:
-    """Return the classes of linears, norms and experts for ``implementation``."""
+def spec_provider(implementation: Implementation, *, on_gpu: bool) -> BackendSpecProvider:
+    """Return the classes of linears, norms and experts for ``implementation`` on a GPU or elsewhere."""
     if implementation == "local":
-        return LocalProvider() if torch.cuda.is_available() else CpuProvider()
+        return LocalProvider() if on_gpu else CpuProvider()
     from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
     return TESpecProvider()

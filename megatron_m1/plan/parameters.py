@@ -38,6 +38,25 @@ class Counts:
         return Counts({group: self[group] + other[group] for group in {**self.groups, **other.groups}})
 
 
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of a whole model: all, those that one token passes through (its top-k experts), and by layer."""
+
+    all: Counts
+    active: Counts
+    layers: tuple[Counts, ...]
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.all.total
+
+
+def parameter_counts(model: ModelConfig) -> ParameterCounts:
+    """Count a whole model in every way."""
+    return ParameterCounts(model_counts(model), model_counts(model, active=True), tuple(layer_counts(model)))
+
+
 def _count(parameters: Iterable[Parameter], size: Callable[[Parameter], int]) -> Counts:
     groups: dict[str, int] = {}
     for parameter in parameters:

@@ -26,6 +26,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from megatron_m1.printing import say_at_once
+
 HUNG_EXIT_CODE = 70
 """Exit status of a process that its watchdog ended (EX_SOFTWARE of sysexits.h)."""
 GRACE_SECONDS = 30.0
@@ -176,10 +178,9 @@ class Watchdog:
         waited = time.monotonic() - self._last_progress
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         stack = "".join(traceback.format_stack(frame))
-        said = f"rank {self._rank} hung in step {step} for {waited:.0f} s; its main thread is here:\n{stack}"
         try:
-            sys.stderr.write(said)
-            sys.stderr.flush()
+            # The main thread may hang with the console's lock.
+            say_at_once(f"rank {self._rank} hung in step {step} for {waited:.0f} s; its main thread is here:\n{stack}")
         finally:
             # No clean-up: whatever would be cleaned up waits for the collective that hangs.
             os._exit(HUNG_EXIT_CODE)

@@ -29,11 +29,17 @@ class MixtureOfExperts(FfnShape):
         return experts + 2 * model.hidden_size * model.num_moe_experts
 
     def check(self, model: ModelConfig) -> None:
-        """There are as many experts as a token visits, and scores that a bias can be added to.
+        """A token visits two experts or more, there are as many, and a bias has scores that it can be added to.
 
         Raises:
-            ValueError: there are fewer, or none.
+            ValueError: it does not, there are fewer, or it has not.
         """
+        if model.moe_router_topk < 2:
+            # megatron-core refuses it as well, when processes have started.
+            raise ValueError(
+                f"model.moe_router_topk = {model.moe_router_topk}: the softmax over the chosen experts is always 1 for "
+                "a single one, whose router would learn nothing: use at least 2"
+            )
         if model.moe_router_topk > model.num_moe_experts:
             raise ValueError(
                 f"model.moe_router_topk = {model.moe_router_topk} is more than model.num_moe_experts = "

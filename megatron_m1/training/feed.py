@@ -1,12 +1,9 @@
-"""The packs of a run: training passes and the held-out set, and how many FLOPs a batch of them is worth."""
+"""The packs of a run: training passes and the held-out set, and how many FLOPs some of them are worth."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-
-import torch
-from torch import distributed as dist
 
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
@@ -62,9 +59,6 @@ def open_feed(config: ResolvedConfig, mesh: Mesh) -> Feed:
     return Feed(training, loader(held_out, global_batch_size=len(held_out)), held_out)
 
 
-def global_flops(config: ResolvedConfig, mesh: Mesh, samples: list[PackedSample]) -> float:
-    """Useful FLOPs of forward and backward over the global batch of which ``samples`` is this rank's share."""
-    local = sum(training_flops(config.model, sample.cu_seqlens.diff().tolist()) for sample in samples)
-    total = torch.tensor(float(local), dtype=torch.float64, device=mesh.device)
-    dist.all_reduce(total, group=mesh.groups.dp)
-    return float(total)
+def useful_flops(config: ResolvedConfig, samples: list[PackedSample]) -> float:
+    """Useful FLOPs of forward and backward over ``samples``, on all the ranks that share them."""
+    return float(sum(training_flops(config.model, sample.cu_seqlens.diff().tolist()) for sample in samples))

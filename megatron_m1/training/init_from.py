@@ -13,14 +13,13 @@ from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import load_config
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.convert.hub_folder import open_hub_folder
+from megatron_m1.convert.licences import LICENCES, keep_licences, licences_of
 from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
-from megatron_m1.convert.sources import find_checkpoint
+from megatron_m1.convert.places import find_checkpoint
 from megatron_m1.convert.work import Ranks, stamps
 from megatron_m1.printing import shown
+from megatron_m1.training.run_folder import IMPORTED
 from megatron_m1.training.trained_model import TrainedModel
-
-IMPORTED = "initial"
-"""Folder of the run in which such a one lies as a checkpoint."""
 
 
 def load_initial(trained: TrainedModel, config: ResolvedConfig, init_from: str) -> Path:
@@ -49,6 +48,8 @@ def load_initial(trained: TrainedModel, config: ResolvedConfig, init_from: str) 
     saved = load_config(checkpoint / CONFIG).model
     check_shape(config.model, saved, checkpoint, fix="give the model that shape, or start from others")
     load_model(trained, checkpoint)
+    if dist.get_rank() == 0:
+        keep_licences(licences_of(checkpoint), Path(config.run.folder) / LICENCES)
     return checkpoint
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -14,17 +15,20 @@ from rich.console import Console
 
 from megatron_m1.checkpoint.store import CheckpointError, Checkpoints
 from megatron_m1.config import ResolvedConfig
-from megatron_m1.config.io import config_text, write_config
+from megatron_m1.config.written import saved_texts
 from megatron_m1.files import refusal, write_atomically
 from megatron_m1.runtime import mesh as rank_grid
 from megatron_m1.runtime.interrupt import Interrupt
 from megatron_m1.runtime.ranks import on_rank_zero
 from megatron_m1.runtime.watchdog import Watchdog
+from megatron_m1.training.changes import nothing_to_train
 from megatron_m1.training.feed import open_feed
 from megatron_m1.training.metrics import MetricsLog, print_line
+from megatron_m1.training.opening import opening_lines
 from megatron_m1.training.profile import ProfilerWindow
-from megatron_m1.training.resume import start_or_resume
+from megatron_m1.training.resume import resume_lines, start_or_resume
 from megatron_m1.training.run_folder import SUMMARY, check_run_folder, sole_writer
+from megatron_m1.training.run_tokenizer import own_copy, store_tokenizer
 from megatron_m1.training.steps_guard import NonFiniteError
 from megatron_m1.training.summary import summarise
 from megatron_m1.training.trained_model import build_trained_model
@@ -38,8 +42,10 @@ def open_trainer(
     *,
     console: Console,
     heartbeat: Callable[[], None] = lambda: None,
-) -> Trainer:
+) -> Trainer | None:
     """Build the model, start or resume the run, and open its data and its record. Collective.
+
+    A run that has nothing to train is left as it is: None.
 
     Args:
         config: of the run.
@@ -48,21 +54,29 @@ def open_trainer(
         console: where rank 0 shows lines.
         heartbeat: called before whatever takes long while training.
     """
-    note = _note_on(console, mesh)
+    note, folder = _note_on(console, mesh), Path(config.run.folder)
     trained = build_trained_model(config, mesh, heartbeat=heartbeat)
     checkpoints = Checkpoints(
-        Path(config.run.folder) / "checkpoints",
+        folder / "checkpoints",
         keep=config.run.keep_checkpoints,
         async_save=config.run.async_save,
-        config_text=config_text(config),
+        config=config,
         note=note,
         max_failures=config.run.max_failed_saves,
     )
     progress = start_or_resume(trained, checkpoints, config, note)
+    if progress.step >= config.train.max_steps:
+        note(nothing_to_train(progress.step, config.train.max_steps))
+        return None
+    if mesh.rank == 0:
+        for line in (*opening_lines(config, mesh, progress), *resume_lines(config, progress)):
+            note(line)
     # What the run uses, not what was asked for: another number of packs would be another order of the data.
     config = replace(config, data=replace(config.data, train_samples=progress.train_samples))
-    checkpoints.config_text = config_text(config)
+    tokenizer = str(own_copy(Path(config.data.tokenizer), folder))
+    checkpoints.config = replace(config, data=replace(config.data, tokenizer=tokenizer))
     feed = open_feed(config, mesh)
+    _write_configuration(config, checkpoints.config, progress.step, note)
     log = _open_record(config, mesh, progress.step, console, held)
     return Trainer(config, trained, checkpoints, feed, progress, log, note)
 
@@ -72,22 +86,33 @@ def _note_on(console: Console, mesh: rank_grid.Mesh) -> Callable[[str], None]:
     return partial(print_line, console) if mesh.rank == 0 else lambda line: None
 
 
+def _write_configuration(config: ResolvedConfig, saved: ResolvedConfig, step: int, note: Callable[[str], None]) -> None:
+    """Keep in the run's folder how it is configured, and its tokenizer. Collective."""
+    folder = Path(config.run.folder)
+
+    def write() -> None:
+        # The tokenizer last: a folder that has one and no configuration is taken for somebody else's.
+        for name, text in reversed(saved_texts(saved, folder).items()):
+            write_atomically(folder / name, text.encode())
+        store_tokenizer(Path(config.data.tokenizer), folder, step=step, note=note)
+
+    _on_rank_zero(write, folder)
+
+
 def _open_record(
     config: ResolvedConfig, mesh: rank_grid.Mesh, start_step: int, console: Console, held: ExitStack
 ) -> MetricsLog | None:
-    """Write config.yaml and open the log on rank 0. Collective."""
+    """Open the log on rank 0. Collective."""
     folder = Path(config.run.folder)
     logs: list[MetricsLog] = []
 
     def write() -> None:
-        write_config(config, folder / "config.yaml")
         log = MetricsLog(
             folder,
+            config.run,
             start_step=start_step,
-            tensorboard=config.run.tensorboard,
-            wandb_project=config.run.wandb_project,
-            log_interval=config.run.log_interval,
             total_steps=config.train.max_steps,
+            settings=asdict(config),
             console=console,
         )
         logs.append(held.enter_context(log))
@@ -101,13 +126,15 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
     config, progress = trainer.config, trainer.progress
     train = config.train
     stop: str | None = None
-    if progress.step >= train.max_steps:
-        trainer.note(
-            f"nothing to train: the run is at step {progress.step}, train.max_steps is {train.max_steps}; raise it to "
-            "go on, or choose another run.folder"
-        )
+    interrupt.promise = _promise(progress.step + 1, train.max_steps)
+    rank = trainer.trained.mesh.rank
     window = ProfilerWindow(
-        trainer.folder, rank=trainer.trained.mesh.rank, start=train.profile_step_start, end=train.profile_step_end
+        trainer.folder,
+        rank=rank,
+        start=train.profile_step_start,
+        end=train.profile_step_end,
+        # A disk may refuse on any rank alone.
+        note=trainer.note if rank == 0 else print,
     )
     with ExitStack() as stack:
         stack.callback(window.close)
@@ -118,7 +145,7 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
                 save_again = trainer.checkpoints.poll()
                 if train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps:
                     trainer.validate()
-                stop = interrupt.should_stop()
+                stop = interrupt.should_stop(promise=_promise(number + 1, train.max_steps))
                 if stop:
                     trainer.note(f"{stop}: saving step {number}, then leaving")
                 is_last = bool(stop) or number == train.max_steps
@@ -130,8 +157,15 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
     return stop
 
 
+def _promise(number: int, last: int) -> str:
+    """What is answered to a signal that the ranks will act on after step ``number``."""
+    return f"finishing step {number}, then saving" if number <= last else "the run is at its end, and saves anyway"
+
+
 def _write_summary(trainer: Trainer, summary: dict[str, Any]) -> None:
     path = trainer.folder / SUMMARY
+    # What lies in the folder must not depend on where the command was called.
+    summary = summary | {"run_folder": os.path.abspath(trainer.folder)}
     try:
         write_atomically(path, (json.dumps(summary, indent=2) + "\n").encode())
     except OSError as error:
@@ -157,14 +191,18 @@ def _on_rank_zero(action: Callable[[], None], folder: Path) -> None:
         raise ValueError(f"run.folder = {folder} can't be written: {refusal(error, folder)}") from error
 
 
-def _run_to_the_end(config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Interrupt) -> dict[str, Any]:
-    timeout, console = config.parallel.distributed_timeout_seconds, Console()
+def _run_to_the_end(
+    config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Interrupt, console: Console
+) -> dict[str, Any] | None:
+    timeout = config.parallel.distributed_timeout_seconds
     # The start has one of its own, which no heartbeat prolongs.
     watchdog = Watchdog(mesh.rank, timeout)
     with ExitStack() as stack:
         with Watchdog(mesh.rank, timeout) as starting, starting.step(0):
             _open_folder(config, stack, _note_on(console, mesh))
             trainer = open_trainer(config, mesh, stack, console=console, heartbeat=watchdog.progress)
+        if trainer is None:
+            return None
         stack.enter_context(watchdog)
         try:
             interrupted = _train(trainer, watchdog, interrupt)
@@ -183,7 +221,7 @@ def _run_to_the_end(config: ResolvedConfig, mesh: rank_grid.Mesh, interrupt: Int
     return summary
 
 
-def pretrain(config: ResolvedConfig) -> dict[str, Any]:
+def pretrain(config: ResolvedConfig) -> dict[str, Any] | None:
     """Train as ``config`` says, on every rank of the world that torchrun (or nobody) started.
 
     Args:
@@ -191,7 +229,7 @@ def pretrain(config: ResolvedConfig) -> dict[str, Any]:
 
     Returns:
         The summary, the same on every rank: step, tokens, losses, baselines, and ``interrupted``, the name of the
-        signal that ended the run early or None.
+        signal that ended the run early or None. None if there was nothing to train: then nothing is written.
 
     Raises:
         CheckpointError: too many checkpoints in a row or the last one could not be written, or none of those there
@@ -204,8 +242,9 @@ def pretrain(config: ResolvedConfig) -> dict[str, Any]:
     """
     mesh = rank_grid.initialise(config.parallel, seed=config.train.seed)
     # Around all of it, so that a signal never finds a process that would just die of it.
-    with Interrupt() as interrupt:
+    console = Console()
+    with Interrupt(_note_on(console, mesh)) as interrupt:
         try:
-            return _run_to_the_end(config, mesh, interrupt)
+            return _run_to_the_end(config, mesh, interrupt, console)
         finally:
             rank_grid.shut_down()

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from megatron_m1.config.tree import RunConfig
 from megatron_m1.files import write_atomically
-from megatron_m1.training.figures import Figure, Record, alarms, shown
+from megatron_m1.training.figures import Record, alarms, shown
 from megatron_m1.training.record_file import RecordFile
+from megatron_m1.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from megatron_m1.training.event_file import EventFile
 
 
+BAR_COLUMNS = (10, 20)
+"""Of the live line's bar, on terminals below and from 80 columns."""
+
+
 def print_line(console: Console, line: str) -> None:
     """Print a line as it is, above the console's live status line if there is one."""
     console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
-
-
-def require_wandb(project: str) -> None:
-    """Raise ValueError unless the package that ``run.wandb_project`` needs is installed."""
-    if importlib.util.find_spec("wandb") is None:
-        raise ValueError(
-            f"run.wandb_project is {project!r} but the wandb package is not installed; "
-            f"run: pip install 'megatron-m1[wandb]', or leave run.wandb_project out"
-        )
 
 
 class MetricsLog:
@@ -47,54 +44,52 @@ class MetricsLog:
     def __init__(
         self,
         folder: Path,
+        run: RunConfig,
         *,
         start_step: int,
-        tensorboard: bool,
-        wandb_project: str | None,
-        log_interval: int,
         total_steps: int,
+        settings: Mapping[str, Any] | None = None,
         console: Console | None = None,
     ) -> None:
         """Open all sinks; records after ``start_step`` that an earlier, interrupted run left are dropped.
 
         Args:
             folder: the run's folder; made if missing.
+            run: whether events go to ``<folder>/tensorboard`` and figures to Weights & Biases, and the steps between
+                console lines.
             start_step: last step that the run's checkpoint holds, 0 for a new run.
-            tensorboard: write event files to ``<folder>/tensorboard``.
-            wandb_project: Weights & Biases project, None for none. The run's id is kept in ``<folder>/wandb_id``.
-            log_interval: steps between console lines, 1 or more.
             total_steps: steps of the whole run, for progress and remaining time.
+            settings: the configuration as nested dictionaries, for Weights & Biases.
             console: where lines go; standard output by default. On a terminal, a live status line stands below them.
 
         Raises:
             OSError: the files can't be made.
-            ValueError: ``log_interval`` below 1, or a ``wandb_project`` without the wandb package.
+            ValueError: ``run.log_interval`` below 1, or W&B refuses.
         """
-        if log_interval < 1:
-            raise ValueError(f"run.log_interval is {log_interval}; it must be 1 or more")
-        if wandb_project is not None:
-            require_wandb(wandb_project)
+        if run.log_interval < 1:
+            raise ValueError(f"run.log_interval is {run.log_interval}; it must be 1 or more")
         folder.mkdir(parents=True, exist_ok=True)
-        self._log_interval = log_interval
+        self._log_interval = run.log_interval
         self._total_steps = total_steps
         self._start_step = start_step
         self._started = time.monotonic()
-        self._drawn: set[Figure] = set()
         self._open = ExitStack()
         self._console = Console() if console is None else console
         path = folder / "metrics.jsonl"
         rewind(path, start_step)
         self._file = RecordFile(path, self.note)
         self._open.callback(self._file.close)
-        self._tensorboard = _event_file(folder, start_step, self.note) if tensorboard else None
+        self._tensorboard = _event_file(folder, start_step, self.note) if run.tensorboard else None
         if self._tensorboard is not None:
             self._open.callback(self._tensorboard.close)
-        self._wandb = _wandb_run(folder, wandb_project) if wandb_project is not None else None
-        if self._wandb is not None:
-            self._open.callback(self._wandb.finish)
+        self._tracker = Tracker(folder, run, settings or {}) if run.wandb_project is not None else None
+        if self._tracker is not None:
+            self._open.callback(self._tracker.close)
         self._live = _status_line(self._console, start_step, total_steps) if self._console.is_terminal else None
         if self._live is not None:
             self._open.enter_context(self._live)
+            # Whoever ends this process without warning leaves a terminal as it should be.
+            self._console.show_cursor(True)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -112,9 +107,12 @@ class MetricsLog:
         """
         self._write(step, record)
         if step % self._log_interval == 0 or step == self._total_steps or alarms(record):
-            self.note(self._line(step, record) + self._remaining(step))
+            # On a terminal the live line has the remaining time.
+            self.note(self._line(step, record) + ("" if self._console.is_terminal else self._remaining(step)))
         if self._live is not None:
-            self._live.update(self._live.task_ids[0], completed=step, shown=shown(record))
+            text = shown(record, _live_room(self._console.width, self._total_steps))
+            self._live.update(self._live.task_ids[0], completed=step, shown=text)
+            self._live.columns = _live_columns(self._console.width)
             self._live.refresh()
 
     def log_validation(self, step: int, record: Record) -> None:
@@ -133,16 +131,14 @@ class MetricsLog:
         scalars = {name: value for name, value in values.items() if value is not None}
         if self._tensorboard is not None:
             self._tensorboard.add(step, scalars)
-        if self._wandb is not None:
-            for figure in record.keys() - self._drawn:
-                self._wandb.define_metric(figure.name, step_metric=figure.axis)
-            self._drawn |= record.keys()
-            # Not wandb's own step: that cannot go back when a run resumes from before its last record.
-            self._wandb.log({"step": step, **scalars})
+        if self._tracker is not None:
+            self._tracker.add(step, record)
 
     def _line(self, step: int, record: Record) -> str:
         width = len(str(self._total_steps))
-        return f"step {step:>{width}}/{self._total_steps} | {shown(record)}"
+        head = f"step {step:>{width}}/{self._total_steps} | "
+        room = self._console.width - len(head) if self._console.is_terminal else None
+        return head + shown(record, room)
 
     def _remaining(self, step: int) -> str:
         done, left = step - self._start_step, self._total_steps - step
@@ -182,15 +178,32 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minute:02d}:{second:02d}"
 
 
-def _status_line(console: Console, start_step: int, total_steps: int) -> Progress:
-    progress = Progress(
-        BarColumn(bar_width=20),
+def _live_columns(columns: int) -> tuple[ProgressColumn, ...]:
+    return (
+        BarColumn(bar_width=BAR_COLUMNS[columns >= 80]),
         MofNCompleteColumn(),
         TextColumn("{task.fields[shown]}"),
         TimeRemainingColumn(),
+    )
+
+
+def _live_room(columns: int, total_steps: int) -> int:
+    """Columns that bar, steps, remaining time and what stands between them leave for figures.
+
+    And the ``^C`` that a terminal writes behind them: it would take a full line to two, of which one would stay.
+    """
+    others = BAR_COLUMNS[columns >= 80] + (2 * len(str(total_steps)) + 1) + len("100:00:00") + len("^C")
+    return columns - others - 4
+
+
+def _status_line(console: Console, start_step: int, total_steps: int) -> Progress:
+    progress = Progress(
+        *_live_columns(console.width),
         console=console,
         auto_refresh=False,
         transient=True,
+        # What goes to a file must not come out here.
+        redirect_stderr=sys.stderr.isatty(),
     )
     progress.add_task("", total=total_steps, completed=start_step, shown="")
     return progress
@@ -201,14 +214,3 @@ def _event_file(folder: Path, start_step: int, note: Callable[[str], None]) -> E
     from megatron_m1.training.event_file import EventFile
 
     return EventFile(folder / "tensorboard", start_step, note)
-
-
-def _wandb_run(folder: Path, project: str) -> Any:
-    # Optional package, hence imported where it is asked for.
-    import wandb
-
-    id_path = folder / "wandb_id"
-    known = id_path.read_text().strip() if id_path.exists() else None
-    run = wandb.init(project=project, dir=str(folder), id=known, resume="allow")
-    write_atomically(id_path, run.id.encode())
-    return run

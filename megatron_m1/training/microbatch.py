@@ -11,6 +11,7 @@ from megatron_m1.data.packed import PackedSample, pad_pack
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.balance import ModelCost
 from megatron_m1.parallel.layout import SequenceLayout
+from megatron_m1.printing import counted
 from megatron_m1.runtime.mesh import Mesh
 
 
@@ -50,11 +51,13 @@ def make_micro_batch(
     """
     length = len(sample.tokens)
     if length > seq_length:
-        raise ValueError(f"a pack has {length} tokens, more than data.seq_length = {seq_length}: cut it or raise that")
+        raise ValueError(
+            f"a pack has {counted(length, 'token')}, more than data.seq_length = {seq_length}: cut it or raise that"
+        )
     if int(sample.cu_seqlens[-1]) != length:
         raise ValueError(
-            f"cu_seqlens ends at {int(sample.cu_seqlens[-1])}, but the pack has {length} tokens: its last bound must "
-            "be the length"
+            f"cu_seqlens ends at {int(sample.cu_seqlens[-1])}, but the pack has {counted(length, 'token')}: its last "
+            "bound must be the length"
         )
     padded = pad_pack(sample, pack_tokens)
     layout = SequenceLayout.build(

@@ -11,16 +11,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_m1.checkpoint.contents import check_shape, complete_checkpoints
+from megatron_m1.checkpoint.contents import check_shape, complete_checkpoints, read_checkpoint
+from megatron_m1.checkpoint.folder import step_of
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import load_config
+from megatron_m1.config.paths import HUGGING_FACE
+from megatron_m1.config.portable import absolute
+from megatron_m1.config.written import RESOLVED, read_saved
 from megatron_m1.cores import usable_cores
 from megatron_m1.data.corpora.blend import check_blend, parse_blend, repeated_corpora, shared_corpora
 from megatron_m1.data.corpora.ids import check_token_ids, unread_bytes
 from megatron_m1.data.corpora.prefix import PrefixSummary, sidecar_path
-from megatron_m1.data.demo.corpus import PreparedCorpus, find_corpus, prepare_corpus
+from megatron_m1.data.demo.corpus import (
+    PreparedCorpus,
+    check_own_data,
+    find_corpus,
+    prepare_corpus,
+    vocabulary_notes,
+)
 from megatron_m1.data.tokenizers import load_tokenizer
+from megatron_m1.training.description import repetition_notes
 from megatron_m1.training.run_folder import check_run_folder
+from megatron_m1.training.run_tokenizer import is_own
 
 PLAN_READS_BYTES = 1 << 30
 """Of corpora that a dry run reads to check their ids: about a second."""
@@ -51,7 +63,8 @@ def check_data(config: ResolvedConfig, *, only_plan: bool = False) -> DataSummar
     if not data.train:
         raise ValueError("data.train is empty: name tokenised prefixes, or give data.embedded_corpus a folder")
     if not data.tokenizer:
-        raise ValueError("data.tokenizer is empty: name the tokenizer that made data.train")
+        none = f", and run.init_from = {config.run.init_from} brings none" if config.run.init_from else ""
+        raise ValueError(f"data.tokenizer is empty{none}: name the tokenizer that made data.train")
     try:
         tokenizer = load_tokenizer(data.tokenizer)
     except OSError as error:
@@ -59,7 +72,7 @@ def check_data(config: ResolvedConfig, *, only_plan: bool = False) -> DataSummar
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ValueError(
             f"the tokenizer {data.tokenizer} has {tokenizer.vocab_size} tokens, but model.vocab_size = "
-            f"{config.model.vocab_size}: set model.vocab_size to at least {tokenizer.vocab_size}"
+            f"{config.model.vocab_size}: {_more_rows(config, tokenizer.vocab_size)}"
         )
     summaries: dict[str, list[PrefixSummary]] = {"data.train": [], "data.validation": []}
     notes = []
@@ -69,12 +82,31 @@ def check_data(config: ResolvedConfig, *, only_plan: bool = False) -> DataSummar
                 summaries[name] = check_blend(blend, tokenizer_digest=tokenizer.digest())
                 notes += _repeated_notes(name, blend)
                 notes += _check_ids(config, blend, tokenizer.vocab_size, only_plan=only_plan)
+    notes += repetition_notes(config, summaries["data.train"])
     if data.validation and not data.allow_shared_validation:
         _refuse_shared(data.train, data.validation)
     train, validation = summaries.values()
     unverified = [summary.prefix for summary in (*train, *validation) if summary.tokenizer_digest is None]
     notes = [*(f"note: {note}" for note in tokenizer.notes), *notes, *_unverified_notes(unverified)]
+    notes += vocabulary_notes(data.embedded_corpus, data.tokenizer, config.model.vocab_size)
     return DataSummary(train, validation, tokenizer.vocab_size, notes)
+
+
+def _more_rows(config: ResolvedConfig, tokens: int) -> str:
+    """What to do about a tokenizer with more tokens than the embedding has rows."""
+    init_from = config.run.init_from
+    if init_from is None and newest_checkpoint(config) is None:
+        return f"set model.vocab_size to at least {tokens}"
+    if init_from is not None and init_from.startswith(HUGGING_FACE):
+        folder = init_from.removeprefix(HUGGING_FACE)
+        return (
+            f"give the weights more rows with megatron-m1 convert from-hf {folder} OUT --resize-vocab {tokens}, and "
+            "start from OUT"
+        )
+    return (
+        "the weights have no more rows; give them some by megatron-m1 convert to-hf, then megatron-m1 convert from-hf "
+        f"HF_FOLDER OUT --resize-vocab {tokens}, and start from OUT"
+    )
 
 
 @contextmanager
@@ -157,6 +189,48 @@ def check_folders(config: ResolvedConfig) -> None:
         check_shape(config.model, saved, newest)
 
 
+def finished_at(config: ResolvedConfig) -> int | None:
+    """Step at which a run has nothing left to train, found without writing anything; None if there is something.
+
+    A newest checkpoint that is damaged, as far as that shows without reading its tensors, is no end: the run goes on
+    from the one before.
+
+    Raises:
+        ValueError: the checkpoint is of a model of another shape.
+    """
+    newest = newest_checkpoint(config) if config.run.resume else None
+    if newest is None or step_of(newest) < config.train.max_steps:
+        return None
+    try:
+        found = read_checkpoint(newest)
+    except ValueError:
+        return None
+    check_shape(config.model, found.config.model, newest)
+    return found.step
+
+
+def with_own_tokenizer(config: ResolvedConfig, *, note: Callable[[str], None]) -> ResolvedConfig:
+    """Let a run whose tokenizer is not there any more read the copy in its own folder.
+
+    Args:
+        config: resolved.
+        note: called with a line if it does.
+    """
+    tokenizer, folder = config.data.tokenizer, Path(config.run.folder)
+    if not tokenizer or Path(tokenizer).exists() or not (folder / RESOLVED).is_file():
+        return config
+    try:
+        saved = read_saved(folder, folder)
+    except ValueError:
+        return config  # check_folders says so
+    own = saved.became.data.tokenizer
+    asked = absolute(saved.asked).data.tokenizer == absolute(config).data.tokenizer
+    if not asked or not is_own(own, folder) or not Path(own).exists():
+        return config
+    note(f"note: data.tokenizer = {tokenizer} is not there: the run's own copy is read, {own}")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
+
+
 def newest_checkpoint(config: ResolvedConfig) -> Path | None:
     """Return the newest complete checkpoint of the run folder, from which the run goes on, if there is one."""
     return next(iter(complete_checkpoints(Path(config.run.folder))), None)
@@ -180,11 +254,13 @@ def find_embedded_corpus(config: ResolvedConfig) -> ResolvedConfig | None:
     """Return the configuration that reads ``data.embedded_corpus``, or None when that one has to be built first.
 
     Raises:
-        ValueError: its tokenizer is damaged.
+        ValueError: its tokenizer is damaged, or only one of the blends is the run's own.
     """
-    if config.data.embedded_corpus is None:
-        return config
-    corpus = find_corpus(config.data.embedded_corpus, vocab_size=config.model.vocab_size)
+    data = config.data
+    if data.embedded_corpus is None:
+        return _with_initial_tokenizer(config)
+    check_own_data(data.embedded_corpus, train=data.train, validation=data.validation, tokenizer=data.tokenizer)
+    corpus = find_corpus(data.embedded_corpus, vocab_size=config.model.vocab_size)
     return None if corpus is None else _read_from(config, corpus)
 
 
@@ -202,12 +278,25 @@ def build_embedded_corpus(config: ResolvedConfig, *, note: Callable[[str], None]
     """
     folder = config.data.embedded_corpus
     if folder is None:
-        return config
+        return _with_initial_tokenizer(config)
     try:
         corpus = prepare_corpus(folder, vocab_size=config.model.vocab_size, workers=usable_cores(), note=note)
     except OSError as error:
         raise ValueError(f"data.embedded_corpus = {folder} can't be written: {error.strerror or error}") from error
     return _read_from(config, corpus)
+
+
+def _with_initial_tokenizer(config: ResolvedConfig) -> ResolvedConfig:
+    """Take the tokenizer of ``run.init_from`` where ``data.tokenizer`` names none."""
+    if config.data.tokenizer or config.run.init_from is None:
+        return config
+    # It brings torch, which most runs don't need before their workers start.
+    from megatron_m1.convert.sources import initial_tokenizer
+
+    place = initial_tokenizer(config)
+    if place is None:
+        return config
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(place.absolute())))
 
 
 def _read_from(config: ResolvedConfig, corpus: PreparedCorpus) -> ResolvedConfig:

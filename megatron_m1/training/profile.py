@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,7 @@ class ProfilerWindow:
             rank: global rank, for the file's name.
             start: first step (``train.profile_step_start``), None profiles nothing.
             end: step after the last (``train.profile_step_end``).
-            note: called with one line when the trace can't be written.
+            note: called with one line when the trace can't be written, and on rank 0 when it is.
 
         Raises:
             ValueError: only one of both is given, or the window is empty.
@@ -77,11 +78,16 @@ class ProfilerWindow:
             self._folder.mkdir(parents=True, exist_ok=True)
             profiler.export_chrome_trace(str(part))
             put_in_place(part, target)
+            if self._rank == 0:
+                steps = f"step {self._first}" if self._first == self._last else f"steps {self._first} to {self._last}"
+                self._note(f"profile of {steps} written to {target} (one a rank)")
         except (OSError, RuntimeError) as error:
             # On one rank alone: the others would wait for it.
             self._note(f"{target} can't be written: {refusal(error, self._folder)}")
 
     def _start(self, number: int) -> None:
+        # Kineto tells of its own workings, and calls a machine without GPUs an error; who wants that sets a level.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_m1.printing import counted
+
 MOST_KEPT = 10_000
 """Records kept in memory while they can't be written: some megabytes."""
 
@@ -51,7 +53,7 @@ class RecordFile:
             self._write_kept()
         self._close()
         if self._reason is not None:
-            self._note(f"{self._path} lacks {len(self._kept) + self._lost} records: {self._reason}")
+            self._note(f"{self._path} lacks {counted(len(self._kept) + self._lost, 'record')}: {self._reason}")
 
     def _write_kept(self) -> None:
         try:
@@ -69,7 +71,8 @@ class RecordFile:
             return
         self._kept.clear()
         if self._reason is not None:
-            self._note(f"{self._path} is written again" + (f", {self._lost} records are lost" if self._lost else ""))
+            lost = f", lost: {counted(self._lost, 'record')}" if self._lost else ""
+            self._note(f"{self._path} is written again{lost}")
             self._reason, self._lost = None, 0
 
     def _open(self) -> None:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -20,16 +21,20 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-import yaml
-
 from megatron_m1.checkpoint.contents import complete_checkpoints
+from megatron_m1.checkpoint.folder import TOKENIZER, run_folder_of
 from megatron_m1.config import Config
-from megatron_m1.config.io import parse_yaml
+from megatron_m1.config.io import load_config, parse_yaml
+from megatron_m1.config.portable import HERE
+from megatron_m1.config.written import CONFIG, RESOLVED, read_saved, yaml_text
 from megatron_m1.files import WITHOUT_LOCKS, is_file_at, refuse_overwriting, regular, warn_without_locks
+from megatron_m1.training.run_tokenizer import own_copy
 
 LOCK = "run.lock"
-CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-WRITTEN = (CONFIG, METRICS, SUMMARY, "wandb_id")
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
+IMPORTED = "initial"
+"""Folder in which a Hugging Face folder that a run starts from lies as a checkpoint."""
+WRITTEN = (CONFIG, RESOLVED, METRICS, SUMMARY, "wandb_id")
 """Files of a run folder that a run writes over."""
 BEAT_SECONDS = 5.0
 """Between two signs of life of the holder."""
@@ -49,25 +54,36 @@ def check_run_folder(config: Config) -> None:
     folder = Path(config.run.folder)
     blend = [*config.data.train, *config.data.validation]
     read = [Path(f"{prefix}{suffix}") for prefix in blend for suffix in (".bin", ".idx", ".json")]
-    read += [Path(config.data.tokenizer)] if config.data.tokenizer and Path(config.data.tokenizer).is_file() else []
-    refuse_overwriting([folder / name for name in (*WRITTEN, LOCK)], read)
-    if os.path.lexists(folder / CONFIG):
-        strange = None if _is_written_by_a_run(folder / CONFIG) else CONFIG
-    elif next(iter(complete_checkpoints(folder)), None) is not None:
-        strange = None
-    else:
-        strange = next((name for name in WRITTEN if os.path.lexists(folder / name)), None)
-    if strange is None:
-        # A pipe or a folder of that name.
-        names = (name for name in (*WRITTEN, LOCK) if (folder / name).exists())
-        strange = next((name for name in names if not (folder / name).is_file()), None)
+    tokenizer = Path(config.data.tokenizer)
+    read += [tokenizer] if config.data.tokenizer and tokenizer.is_file() else []
+    moved_aside = [] if own_copy(tokenizer, folder) == tokenizer else [folder / TOKENIZER]
+    refuse_overwriting([*(folder / name for name in (*WRITTEN, LOCK)), *moved_aside], read)
+    strange = _strange_file(folder, tokenizer)
     if strange is not None:
         raise ValueError(
             f"run.folder = {folder} has a {strange} that no run has written: move it, or choose another folder"
         )
 
 
-def _is_written_by_a_run(path: Path) -> bool:
+def _strange_file(folder: Path, tokenizer: Path) -> str | None:
+    """Name of what a run would replace in its folder and has not written."""
+    configs = [name for name in (CONFIG, RESOLVED) if os.path.lexists(folder / name)]
+    for name in configs:
+        if not is_written_by_a_run(folder / name):
+            return name
+    is_new = not configs and not complete_checkpoints(folder)
+    if is_new:
+        names = [*WRITTEN, *([] if own_copy(tokenizer, folder) == tokenizer else [TOKENIZER])]
+        return next((name for name in names if os.path.lexists(folder / name)), None)
+    # A pipe or a folder of that name.
+    for name in (*WRITTEN, LOCK, TOKENIZER):
+        path = folder / name
+        if path.exists() and not (path.is_dir() if name == TOKENIZER else path.is_file()):
+            return name
+    return None
+
+
+def is_written_by_a_run(path: Path) -> bool:
     """Whether a config.yaml is as ``write_config`` writes it, of whatever version: people write comments, and less."""
     try:
         text = regular(path).read_text(encoding="utf-8")
@@ -76,7 +92,39 @@ def _is_written_by_a_run(path: Path) -> bool:
         return False
     if not isinstance(content, dict) or list(content) != _GROUPS:
         return False
-    return yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120) == text
+    return yaml_text(content) == text
+
+
+def own_configuration(folder: Path) -> Config | None:
+    """What a run asked for that can go on in ``folder``, with paths that can be opened from here; None without one.
+
+    Raises:
+        ValueError: its ``config.yaml`` is of another version, say.
+    """
+    if not complete_checkpoints(folder) or not is_written_by_a_run(folder / CONFIG):
+        return None
+    config = read_saved(folder, folder).asked
+    # Asked of the start in an empty folder.
+    config.run.resume = True
+    return config
+
+
+def saved_configuration(file: Path) -> Config | None:
+    """What a file of a run or of a checkpoint says, with paths that can be opened from here; None if it is none.
+
+    It has every field, and its paths are of the run's folder and not of the directory of a call.
+
+    Raises:
+        ValueError: it, or the one beside it, can't be read.
+    """
+    place = file.parent
+    if file.name not in (CONFIG, RESOLVED) or not all((place / name).is_file() for name in (CONFIG, RESOLVED)):
+        return None
+    if load_config(place / CONFIG).run.folder != HERE:
+        return None
+    is_checkpoint = re.fullmatch(r"step_\d+", place.resolve().name) is not None
+    saved = read_saved(place, run_folder_of(place) if is_checkpoint else place)
+    return saved.asked if file.name == CONFIG else saved.became
 
 
 @contextmanager

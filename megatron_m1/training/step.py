@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +31,13 @@ from megatron_m1.training.trained_model import TrainedModel
 type Chunk = DistributedDataParallel | GPTModel
 
 
-LOSS = Figure("loss", "loss {:.4f}", alarms=True)
+LOSS = Figure("loss", "loss {:.4f}", alarms=True, importance=9)
 """The objective over the global batch; of next tokens the mean over predicted ones, nats."""
-AUX_LOSS = Figure("aux_loss", "aux {:.4f}")
+AUX_LOSS = Figure("aux_loss", "aux {:.4f}", short="aux {:.2f}", importance=4)
 """Load-balancing loss, unweighted, mean over layers and packs (1 at balance); 0 for a validation."""
-GRAD_NORM = Figure("grad_norm", "grad norm {:.3f}")
+GRAD_NORM = Figure("grad_norm", "grad norm {:.3f}", short="grad {:.2f}", importance=7)
 """Before clipping; 0 for a validation."""
-EXPERT_LOAD = Figure("expert_load_max_over_mean", "load {:.2f}")
+EXPERT_LOAD = Figure("expert_load_max_over_mean", "load {:.2f}", importance=3)
 """Most loaded expert over the mean, averaged over layers; 0 for a validation."""
 
 
@@ -52,6 +53,8 @@ class StepResult:
     """LOSS, what the objective adds, AUX_LOSS, GRAD_NORM."""
     routing: dict[Figure, float]
     """How the tokens were dealt to the experts: EXPERT_LOAD."""
+    forward_backward_seconds: float = 0.0
+    """Of this rank, until the loss was known; 0 for a validation."""
 
     @property
     def loss(self) -> float:
@@ -212,12 +215,16 @@ def train_step(trained: TrainedModel, samples: list[PackedSample], lr: float) ->
     Returns:
         The batch's figures; ``updated`` is False, and no parameter changed, when loss or gradient are not finite.
     """
+    began = time.perf_counter()
     reports, weight = compute_gradients(trained, samples)
+    # Reads the loss, hence waits for the device: what was queued there is done then.
     sums, aux_loss, load = _reduce_report(trained, reports, _packs(trained, samples))
+    seconds = time.perf_counter() - began
     means = {figure: value / _divisor(weight) for figure, value in sums.items()}
     is_finite = math.isfinite(means[LOSS])
     updated, norm = step_if_finite(trained.optimizer, lr) if is_finite else (False, math.nan)
-    return StepResult(updated, weight, means | {AUX_LOSS: aux_loss, GRAD_NORM: norm}, {EXPERT_LOAD: load})
+    figures = means | {AUX_LOSS: aux_loss, GRAD_NORM: norm}
+    return StepResult(updated, weight, figures, {EXPERT_LOAD: load}, seconds)
 
 
 @torch.no_grad()

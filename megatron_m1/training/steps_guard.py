@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from megatron_m1.printing import counted
+
 
 class NonFiniteError(RuntimeError):
     """Too many steps in a row had a loss or gradient norm that is not finite."""
@@ -42,9 +44,9 @@ class StepsGuard:
         self.total += 1
         self.in_row += 1
         if self.in_row >= self.max_in_row:
-            first = step - self.in_row + 1
+            where = f"step {step}" if self.in_row == 1 else f"steps {step - self.in_row + 1} to {step}"
             raise NonFiniteError(
-                f"steps {first} to {step}: loss or gradient norm not finite {self.in_row} times in a row "
+                f"{where}: loss or gradient norm not finite {counted(self.in_row, 'time')} in a row "
                 f"(last: loss {loss}, gradient norm {grad_norm}); lower optimizer.lr, lengthen the warm-up, or restart "
                 f"from an earlier checkpoint"
             )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from torch import distributed as dist
 
+from megatron_m1.checkpoint.contents import complete_checkpoints
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.evaluation.ngrams import ngram_entropy
+from megatron_m1.training.description import Fact, lines_of
 from megatron_m1.training.feed import Feed
+from megatron_m1.training.run_folder import METRICS
 
 
 def summarise(
@@ -56,6 +63,36 @@ def _baselines(config: ResolvedConfig, feed: Feed, validation_loss: float) -> di
         "bigram_entropy": entropy.bigram,
         "below_unigram": entropy.unigram - validation_loss,
     }
+
+
+def where_to_look(folder: Path) -> list[str]:
+    """Lines that say where a run has left what, and the commands that show it, to be pasted.
+
+    Args:
+        folder: the run's. What is not there is not named.
+    """
+    facts: list[Fact] = []
+    if any(folder.glob("tensorboard/*")):
+        facts.append(("tensorboard", f"{_program('tensorboard')} --logdir {shlex.quote(str(folder / 'tensorboard'))}"))
+    if any(folder.glob("profile/*.json")):
+        facts.append(("profile", str(folder / "profile")))
+    if (folder / METRICS).exists():
+        facts.append(("metrics", str(folder / METRICS)))
+    checkpoints = complete_checkpoints(folder)
+    if checkpoints:
+        command = f"{_program('megatron-m1')} generate {shlex.quote(str(folder))} --prompt 'The'"
+        facts += [("checkpoint", str(checkpoints[0])), ("generate", command)]
+    return lines_of(facts)
+
+
+def _program(name: str) -> str:
+    """A program of this Python's environment, as a shell in this directory finds it."""
+    # Not resolved: in an environment of its own, Python itself is a link to another one.
+    path = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if not path.exists() or (found is not None and path.samefile(found)):
+        return name
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
 
 
 def show_summary(summary: dict[str, Any]) -> None:

@@ -14,26 +14,27 @@ from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.plan.flops import peak_bf16_flops
 from megatron_m1.runtime.interrupt import any_rank
-from megatron_m1.training.feed import Feed, global_flops
+from megatron_m1.training.feed import Feed, useful_flops
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.lr import learning_rate
 from megatron_m1.training.metrics import MetricsLog
+from megatron_m1.training.resources import FORWARD_BACKWARD_SECONDS, OPTIMIZER_SECONDS, SAVE_SECONDS, Taken, share
 from megatron_m1.training.resume import Progress
 from megatron_m1.training.step import GRAD_NORM, StepResult, evaluate, train_step
 from megatron_m1.training.steps_guard import StepsGuard
 from megatron_m1.training.trained_model import TrainedModel
 
-TOKENS = Figure("tokens", "tokens {}", is_count=True)
+TOKENS = Figure("tokens", "tokens {}", is_count=True, short="{} tok", importance=2)
 """Of the run so far."""
-LR = Figure("lr", "lr {:.2e}")
-TOKENS_PER_SECOND = Figure("tokens_per_second", "{} tokens/s", is_count=True)
-TFLOPS = Figure("model_tflops_per_device", "{:.3g} TFLOP/s per device")
+LR = Figure("lr", "lr {:.2e}", short="lr {:.1e}", importance=5)
+TOKENS_PER_SECOND = Figure("tokens_per_second", "{} tokens/s", is_count=True, short="{} tok/s", importance=8)
+TFLOPS = Figure("model_tflops_per_device", "{:.3g} TFLOP/s per device", short="{:.3g} TF/s", importance=1)
 """Useful ones, see ``plan.flops``."""
-MFU = Figure("mfu", "MFU {:.1%}")
+MFU = Figure("mfu", "MFU {:.1%}", importance=6)
 """Model FLOPs utilisation: useful FLOPs over the device's dense bf16 peak, where that is known."""
-SKIPPED_STEPS = Figure("skipped_steps", "skipped {}", hides_zero=True)
+SKIPPED_STEPS = Figure("skipped_steps", "skipped {}", hides_zero=True, importance=8)
 """Of the run so far."""
-VALIDATION_LOSS = Figure("validation_loss", "validation loss {:.4f}")
+VALIDATION_LOSS = Figure("validation_loss", "validation loss {:.4f}", importance=9)
 """Over the held-out packs."""
 
 
@@ -54,6 +55,8 @@ class Trainer:
     guard: StepsGuard = field(init=False)
     last_save: float = field(init=False)
     """By the monotonic clock; the start counts as one."""
+    save_seconds: float = field(init=False, default=0.0)
+    """Of the checkpoints since the last record."""
     peak_flops: float | None = field(init=False)
     """Of the device, per second; None on a CPU and on a GPU that is not in the list."""
 
@@ -78,24 +81,32 @@ class Trainer:
         config, progress = self.config, self.progress
         began = time.perf_counter()
         samples = self.feed.training.microbatches(progress.consumed_samples)
+        data_seconds = time.perf_counter() - began
         lr = learning_rate(progress.tokens + config.tokens_per_step, config.optimizer)
         result = train_step(self.trained, samples, lr)
         progress.step = number
         progress.tokens += config.tokens_per_step
         progress.consumed_samples += config.train.global_batch_size
-        flops = global_flops(config, self.trained.mesh, samples)
+        # Waits for the device as well: what the optimizer has queued there is done then.
+        taken = share(self.trained.mesh, useful_flops(config, samples), data_seconds)
         seconds = time.perf_counter() - began
+        parts = {
+            FORWARD_BACKWARD_SECONDS: result.forward_backward_seconds,
+            OPTIMIZER_SECONDS: seconds - data_seconds - result.forward_backward_seconds,
+            SAVE_SECONDS: self.save_seconds,
+        }
+        self.save_seconds = 0.0
         try:
             self.guard.record(number, result.loss, result.figures[GRAD_NORM])
         finally:
             progress.skipped_total, progress.skipped_in_row = self.guard.total, self.guard.in_row
-            self._record(result, lr, flops, seconds)
+            self._record(result, lr, taken, seconds, parts)
         return result
 
-    def _record(self, result: StepResult, lr: float, flops: float, seconds: float) -> None:
+    def _record(self, result: StepResult, lr: float, taken: Taken, seconds: float, parts: dict[Figure, float]) -> None:
         if self.log is None:
             return
-        achieved = flops / seconds / self.trained.mesh.world_size
+        achieved = taken.flops / seconds / self.trained.mesh.world_size
         record = {
             TOKENS: self.progress.tokens,
             **result.figures,
@@ -105,6 +116,8 @@ class Trainer:
             **({MFU: achieved / self.peak_flops} if self.peak_flops is not None else {}),
             **result.routing,
             SKIPPED_STEPS: self.progress.skipped_total,
+            **taken.figures,
+            **parts,
         }
         self.log.log_step(self.progress.step, record)
 
@@ -126,6 +139,7 @@ class Trainer:
         began = time.monotonic()
         is_written = self.checkpoints.save(self.trained, asdict(self.progress), is_last=is_last)
         self.last_save = time.monotonic()
+        self.save_seconds += self.last_save - began
         if is_written:
             how = "is being written in the background" if self.config.run.async_save and not is_last else "saved"
             self.note(f"checkpoint {folder_name(self.progress.step)} {how} ({self.last_save - began:.1f} s)")

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from megatron_m1.checkpoint.store import CheckpointError, Checkpoints, load_model
 from megatron_m1.config import Config
-from megatron_m1.config.io import config_text
 from megatron_m1.config.resolve import resolve
 from megatron_m1.training.step import GRAD_NORM, train_step
 from megatron_m1.training.trained_model import TrainedModel, build_trained_model
@@ -59,7 +58,7 @@ def open_checkpoints(
         folder,
         keep=keep,
         async_save=background,
-        config_text=config_text(config),
+        config=config,
         note=(notes if notes is not None else []).append,
         max_failures=max_failures,
     )
@@ -247,7 +246,7 @@ def last_save(rank: int, world_size: int, config: Config, folder: Path) -> tuple
         if len(notes) == 2:
             limit.close()
 
-    checkpoints = Checkpoints(folder, keep=2, async_save=True, config_text=config_text(config), note=note)
+    checkpoints = Checkpoints(folder, keep=2, async_save=True, config=config, note=note)
     one_step(trained, 0)
     with limit:
         if rank == 0:

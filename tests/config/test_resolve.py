@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from megatron_m1.config import Config
-from megatron_m1.config.io import config_text, load_config, parse_config, write_config
+from megatron_m1.config.io import load_config, parse_config
 from megatron_m1.config.pipeline import plan_stages
 from megatron_m1.config.resolve import data_parallel_size, resolve
+from megatron_m1.config.written import config_text, write_config
 
 SHORT = {
     "tp": "parallel.tensor_model_parallel_size",
@@ -135,6 +136,7 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("model.ffns=[lightning]", 1, ["model.ffns has 'lightning'", "choose from moe"]),
         ("model.attention_period=3", 1, ["num_layers = 8", "3 kinds that model.mixers lists"]),
         ("model.moe_router_topk=9", 1, ["moe_router_topk = 9"]),
+        ("model.moe_router_topk=1", 1, ["moe_router_topk = 1", "at least 2"]),
         ("model.rotary_percent=0.3", 1, ["rotary_percent = 0.3"]),
         ("model.hidden_size=-1", 1, ["hidden_size = -1"]),
         ("pp=3", 3, ["num_layers = 8", "3 stages"]),

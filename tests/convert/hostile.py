@@ -18,6 +18,7 @@ import torch
 from megatron_m1 import cli
 from megatron_m1.checkpoint import folder as folders
 from megatron_m1.checkpoint.metadata import read_metadata
+from megatron_m1.data.tokenizers import train_sentencepiece
 from tests.checkpoint.checkpoint_runs import open_checkpoints
 from tests.convert import runs
 from tests.model.meshes import start
@@ -50,12 +51,14 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def commands(checkpoint: Path, tmp_path: Path) -> list[list[object]]:
-    run = checkpoint.parents[1]
+    """What reads a checkpoint; none lacks anything else."""
+    run, tokenizer = checkpoint.parents[1], tmp_path / "any.model"
+    train_sentencepiece(["one two three four five six seven eight nine ten"] * 3, tokenizer, vocab_size=275)
     start = ["pretrain", "--init-from", run, "--run.folder", tmp_path / "new", "--dry-run", "--data.train", "x"]
     return [
         ["inspect", checkpoint],
         ["convert", "to-hf", run, tmp_path / "out"],
-        ["generate", run, "--prompt", "a"],
+        ["generate", run, "--prompt", "a", "--tokenizer", tokenizer],
         start,
     ]
 

@@ -15,11 +15,11 @@ from megatron_m1.checkpoint.store import load_model
 from megatron_m1.config import Config
 from megatron_m1.convert.sources import open_any
 from megatron_m1.generate.build import build_model
-from megatron_m1.generate.sampler import Sampling, forward, generate, prefill
+from megatron_m1.generate.sampler import forward, generate, prefill
+from megatron_m1.generate.sampling import Sampling
 from megatron_m1.layers.caches import Caches
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
-from megatron_m1.runtime import mesh
 from megatron_m1.training.step import train_step
 from megatron_m1.training.trained_model import TrainedModel
 from tests.checkpoint.checkpoint_runs import open_checkpoints, state_at
@@ -32,6 +32,7 @@ MESH = {
 }
 """Four processes: the expert ranks of a stage are its tensor ranks."""
 MESH_SIZE = 4
+CPU = torch.device("cpu")
 
 
 def config_of(parallel: dict[str, Any], precision: str = "fp32", **model: Any) -> Config:
@@ -78,7 +79,7 @@ def training_forward(model: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
 
 def logits_of(rank: int, world_size: int, path: Path, prompts: list[list[int]]) -> Tensor:
     """fp32 logits of a checkpoint, a run or a Hugging Face folder by the forward pass of training."""
-    return training_forward(build_model(open_any(path), torch.float32), prompts)
+    return training_forward(build_model(open_any(path), torch.float32, CPU), prompts)
 
 
 @dataclass
@@ -96,7 +97,7 @@ class Generated:
 
 def sample(rank: int, world_size: int, path: Path, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
     """Continue prompts."""
-    model = build_model(open_any(path), torch.float32)
+    model = build_model(open_any(path), torch.float32, CPU)
     tokens: list[list[int]] = [[] for _ in prompts]
     for new in generate(model, prompts, sampling):
         for sequence, token in new.items():
@@ -109,8 +110,7 @@ def generate_and_compare(
 ) -> Generated:
     """Sample greedily, and check every logit on the way."""
     tokens = sample(rank, world_size, path, prompts, Sampling(max_tokens=steps, chunk_tokens=chunks[0]))
-    mesh.shut_down()
-    model = build_model(open_any(path), torch.float32)
+    model = build_model(open_any(path), torch.float32, CPU)
     greedy = [_greedy(model, prompt, steps) for prompt in prompts]
     sizes: list[dict[int, int]] = []
     errors = {f"chunks of {chunk}": _worst_error(model, prompts, tokens, chunk, sizes) for chunk in chunks}

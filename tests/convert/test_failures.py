@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from megatron_m1.cli import run
-from megatron_m1.convert.work import ConversionError, Job, Ranks, WorkFolder, parse_size, run_jobs
+from megatron_m1.convert.jobs import Job, run_jobs
+from megatron_m1.convert.sizes import parse_size
+from megatron_m1.convert.work import ConversionError, Ranks, WorkFolder
 from megatron_m1.files import file_lock
 from tests.checkpoint.checkpoint_runs import file_size_limit
 from tests.convert.folders import convert, prints, source_of, weights
@@ -155,7 +157,7 @@ def test_what_an_earlier_end_wrote_is_removed(hub: Path, tmp_path: Path) -> None
     assert run(words) == 1
     index.rmdir()
     assert run(words) == 0
-    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".safetensors", ".json"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".safetensors", ".json", ".md"}
     assert not (tmp_path / "out/tokenizer.json").exists()
 
 
@@ -265,7 +267,27 @@ def test_an_existing_folder_is_not_touched(hub: Path, tmp_path: Path) -> None:
     [
         (["to-hf", "{}/x", "{}/y"], r"x is no folder: give a checkpoint or a run folder$"),
         (["from-hf", "{}", "{}/y"], r"config\.json can't be read: No such file or directory; give a Hugging Face"),
-        ([], r"^convert needs a direction: to-hf or from-hf$"),
+        (
+            ["from-hf", "{hub}/ours", "{}/y"],
+            r"ours is a run or a checkpoint, no Hugging Face folder: .* convert to-hf$",
+        ),
+        (
+            ["to-hf", "{hub}/hub", "{}/y"],
+            r"hub is a Hugging Face folder, no checkpoint and no run: .* give hf:.*/hub, ",
+        ),
+        (
+            ["from-hf", "org/name", "{}/y"],
+            r"nothing is downloaded; fetch it .* hf download org/name --local-dir FOLDER$",
+        ),
+        (
+            [],
+            r"^convert needs a direction: .* convert to-hf runs/mid hf/mid writes .* convert from-hf .* imported reads",
+        ),
+        (["x/runs", "{}/y"], r"^unknown direction x/runs: .* convert to-hf runs/mid hf/mid writes .* convert from-hf "),
+        (
+            ["to-hf", "{hub}/ours", "{}/y", "--license", "MIT: yes"],
+            r"'MIT: yes' is no identifier of a licence on the hub",
+        ),
         (["tohf", "{}", "{}/y"], r"^unknown direction tohf: did you mean to-hf\?$"),
         (["to-hf", "{hub}/ours", "{}/y", "--shard-size", "2XB"], r"^shard size '2XB': give a number"),
         (["to-hf", "{hub}/ours", "{}/y", "--remote-code", "{}"], r"has no configuration_minimax_m1\.py: give the"),

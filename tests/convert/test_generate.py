@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron_m1.cli import run
-from megatron_m1.generate.sampler import Sampling, choose
+from megatron_m1.generate.sampler import choose
+from megatron_m1.generate.sampling import Sampling
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.shapes.registry import MIXERS
 from tests.convert import runs

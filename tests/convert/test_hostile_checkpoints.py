@@ -28,7 +28,9 @@ def test_metadata_that_number_what_is_not_there(checkpoint: Path, capsys: pytest
 
 
 @pytest.mark.parametrize("sealed", [True, False])
-@pytest.mark.parametrize("name", ["config.yaml", "state.json", ".metadata", "metadata.json", "integrity.json", "more"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "state.json", ".metadata", "metadata.json", "integrity.json", "resolved.yaml"]
+)
 def test_a_pipe_is_not_waited_for(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, sealed: bool
 ) -> None:
@@ -55,6 +57,17 @@ def test_a_manifest_names_all_that_is_believed(checkpoint: Path, capsys: pytest.
     del content["files"][name]
     path.write_text(json.dumps(content))
     assert f"integrity.json does not name {name}" in refused(capsys, "inspect", checkpoint)
+
+
+def test_what_a_configuration_became_is_believed_no_more_than_itself(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint / folders.RESOLVED).write_text("model: 5")
+    for words in commands(checkpoint, tmp_path)[:2]:
+        assert "integrity.json does not name resolved.yaml" in refused(capsys, *words)
+    seal(checkpoint)
+    for words in commands(checkpoint, tmp_path)[:2]:
+        assert f"config file {checkpoint / folders.RESOLVED}: model must hold fields" in refused(capsys, *words)
 
 
 def test_data_in_a_file_of_another_kind(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,7 +142,7 @@ def test_what_an_export_says(native_folder: Path, tmp_path: Path, capsys: pytest
     convert("to-hf", tmp_path / "ours", tmp_path / "hub", "--format", "native")
     said = capsys.readouterr().out.splitlines()
     size = sum(value.nbytes for value in weights(tmp_path / "hub").values())
-    assert re.fullmatch(rf".*/hub: {len(weights(tmp_path / 'hub'))} tensors, {size:,} bytes in 1 files, .*", said[0])
+    assert re.fullmatch(rf".*/hub: {len(weights(tmp_path / 'hub'))} tensors, {size:,} bytes in 1 file, .*", said[0])
     assert re.match(r"would write \d+ tensors, .* 6 lightning and 2 softmax layers, float32$", planned[0])
     tokenizer = "note: no tokenizer was written: the checkpoint names none; give --tokenizer"
     epsilon = "note: vLLM uses 1e-05 in the norm inside lightning layers, this model 1e-06: "
@@ -214,12 +214,13 @@ def test_a_rank_with_hours_of_work_more_is_waited_for(workers: WorkerPool) -> No
 
 
 def test_ranks_share_the_work(workers: WorkerPool, fp32_run: Run, tmp_path: Path) -> None:
-    """Two processes give the same bytes as one."""
+    """Two processes give the same bytes as one, also of rows that are drawn."""
+    rows = ["--resize-vocab", "130", "--resize-init", "normal"]
     convert("to-hf", fp32_run.folder, tmp_path / "one", "--shard-size", "100KB")
-    convert("from-hf", tmp_path / "one", tmp_path / "ours-one", "--shard-size", "100KB")
+    convert("from-hf", tmp_path / "one", tmp_path / "ours-one", "--shard-size", "100KB", *rows)
     lines = [
         ["to-hf", str(fp32_run.folder), str(tmp_path / "two"), "--shard-size", "100KB", "--verify"],
-        ["from-hf", str(tmp_path / "one"), str(tmp_path / "ours-two"), "--shard-size", "100KB", "--verify"],
+        ["from-hf", str(tmp_path / "one"), str(tmp_path / "ours-two"), "--shard-size", "100KB", "--verify", *rows],
     ]
     for line in lines:
         assert workers.run(shared_conversion, [line], world_size=2, process_group=False) == [[0], [0]]

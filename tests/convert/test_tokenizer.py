@@ -62,7 +62,7 @@ def test_equal_ids_on_the_corpus(corpus: Path, tmp_path: Path) -> None:
 def test_more_tokens_than_rows(tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
     train_sentencepiece(TEXTS[:3] * 20, model, vocab_size=330)
-    with pytest.raises(ValueError, match=r"^tokenizer .* has 330 tokens, the model's embedding 104 rows$"):
+    with pytest.raises(ValueError, match=r"^tokenizer .* has 330 tokens, .* 104 rows: .* --resize-vocab 330$"):
         ready_tokenizer(model, 104)
 
 
@@ -97,6 +97,34 @@ def test_settings_of_generation_come_back(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "again/generation_config.json").read_text()) == settings
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (5, 256)
+
+
+def test_several_ends_of_config_json_come_back(tmp_path: Path) -> None:
+    """Without a generation_config.json; and one that nothing else names ends texts in every copy."""
+    shape: dict[str, Any] = dict(layers=8, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=8, experts=2)
+    model = build(**shape, vocab=300, rotary_dim=8, rope_theta=1e4, softmax_every=8, alpha=2.0, seed=9)
+    hub = tmp_path / "hub"
+    model.save_pretrained(hub)
+    (hub / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((hub / "config.json").read_text())
+    for name, mark, ends, exported in (
+        ("several", "<end>", [7, 256], [7, 256]),
+        ("others", "<end>", [7, 8], 256),
+        ("one", "<end>", 2, 256),
+        ("unnamed", None, 3, 3),
+    ):
+        hugging_face_folder(hub, eos=mark)
+        (hub / "config.json").write_text(json.dumps(config | {"bos_token_id": None, "eos_token_id": ends}))
+        convert("from-hf", hub, tmp_path / name / "ours")
+        convert("to-hf", tmp_path / name / "ours", tmp_path / name / "again")
+        again = tmp_path / name / "again"
+        assert json.loads((again / "config.json").read_text())["eos_token_id"] == exported, name
+        generation = json.loads((again / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == exported, name
+        copy = tmp_path / name / "ours/tokenizer"
+        assert all(file.read_bytes() == (hub / file.name).read_bytes() for file in copy.iterdir())
+        places = (hub, tmp_path / name / "ours/tokenizer", again)
+        assert len({(load_tokenizer(place).eod, load_tokenizer(place).digest()) for place in places}) == 1, name
 
 
 def test_an_imported_folder_is_exported_with_the_files_that_it_came_with(tmp_path: Path) -> None:

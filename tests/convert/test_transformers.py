@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MiniMaxForCausalLM
 
-from megatron_m1.generate.sampler import Sampling
+from megatron_m1.generate.sampling import Sampling
 from megatron_m1.runtime import cpu
 from megatron_m1.runtime.pool import WorkerPool
 from tests.convert import runs

@@ -220,6 +220,9 @@ def test_what_other_files_add(tmp_path: Path, kind: str, listed: str) -> None:
         {"tokenizer_config": {"eos_token": "<end>"}, "special_tokens_map": {"eos_token": "<mark>"}},
         {"generation_config": {"eos_token_id": 0}},
         {"generation_config": {"eos_token_id": [0]}},
+        {"generation_config": {"eos_token_id": 0}, "config": {"eos_token_id": 5}},
+        {"config": {"eos_token_id": 0}},
+        {"generation_config": {"top_p": 0.9}, "config": {"eos_token_id": [0]}},
     ],
 )
 def test_where_the_end_mark_is_named(tmp_path: Path, files: dict[str, object]) -> None:
@@ -236,6 +239,7 @@ def test_where_the_end_mark_is_named(tmp_path: Path, files: dict[str, object]) -
         ({"special_tokens_map": {"eos_token": "<stop>"}}, r"special_tokens_map\.json: eos_token '<stop>' is no token"),
         ({"tokenizer_config": {"eos_token": "<end><end>"}}, "eos_token '<end><end>' is no token"),
         ({"generation_config": {"eos_token_id": [0, 1]}}, r"no eos_token to end documents with; set one in its"),
+        ({"config": {"eos_token_id": [0, 1]}}, r"no eos_token to end documents with; set one in its"),
         ({"generation_config": {"eos_token_id": 5000}}, r"no eos_token to end documents with; set one in its"),
         (
             {"tokenizer_config": {"eos_token": "<end>", "added_tokens_decoder": {"900": token("<x>")}}},

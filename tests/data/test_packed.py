@@ -47,6 +47,31 @@ def check_against_documents(sample: PackedSample, documents: list[list[int]]) ->
     assert (sample.loss_mask.dtype, sample.cu_seqlens.dtype) == (torch.float32, torch.int32)
 
 
+@pytest.mark.parametrize("corpora", [1, 3])
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_the_pieces_say_where_every_token_is_from(tmp_path: Path, length: int, corpora: int) -> None:
+    """Several passes over one corpus and over a blend, with empty documents."""
+    lengths = [*LENGTHS[:6], 0, *LENGTHS[6:], 0]
+    corpus = {}
+    for number in range(corpora):
+        documents = unique_documents(lengths, first_id=1000 * number, eod=None)
+        corpus[write_corpus(tmp_path / f"c{number}", documents)] = documents
+    dataset = build(list(corpus), tmp_path, sequence_length=length, num_samples=200)
+    named = set()
+    for index in range(200):
+        pack, pieces = dataset[index], dataset.pieces(index)
+        assert [0, *(piece.end for piece in pieces)] == pack.cu_seqlens.tolist()
+        assert [piece.start for piece in pieces] == pack.cu_seqlens[:-1].tolist()
+        for piece in pieces:
+            document = corpus[piece.corpus][piece.document]
+            whole = document[piece.offset : piece.offset + piece.end - piece.start]
+            assert pack.tokens[piece.start : piece.end].tolist() == whole
+            named.add(piece.corpus)
+    assert named == set(corpus)
+    with pytest.raises(IndexError, match="pack 200 of 200"):
+        dataset.pieces(200)
+
+
 @pytest.mark.parametrize("length", [2, 3, 7, 16, 64])
 def test_packs_are_the_documents_end_to_end(tmp_path: Path, length: int) -> None:
     documents = unique_documents(LENGTHS, eod=None)

@@ -339,8 +339,9 @@ def test_what_is_passed_over_is_said(tmp_path: Path, model: Path) -> None:
     for name in ("a.txt", "b.py", "c.py", ".d.txt"):
         (tmp_path / "corpus" / name).write_text("text")
     report = tokenize_corpus([tmp_path / "corpus"], tmp_path / "out", model, workers=1)
-    assert str(report).splitlines()[0] == f"passed over in {tmp_path / 'corpus'}: 2 .py, 1 hidden"
-    assert str(report).splitlines()[1].startswith(f"{tmp_path / 'out'}: 1 documents")
+    first = f"passed over in {tmp_path / 'corpus'}: 2 .py, 1 hidden (--suffix .EXT takes such files as text)"
+    assert str(report).splitlines()[0] == first
+    assert str(report).splitlines()[1].startswith(f"{tmp_path / 'out'}: 1 document,")
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "hugging face"])

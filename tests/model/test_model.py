@@ -34,7 +34,7 @@ def meta_parameters(rank: int, world_size: int, name: str) -> tuple[int, int, li
     mesh.initialise(config.parallel, seed=1)
     with torch.device("meta"):
         model = build_chunk(
-            engine_config(config, dtype=torch.bfloat16, on_meta=True),
+            engine_config(config, dtype=torch.bfloat16, on_default_device=True),
             vocab_size=config.model.vocab_size,
             max_sequence_length=8192,
         )

@@ -31,7 +31,6 @@ from megatron_m1.layers.kind import LayerKind, Matrix
 from megatron_m1.layers.pack import batch_params, layout_of
 from megatron_m1.plan.flops import FLOPS_PER_BYTE, layout_cost, training_flops
 from megatron_m1.plan.parameters import model_counts, rank_counts
-from megatron_m1.runtime import mesh
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.shapes import registry as shapes
 from megatron_m1.shapes.kind import MixerShape, Parameter
@@ -255,7 +254,6 @@ def test_a_checkpoint_of_one_mesh_goes_on_on_another(workers: WorkerPool, tmp_pa
 def train_and_generate(rank: int, world_size: int, folder: Path, prompts: list[list[int]]) -> runs.Generated:
     """A run folder, and from it the sampler against the forward pass of training."""
     runs.train_and_save(rank, world_size, own_config(), folder)
-    mesh.shut_down()
     return runs.generate_and_compare(rank, world_size, folder, prompts, 5, [64, 1, 5])
 
 

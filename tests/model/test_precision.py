@@ -10,7 +10,6 @@ import torch
 
 from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import Config
-from megatron_m1.config.io import config_text
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.step import evaluate, train_step
 from megatron_m1.training.trained_model import TrainedModel
@@ -53,9 +52,7 @@ def bf16_run(rank: int, world_size: int, config: Config, folder: str, head: torc
     batch = my_share(trained, packs())
     losses = [train_step(trained, batch, lr=1e-3).loss for _ in range(2)]
     wrong["stepped"] = _wrong_dtypes(trained, head)
-    checkpoints = Checkpoints(
-        Path(folder), keep=1, async_save=False, config_text=config_text(config), note=lambda line: None
-    )
+    checkpoints = Checkpoints(Path(folder), keep=1, async_save=False, config=config, note=lambda line: None)
     checkpoints.save(trained, {"step": 2})
     at_save = evaluate(trained, batch).loss
     train_step(trained, batch, lr=1e-2)

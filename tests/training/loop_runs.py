@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
@@ -19,6 +20,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from megatron_m1 import cli
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.resolve import resolve
@@ -66,7 +68,64 @@ def write_settings(path: Path, corpus: dict[str, Any], folder: Path, *settings: 
 
 def train(rank: int, world_size: int, settings: Path) -> dict[str, Any]:
     """Run the loop as the console command does."""
+    return trained(_config(settings, world_size))
+
+
+def trained(config: ResolvedConfig) -> dict[str, Any]:
+    """The summary of a run that has something to train."""
+    summary = pretrain(config)
+    assert summary is not None
+    return summary
+
+
+def train_nothing(rank: int, world_size: int, settings: Path) -> dict[str, Any] | None:
+    """Run the loop of a run that may have nothing to train."""
     return pretrain(_config(settings, world_size))
+
+
+def command(rank: int, world_size: int, words: list[str], folder: Path | None = None) -> tuple[int, str]:
+    """Run the console command as one of torchrun's workers, in a directory; its status and what it prints."""
+    with contextlib.ExitStack() as held:
+        if folder is not None:
+            held.enter_context(contextlib.chdir(folder))
+        printed = held.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        status = cli.run(words)
+    return status, printed.getvalue()
+
+
+def state_of(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and content of everything below a folder."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, b"" if path.is_dir() else path.read_bytes())
+        for path in (folder, *folder.rglob("*"))
+    }
+
+
+def train_with_variables(
+    rank: int, world_size: int, settings: Path, variables: dict[str, str]
+) -> dict[str, Any] | None:
+    """Run the loop with some environment variables."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        return pretrain(_config(settings, world_size))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def train_on_a_known_device(rank: int, world_size: int, settings: Path, peak_flops: float) -> None:
+    """One step, a save and a validation of a device of so many FLOP/s at most."""
+    config = _config(settings, world_size)
+    grid = mesh.initialise(config.parallel, seed=config.train.seed)
+    with ExitStack() as held:
+        trainer = open_trainer(config, grid, held, console=Console(file=io.StringIO()))
+        assert trainer is not None
+        trainer.peak_flops = peak_flops
+        for number in (1, 2):
+            trainer.step(number)
+            trainer.save()
+        trainer.validate()
 
 
 def _config(settings: Path, world_size: int) -> ResolvedConfig:
@@ -129,7 +188,7 @@ def train_with_a_full_disk(rank: int, world_size: int, settings: Path, step: int
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         with once(lambda: steps_recorded(Path(config.run.folder)) > step, make_room):
-            return pretrain(config)
+            return trained(config)
     finally:
         make_room()
 
@@ -148,7 +207,7 @@ def train_until_signal(rank: int, world_size: int, settings: Path, number: signa
     config = _config(settings, world_size)
     folder = Path(config.run.folder)
     with once(lambda: rank == to and steps_recorded(folder) > 3, lambda: os.kill(os.getpid(), number)):
-        return pretrain(config)
+        return trained(config)
 
 
 def train_until_not_finite(rank: int, world_size: int, settings: Path) -> str:
@@ -181,7 +240,9 @@ def poison_one_gradient(rank: int, world_size: int, settings: Path, value: float
     config = _config(settings, world_size)
     grid = mesh.initialise(config.parallel, seed=config.train.seed)
     with ExitStack() as held:
-        return _poison(open_trainer(config, grid, held, console=Console(file=io.StringIO())), value)
+        trainer = open_trainer(config, grid, held, console=Console(file=io.StringIO()))
+        assert trainer is not None
+        return _poison(trainer, value)
 
 
 def _poison(trainer: Trainer, value: float) -> dict[str, Any]:

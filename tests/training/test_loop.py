@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_m1.checkpoint.store import CheckpointError
 from megatron_m1.config.io import parse_config
 from megatron_m1.runtime.pool import WorkerPool
-from megatron_m1.training.resume import changed_fields
+from megatron_m1.training.changes import changed_fields
 from megatron_m1.training.run_folder import sole_writer
 from tests.training import loop_runs as runs
 from tests.training.loop_runs import Setting
@@ -87,6 +87,8 @@ def test_every_step_leaves_its_record(straight: Path) -> None:
         == [
             *["step", "tokens", "loss", "aux_loss", "grad_norm", "lr", "tokens_per_second", "model_tflops_per_device"],
             *["expert_load_max_over_mean", "skipped_steps"],
+            *["memory_peak_gib", "memory_peak_rank", "memory_peak_least_gib"],
+            *["data_seconds", "forward_backward_seconds", "optimizer_seconds", "save_seconds"],
         ]
         and all(math.isfinite(value) for value in line.values())
         for line in steps
@@ -206,7 +208,8 @@ def test_more_steps_keep_the_order_of_the_data(train: Train, straight: Path) -> 
     folder, _ = train(derived)
     assert runs.trace(folder) == runs.trace(straight)
     for place in (folder, folder / "checkpoints" / "step_00000012"):
-        assert yaml.safe_load((place / "config.yaml").read_text())["data"]["train_samples"] == runs.PACKS_IN_A_PASS
+        asked, became = (yaml.safe_load((place / f"{name}.yaml").read_text()) for name in ("config", "resolved"))
+        assert (asked["data"]["train_samples"], became["data"]["train_samples"]) == (None, runs.PACKS_IN_A_PASS)
 
 
 def test_what_has_changed_since_the_checkpoint_is_told() -> None:
@@ -222,7 +225,7 @@ def test_what_has_changed_since_the_checkpoint_is_told() -> None:
     assert changed_fields(saved, now) == {
         "run.init_from": "run.init_from None -> x, which is not read again",
         "model.moe_router_topk": "model.moe_router_topk 2 -> 1",
-        "data.seq_length": "data.seq_length 8192 -> 64",
+        "data.seq_length": "data.seq_length 512 -> 64",
         "optimizer.lr": "optimizer.lr 0.0002 -> 0.1",
     }
 
@@ -233,10 +236,36 @@ def test_saving_by_the_clock_in_the_background_changes_nothing(train: Train, str
     assert runs.trace(folder) == runs.trace(straight)
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["latest", "step_00000011", "step_00000012"]
-    before = (folder / "summary.json").read_bytes()
-    again, _ = train(*changes)
-    assert runs.trace(again)[:-1] == runs.trace(straight)
-    assert (folder / "summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        [("train.max_steps", 4), ("data.train", ["0.5", "nowhere", "0.5", "nowhere else"]), ("data.seq_length", 32)],
+        [("run.tensorboard", True), ("train.profile_step_start", 1), ("train.profile_step_end", 3), (EP, 2)],
+    ],
+    ids=["at its end", "beyond its end, with another blend", "with other records, on another mesh"],
+)
+def test_nothing_to_train_writes_nothing(
+    workers: WorkerPool, settings: Callable[..., Path], straight: Path, tmp_path: Path, changes: list[Setting]
+) -> None:
+    """Not even a time: neither the loop's own ranks nor what checks before them."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before = runs.state_of(folder)
+    path = settings(*changes)
+    assert workers.run(runs.train_nothing, path, world_size=2, process_group=False) == [None, None]
+    # The lock came and went in the folder itself.
+    assert {name: state for name, state in runs.state_of(folder).items() if name != "."} == {
+        name: state for name, state in before.items() if name != "."
+    }
+    before = runs.state_of(tmp_path)
+    said = workers.run(runs.command, ["pretrain", "--config", str(path)], world_size=2, process_group=False)
+    steps = dict(changes).get("train.max_steps", runs.STEPS)
+    line = f"nothing to train: the run is at step 12, train.max_steps is {steps}; raise it to go on, or choose another"
+    assert said == [(0, f"{line} run.folder\n"), (0, "")]
+    assert runs.state_of(tmp_path) == before
 
 
 def test_documents_may_flow_into_each_other(train: Train, straight: Path) -> None:

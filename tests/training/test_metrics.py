@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_m1.config.tree import RunConfig
 from megatron_m1.training import step, trainer
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.metrics import MetricsLog, rewind
@@ -34,10 +34,8 @@ def open_log(folder: Path, *, start_step: int = 0, log_interval: int = 1, termin
     console = Console(file=io.StringIO(), force_terminal=terminal, width=200)
     return MetricsLog(
         folder,
+        RunConfig(tensorboard=False, log_interval=log_interval),
         start_step=start_step,
-        tensorboard=False,
-        wandb_project=None,
-        log_interval=log_interval,
         total_steps=20,
         console=console,
     )
@@ -93,10 +91,8 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     def write(start_step: int, steps: range, loss: float) -> None:
         with MetricsLog(
             tmp_path,
+            RunConfig(log_interval=50),
             start_step=start_step,
-            tensorboard=True,
-            wandb_project=None,
-            log_interval=50,
             total_steps=20,
             console=Console(file=io.StringIO()),
         ) as log:
@@ -159,10 +155,3 @@ def test_a_line_of_text_is_shown_as_it_is(tmp_path: Path) -> None:
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="log_interval is 0"):
         open_log(tmp_path, log_interval=0)
-
-
-def test_wandb_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"wandb_project is 'm1' but the wandb package is not installed.*\[wandb\]"):
-        MetricsLog(tmp_path / "run", start_step=0, tensorboard=False, wandb_project="m1", log_interval=1, total_steps=2)
-    assert not (tmp_path / "run").exists()

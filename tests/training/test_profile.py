@@ -41,6 +41,20 @@ def test_window(tmp_path: Path, first: int, last: int, name: str, steps: list[st
     assert marked_steps(path) == steps
 
 
+def test_rank_zero_says_where_the_trace_is_and_torch_says_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for rank in range(2):
+        notes: list[str] = []
+        window = ProfilerWindow(tmp_path, rank=rank, start=1, end=3, note=notes.append)
+        run(window, 1, 3)
+        path = tmp_path / "profile" / f"steps_1_to_2_rank_{rank}.json"
+        assert path.exists()
+        assert notes == ([f"profile of steps 1 to 2 written to {path} (one a rank)"] if rank == 0 else [])
+    # Nor on the descriptors, where Kineto writes by itself.
+    assert capfd.readouterr() == ("", "")
+
+
 def test_nothing_outside_the_window(tmp_path: Path) -> None:
     for start, end in ((None, None), (10, 11)):
         window = ProfilerWindow(tmp_path, rank=0, start=start, end=end)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_m1.config.tree import RunConfig
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.metrics import MetricsLog
 from megatron_m1.training.record_file import RecordFile
@@ -36,7 +37,7 @@ def test_kept_records_come_later_and_none_is_torn(tmp_path: Path) -> None:
         file.write(record(7))
         file.close()
     assert path.read_bytes() == b"".join(map(record, range(1, 7)))
-    assert len(notes) == 4 and notes[3] == f"{path} lacks 1 records: File too large"
+    assert len(notes) == 4 and notes[3] == f"{path} lacks 1 record: File too large"
 
 
 def test_no_more_is_kept_than_asked_for(tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_no_more_is_kept_than_asked_for(tmp_path: Path) -> None:
     file.write(record(9))
     file.close()
     assert (tmp_path / "records").read_bytes() == b"".join(map(record, (1, 2, 3, 9)))
-    assert notes[1:] == [f"{tmp_path / 'records'} is written again, 5 records are lost"]
+    assert notes[1:] == [f"{tmp_path / 'records'} is written again, lost: 5 records"]
 
 
 def test_a_folder_that_goes_and_comes_back(tmp_path: Path) -> None:
@@ -74,8 +75,7 @@ LOSS = Figure("loss", "loss {:.4f}")
 
 def test_the_log_of_a_run(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=300)
-    settings = dict(tensorboard=True, wandb_project=None, log_interval=1, total_steps=9, console=console)
-    with MetricsLog(tmp_path, start_step=0, **settings) as log:  # type: ignore[arg-type]
+    with MetricsLog(tmp_path, RunConfig(), start_step=0, total_steps=9, console=console) as log:
         for step in range(1, 4):
             log.log_step(step, {LOSS: 1.0})
         with file_size_limit(100):

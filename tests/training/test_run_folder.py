@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.config import Config
-from megatron_m1.config.io import write_config
+from megatron_m1.config.written import write_config
 from megatron_m1.training.run_folder import check_run_folder, sole_writer
 from tests.harness.preload import without_locks
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,11 @@ import torch
 from megatron_m1.config import ModelConfig
 from megatron_m1.config.resolve import check_model
 from megatron_m1.convert.families.minimax_m1 import rotary
-from megatron_m1.files import read_json_object
+from megatron_m1.convert.places import check_model_type
 from megatron_m1.shapes.registry import layer_mixers
 from megatron_m1.shapes.residual import residual_alpha
 from megatron_m1.shapes.softmax import rotary_dim
 
-CONFIG = "config.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Our names of the dtypes that weights may have."""
 NATIVE_BLOCK = 256
@@ -182,19 +180,6 @@ def caveats(model: ModelConfig, *, native: bool = False) -> list[str]:
     return [*lines, VLLM]
 
 
-def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json``.
-
-    Raises:
-        ValueError: it is missing or no JSON object.
-    """
-    path = folder / CONFIG
-    try:
-        return read_json_object(path)
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror}; give a Hugging Face model folder") from error
-
-
 def model_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Translate the content of a ``config.json``, in the hub's spelling, in native transformers', or in both.
 
@@ -202,9 +187,7 @@ def model_from_hf(config: Mapping[str, Any]) -> ModelConfig:
         ValueError: it is another kind of model, has a feature that ours lacks, or the two spellings contradict each
             other; one line.
     """
-    kind = config.get("model_type")
-    if kind not in ("minimax", "minimax_m1", "minimax_text_01"):
-        raise ValueError(f"model_type = {kind!r}: only minimax, minimax_m1 and minimax_text_01 can be converted")
+    check_model_type(config)
     # A key that is null is as good as missing.
     config = {key: value for key, value in config.items() if value is not None}
     for key, value in _MUST_BE.items():

@@ -1,0 +1,1 @@
+"""Flags of Megatron-LM and torchtitan, and what they are called here."""

@@ -1,0 +1,1 @@
+"""What ``import megatron_m1`` offers to programs, and the commands use."""

@@ -1,0 +1,124 @@
+"""Packs by index, with the documents that they are made of."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import overload
+
+from torch import Tensor
+
+from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
+from megatron_m1.data.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class PackedDocument:
+    """A document in a pack, or the piece of one that is there."""
+
+    corpus: str
+    """Prefix of its corpus."""
+    index: int
+    """Which document of the corpus it is, from 0."""
+    offset: int
+    """Tokens of the document before this piece."""
+    start: int
+    """Where it begins in the pack."""
+    end: int
+    """Where it ends there."""
+    tokens: Tensor
+    """int64 [end - start]."""
+    tokenizer: Tokenizer = field(repr=False)
+
+    @property
+    def text(self) -> str:
+        """Its text; where a piece was cut within a character, what the tokenizer makes of the rest."""
+        return self.tokenizer.decode(self.tokens.tolist())
+
+
+@dataclass(frozen=True, eq=False)
+class Pack(PackedSample):
+    """One pack of n tokens, as a step of training takes it, and what it is made of."""
+
+    documents: tuple[PackedDocument, ...] = ()
+    """In their order; where documents flow into each other, ``cu_seqlens`` has fewer bounds than there are here."""
+
+
+class PackedData(Sequence[Pack]):
+    """Packs in their final order, as ``megatron_m1.packed_data`` returns them. Slices are lists."""
+
+    def __init__(self, packs: PackedDataset, tokenizer: Tokenizer) -> None:
+        self._packs = packs
+        self.tokenizer = tokenizer
+        """Of the corpora."""
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of every pack."""
+        return self._packs.sequence_length
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    @overload
+    def __getitem__(self, index: int) -> Pack: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Pack]: ...
+
+    def __getitem__(self, index: int | slice) -> Pack | list[Pack]:
+        if isinstance(index, slice):
+            return [self._pack(i) for i in range(*index.indices(len(self)))]
+        return self._pack(index + len(self) if index < 0 else index)
+
+    def _pack(self, index: int) -> Pack:
+        sample = self._packs[index]
+        documents = tuple(
+            PackedDocument(
+                piece.corpus,
+                piece.document,
+                piece.offset,
+                piece.start,
+                piece.end,
+                sample.tokens[piece.start : piece.end],
+                self.tokenizer,
+            )
+            for piece in self._packs.pieces(index)
+        )
+        return Pack(sample.tokens, sample.labels, sample.loss_mask, sample.cu_seqlens, documents=documents)
+
+
+def build_packed_data(
+    blend: Sequence[str],
+    *,
+    seq_length: int,
+    num_samples: int,
+    seed: int,
+    tokenizer: Tokenizer,
+    cache_folder: str | None,
+    reset_at_documents: bool,
+) -> PackedData:
+    """Build what ``data.packed_data`` has worked out; without a cache folder, in one that is gone at once.
+
+    Raises:
+        ValueError: as of ``build_packed_dataset``, or a file is missing.
+    """
+    with ExitStack() as stack:
+        if cache_folder is None:
+            # The indices are mapped once they are built, and what is mapped stays without its name.
+            cache_folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-m1-"))
+        try:
+            packs = build_packed_dataset(
+                blend,
+                sequence_length=seq_length,
+                num_samples=num_samples,
+                seed=seed,
+                tokenizer=tokenizer,
+                cache_folder=cache_folder,
+                reset_at_documents=reset_at_documents,
+            )
+        except FileNotFoundError as error:
+            raise ValueError(str(error)) from error
+    return PackedData(packs, tokenizer)
