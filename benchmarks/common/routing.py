@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import megatron_m1
 from benchmarks.common.documents import log_normal_lengths
-from megatron_m1.convert.our_checkpoint import OurCheckpoint
-from megatron_m1.convert.sources import open_any
-from megatron_m1.data.packed import PackedSample, build_packed_dataset
-from megatron_m1.data.tokenizers import load_tokenizer
-from megatron_m1.generate.build import build_model
+from megatron_m1.data.packed import PackedSample
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.layers.router import Router
 from megatron_m1.parallel.expert.quota import capacity, share_capacity
@@ -97,8 +94,23 @@ def mean_dropped(counts: Tensor, ranks: int, tokens: int, topk: int, factor: flo
     return Dropped(*(sum(getattr(one, side) for one in found) / len(found) for side in ("per_rank", "shared")))
 
 
-def record_choices(model: nn.Module, samples: Iterable[PackedSample]) -> Tensor:
+def _through(model: nn.Module) -> Callable[[PackedSample], object]:
+    def run(sample: PackedSample) -> object:
+        params = PackedBatchParams.of(SequenceLayout.build(sample.cu_seqlens))
+        return model(sample.tokens[None], None, None, packed_seq_params=params)
+
+    return run
+
+
+def record_choices(
+    model: nn.Module, samples: Iterable[PackedSample], run: Callable[[PackedSample], object] | None = None
+) -> Tensor:
     """Run packs through a whole model on this process, and keep every router's choices.
+
+    Args:
+        model: whose routers are looked at.
+        samples: packs.
+        run: what takes a pack through the model; None calls it as the training loop does.
 
     Returns:
         bool [layers, tokens, experts], tokens of all packs end to end, before any is dropped by capacity.
@@ -114,8 +126,7 @@ def record_choices(model: nn.Module, samples: Iterable[PackedSample]) -> Tensor:
     try:
         with torch.no_grad():
             for sample in samples:
-                params = PackedBatchParams.of(SequenceLayout.build(sample.cu_seqlens))
-                model(sample.tokens[None], None, None, packed_seq_params=params)
+                (run or _through(model))(sample)
     finally:
         for handle in handles:
             handle.remove()
@@ -123,7 +134,7 @@ def record_choices(model: nn.Module, samples: Iterable[PackedSample]) -> Tensor:
 
 
 def choices_of_checkpoint(path: Path, packs: int) -> tuple[Tensor, int]:
-    """Choices of a run's or checkpoint's routers on held-out packs; starts torch.distributed with one process.
+    """Choices of a run's or checkpoint's routers on held-out packs.
 
     Args:
         path: of a run folder or checkpoint that has validation data.
@@ -132,19 +143,6 @@ def choices_of_checkpoint(path: Path, packs: int) -> tuple[Tensor, int]:
     Returns:
         ``record_choices``, and the experts that each token chose.
     """
-    source = open_any(path)
-    assert isinstance(source, OurCheckpoint)
-    config = source.contents.config
-    data = config.data
-    assert data.cache_folder is not None, "a run writes down which one it used"
-    samples = build_packed_dataset(
-        data.validation,
-        sequence_length=data.seq_length,
-        num_samples=packs,
-        seed=config.train.seed,
-        tokenizer=load_tokenizer(data.tokenizer),
-        cache_folder=data.cache_folder,
-        reset_at_documents=data.reset_at_documents,
-    )
-    model = build_model(source, torch.float32)
-    return record_choices(model, (samples[index] for index in range(packs))), config.model.moe_router_topk
+    model = megatron_m1.load(path, device="cpu", dtype="fp32")
+    samples = megatron_m1.packed_data(path, split="validation", num_samples=packs)
+    return record_choices(model.module, samples, model.logits), model.config.model.moe_router_topk

@@ -71,10 +71,14 @@ def alone(rank: int, world_size: int, config: Config, batch: list[PackedSample],
 
 def joined(first: PackedSample, second: PackedSample) -> PackedSample:
     """Two packs as one: no document sees another."""
-    names = ("tokens", "labels", "loss_mask")
     ends = second.cu_seqlens[1:] + len(first.tokens)
-    parts = [torch.cat([getattr(sample, name) for sample in (first, second)]) for name in names]
-    return PackedSample(*parts, torch.cat([first.cu_seqlens, ends]))
+    both = (first, second)
+    return PackedSample(
+        torch.cat([sample.tokens for sample in both]),
+        torch.cat([sample.labels for sample in both]),
+        torch.cat([sample.loss_mask for sample in both]),
+        torch.cat([first.cu_seqlens, ends]),
+    )
 
 
 def split_owners(bounds: list[int], context: int, tensor: int) -> list[int]:
@@ -106,7 +110,7 @@ def test_ranks_of_a_pack_share_the_capacity(name: str, workers: WorkerPool) -> N
 
 def test_data_parallel_ranks_share_the_capacity(workers: WorkerPool) -> None:
     """Two packs at once on two ranks are one pack of two on one process; aux losses, which are per pack, are off."""
-    model = {"moe_expert_capacity_factor": FACTOR, "moe_aux_loss_coeff": 0.0}
+    model: dict[str, Any] = {"moe_expert_capacity_factor": FACTOR, "moe_aux_loss_coeff": 0.0}
     by_rank = workers.run(on_mesh, run_config({EP: 2, G: 2}, **model), world_size=2)
     batch = packs()
     pairs = [joined(batch[i], batch[i + 1]) for i in (0, 2)]
