@@ -13,7 +13,7 @@ def process_groups(expert_ranks: int, tensor_ranks: int, rank: int) -> Ranks:
     def mine(groups: list[list[int]]) -> dist.ProcessGroup | None:
         made = [dist.new_group(group) for group in groups]
         (found,) = (g for g, members in zip(made, groups, strict=True) if rank in members)
-        return found if len(groups[0]) > 1 else None
+        return found if isinstance(found, dist.ProcessGroup) and len(groups[0]) > 1 else None
 
     e, t = expert_ranks, tensor_ranks
     return Ranks(

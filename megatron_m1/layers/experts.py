@@ -10,9 +10,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
 
-from megatron_m1.kernels.expert_mlp import expert_mlp
+from megatron_m1.kernels.expert_mlp.grouped import Grouped
 from megatron_m1.kernels.expert_mlp.one_by_one import OneByOne
-from megatron_m1.parallel.expert.layer import Experts
+from megatron_m1.parallel.expert.layer import Experts, experts_mlp
 
 
 class ColumnParallelWeight(ColumnParallelLinear):
@@ -40,6 +40,11 @@ class LocalExperts(SequentialMLP):
     Between expert-tensor ranks the token dispatcher gathers and reduces, so an expert's own work is local.
     """
 
+    def products(self) -> Experts:
+        """How they are computed: one by one, or in 16 bits on a GPU all at once."""
+        weight = self.local_experts[0].linear_fc2.weight
+        return Grouped() if weight.is_cuda and weight.dtype == torch.bfloat16 else OneByOne()
+
     def weights(self) -> list[Tensor]:
         """fc1 [2 ffn / etp, hidden] and fc2 [hidden, ffn / etp] of every local expert in turn."""
         return [linear() for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)]
@@ -57,18 +62,8 @@ class LocalExperts(SequentialMLP):
         Returns:
             [tokens, hidden] (a partial sum with expert tensor parallelism), and no bias.
         """
-        counts, weights = tokens_per_expert.tolist(), self.weights()
-        outputs = [
-            expert_mlp(tokens, probs, fc1, fc2)
-            for tokens, probs, fc1, fc2 in zip(
-                permuted_local_hidden_states.split(counts),
-                permuted_probs.split(counts),
-                weights[::2],
-                weights[1::2],
-                strict=True,
-            )
-        ]
-        return torch.cat(outputs), None
+        counts = tokens_per_expert.tolist()
+        return experts_mlp(permuted_local_hidden_states, permuted_probs, counts, self.weights(), self.products()), None
 
 
 class ThroughAutograd:
@@ -116,5 +111,5 @@ class ThroughAutograd:
 def products_of(experts: Any) -> tuple[Experts, list[Tensor]]:
     """How the experts of a layer compute in passes, and their weights."""
     if isinstance(experts, LocalExperts):
-        return OneByOne(), experts.weights()
+        return experts.products(), experts.weights()
     return ThroughAutograd(experts), list(experts.parameters())
