@@ -58,15 +58,15 @@ class Router(TopKRouter):
         counted = None if padding_mask is None else ~padding_mask.reshape(-1)
         if torch.is_grad_enabled():
             chosen = routing_map.detach() if counted is None else routing_map.detach() & counted[:, None]
-            counts = chosen.sum(dim=0)
+            counts = chosen.sum(dim=0)  # [experts]
             self.tokens_per_expert = counts if self.tokens_per_expert is None else self.tokens_per_expert + counts
         factor = self.config.model.moe_expert_capacity_factor
         if factor is not None:
             kept = self._within_capacity(probs.detach(), routing_map, factor, counted)
-            if torch.is_grad_enabled():
-                total = kept.sum()
-                self.tokens_kept = total if self.tokens_kept is None else self.tokens_kept + total
             probs, routing_map = probs * kept, kept
+        if torch.is_grad_enabled():
+            total = routing_map.sum() if factor is not None else chosen.sum()
+            self.tokens_kept = total if self.tokens_kept is None else self.tokens_kept + total
         return probs, routing_map
 
     def _within_capacity(self, probs: Tensor, chosen: Tensor, factor: float, counted: Tensor | None) -> Tensor:
@@ -159,8 +159,12 @@ class Router(TopKRouter):
             activation, aux_loss_coeff, aux_loss, aux_loss_name, reduce_group, needs_dp_avg
         )
 
-    def take_counts(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return and forget this rank's tokens per expert [num_experts] and summed, unweighted aux loss (scalar)."""
-        taken = self.tokens_per_expert, self.aux_loss_sum
+    def take_counts(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return and forget what this rank has counted since the last call, None for what it has not.
+
+        Tokens that chose each expert, [num_experts]; how many choices were kept (scalar); the summed, unweighted aux
+        loss (scalar).
+        """
+        taken = self.tokens_per_expert, self.tokens_kept, self.aux_loss_sum
         self.tokens_per_expert, self.aux_loss_sum, self.tokens_kept, self._seen = None, None, None, None
         return taken

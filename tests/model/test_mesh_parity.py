@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from megatron_m1.runtime.pool import WorkerPool
-from megatron_m1.training.step import AUX_LOSS, EXPERT_LOAD, GRAD_NORM, LOSS
+from megatron_m1.training.expert_load import EXPERT_LOAD
+from megatron_m1.training.step import AUX_LOSS, GRAD_NORM, LOSS
 from tests.model.meshes import assemble, gradients_and_trace, router_gradient, run_config
 
 GRADIENT_TOLERANCE = 2e-6
