@@ -63,7 +63,7 @@ def _filled_in(config: Config, *, has_gpu: bool) -> ResolvedConfig:
         **vars(config)
         | {
             "model": _filled_in_model(config.model, has_gpu=has_gpu),
-            "parallel": _filled_in_mesh(config, has_gpu=has_gpu),
+            "parallel": resolve_mesh(config, has_gpu=has_gpu),
             "data": _filled_in_data(config),
             "train": ResolvedTrainConfig(
                 **vars(config.train)
@@ -80,7 +80,12 @@ def _filled_in_model(model: ModelConfig, *, has_gpu: bool) -> ResolvedModelConfi
     return ResolvedModelConfig(**vars(model) | {"residual_alpha": residual_alpha(model), "transformer_impl": modules})
 
 
-def _filled_in_mesh(config: Config, *, has_gpu: bool) -> ResolvedParallelConfig:
+def resolve_mesh(config: Config, *, has_gpu: bool) -> ResolvedParallelConfig:
+    """Fill in the mesh's derived fields, as ``resolve`` does.
+
+    Raises:
+        ValueError: a size is not above 0, or the stages can't be laid out.
+    """
     parallel = config.parallel
     _check_positive("parallel", parallel, [name for name in vars(parallel) if name.endswith("_parallel_size")])
     expert_tensor, by_sequence = parallel.expert_tensor_parallel_size, parallel.sequence_parallel
