@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import importlib.util
 import math
+from itertools import pairwise
 
 from megatron_m1.config.pipeline import Stages, plan_stages
 from megatron_m1.config.resolved import (
@@ -285,6 +286,7 @@ def _check_train(config: Config) -> None:
     _check_positive("train", train, ["max_steps", "max_skipped_steps"])
     _check_not_negative("train", train, ["seed", "eval_interval", "eval_samples"])
     _check_positive("data", data, ["train_samples"])
+    _check_points(config)
     if data.seq_length < 2:
         raise ValueError(f"data.seq_length = {data.seq_length}: a pack needs at least 2 tokens")
     _check_positive("run", run, ["log_interval", "max_failed_saves"])
@@ -300,6 +302,23 @@ def _check_train(config: Config) -> None:
     if data.cache_folder == "":
         raise ValueError("data.cache_folder is empty: give a folder, or null for the run's own")
     check_tracking(run)
+
+
+def _check_points(config: Config) -> None:
+    name, points = "train.moe_aux_loss_coeff_schedule", config.train.moe_aux_loss_coeff_schedule
+    if not points:
+        return
+    tokens, weights = points[::2], points[1::2]
+    if len(tokens) != len(weights):
+        raise ValueError(
+            f"{name} has {len(points)} numbers: give pairs of tokens and weight, as [0, 0.01, 1e12, 0.001]"
+        )
+    if not all(math.isfinite(number) and number >= 0 for number in points):
+        raise ValueError(f"{name} = {points}: all numbers must be finite, and 0 or above")
+    if any(b <= a for a, b in pairwise(tokens)):
+        raise ValueError(f"{name} = {points}: the tokens of its points must rise")
+    if config.model.moe_router_load_balancing_type == "none":
+        raise ValueError(f"{name} is given, but model.moe_router_load_balancing_type is none: leave one of them out")
 
 
 def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:

@@ -198,6 +198,9 @@ class TrainConfig:
     """With full: layers per recomputed chunk."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     """With selective: any of core_attn, moe."""
+    moe_aux_loss_coeff_schedule: list[float] = field(default_factory=list)
+    """Instead of model.moe_aux_loss_coeff, points of tokens and weight, [0, 0.01, 1e12, 0.001]: linear between them,
+    constant outside."""
     eval_interval: int = 0
     """Steps between validations; 0 validates only at the end."""
     eval_samples: int = 16
