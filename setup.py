@@ -37,6 +37,7 @@ PACKAGES = [
     "megatron_m1.kernels.lightning",
     "megatron_m1.kernels.matmul",
     "megatron_m1.kernels.rmsnorm",
+    "megatron_m1.parallel.expert",
     "megatron_m1.data.corpora",
     "megatron_m1.data.demo",
     "megatron_m1.data.packed",

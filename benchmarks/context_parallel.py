@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for benchmarks.common
 
 from benchmarks.common.context_ranks import Case, counted_bytes, predicted_bytes  # noqa: E402
+from benchmarks.common.documents import log_normal_lengths  # noqa: E402
 from megatron_m1.config.presets import m1_456b  # noqa: E402
 from megatron_m1.parallel.balance import ModelCost  # noqa: E402
 from megatron_m1.parallel.layout import SequenceLayout  # noqa: E402
@@ -60,12 +61,7 @@ LINES = {
 
 def short_documents(tokens: int, seed: int) -> list[int]:
     """Lengths, log-normal with mean 2K and sigma 1.5, that fill ``tokens``; the last one is cut."""
-    draw = np.random.default_rng(seed)
-    lengths: list[int] = []
-    while sum(lengths) < tokens:
-        lengths.append(max(1, round(draw.lognormal(np.log(2048) - 1.5**2 / 2, 1.5))))
-    lengths[-1] -= sum(lengths) - tokens
-    return lengths
+    return log_normal_lengths(tokens, 2048, 1.5, np.random.default_rng(seed))
 
 
 def pack(kind: str, tokens: int) -> list[int]:

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_m1.checkpoint.contents import CheckpointContents, StoredTensor, complete_checkpoints, read_checkpoint
-from megatron_m1.commands.options import CommandParser
+from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
-from megatron_m1.config.resolve import check_model
+from megatron_m1.config.resolve import check_model, resolve_mesh
 from megatron_m1.config.written import config_text, tree_values
 from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts, model_counts, parameter_counts
+from megatron_m1.plan.ranks import dense_axes, expert_axes, place, process_groups, spelled
 from megatron_m1.printing import counted, folded, table, terminal_columns
 from megatron_m1.shapes.registry import layer_mixers
 
@@ -26,7 +27,8 @@ def command_parser() -> CommandParser:
     parser = CommandParser(
         "inspect",
         DESCRIPTION,
-        "--preset NAME [--config FILE.yaml] [--model.FIELD VALUE ...] | CHECKPOINT_OR_RUN [--tensors]",
+        "--preset NAME [--config FILE.yaml] [--GROUP.FIELD VALUE ...] [--mesh --world-size N] | "
+        "CHECKPOINT_OR_RUN [--tensors]",
     )
     parser.add_argument(
         "folder",
@@ -40,6 +42,12 @@ def command_parser() -> CommandParser:
     parser.add_argument("--preset", metavar="NAME", help="tiny, m1-mid or m1-456b")
     parser.add_argument(
         "--config", type=path_option, metavar="FILE.yaml", action="append", default=[], help="configuration to count"
+    )
+    parser.add_argument(
+        "--mesh", action="store_true", help="of a configuration: who is in which process group (with --world-size)"
+    )
+    parser.add_argument(
+        "--world-size", type=positive_integer, metavar="N", help="with --mesh: processes over all nodes"
     )
     return parser
 
@@ -57,10 +65,12 @@ def run(arguments: Sequence[str]) -> int:
     described = options.preset is not None or bool(options.config) or bool(flags)
     if sum([options.folder is not None, options.checkpoint is not None, described]) != 1:
         parser.error("give one of --preset NAME (or --config FILE.yaml), CHECKPOINT_OR_RUN, --checkpoint FOLDER")
+    if options.mesh != (options.world_size is not None) or (options.mesh and not described):
+        parser.error("--mesh and --world-size N go together, with a configuration")
     if described:
         config = parse_config(options.config, flags, options.preset)
         check_model(config.model)
-        lines = describe_model(config)
+        lines = describe_mesh(config, options.world_size) if options.mesh else describe_model(config)
     elif options.checkpoint is not None:
         lines = describe_checkpoint(read_checkpoint(options.checkpoint), every_tensor=options.tensors)
     else:
@@ -84,6 +94,40 @@ def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if "=" not in word and rest and not rest[0].startswith("--"):
             flags.append(rest.pop(0))
     return own, flags
+
+
+MOST_RANKS = 64
+"""Of a mesh whose ranks are listed one by one."""
+
+
+def describe_mesh(config: Config, world_size: int) -> list[str]:
+    """Describe who is in which process group, line by line.
+
+    Raises:
+        ValueError: the mesh does not tile the world.
+    """
+    parallel = resolve_mesh(config, has_gpu=False)
+    rows = [["group", "ranks", "groups", "the first", "the last", "share"]]
+    for group in process_groups(parallel, world_size):
+        first, last = spelled(group.members[0]), spelled(group.members[-1])
+        rows.append([group.name, str(len(group.members[0])), str(len(group.members)), first, last, group.shares])
+    lines = [
+        "world = PP x DP x CP x TP = "
+        + " x ".join(str(size) for _, size in reversed(dense_axes(parallel, world_size)))
+        + " = PP x EDP x EP x ETP = "
+        + " x ".join(str(size) for _, size in reversed(expert_axes(parallel, world_size)))
+        + f" = {world_size:,}",
+        "",
+        *table(rows, terminal_columns(), left=[0, 3, 4, 5]),
+    ]
+    if world_size <= MOST_RANKS:
+        grids = [dense_axes(parallel, world_size), expert_axes(parallel, world_size)[:-1]]
+        names = [name for axes in grids for name, _ in axes]
+        ranks = [["rank", *names]]
+        for rank in range(world_size):
+            ranks.append([str(rank), *(str(number) for axes in grids for number in place(rank, axes).values())])
+        lines += ["", *table(ranks, terminal_columns())]
+    return lines
 
 
 def describe_model(config: Config) -> list[str]:

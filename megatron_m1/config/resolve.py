@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import importlib.util
 import math
+from itertools import pairwise
 
 from megatron_m1.config.pipeline import Stages, plan_stages
 from megatron_m1.config.resolved import (
@@ -63,7 +64,7 @@ def _filled_in(config: Config, *, has_gpu: bool) -> ResolvedConfig:
         **vars(config)
         | {
             "model": _filled_in_model(config.model, has_gpu=has_gpu),
-            "parallel": _filled_in_mesh(config, has_gpu=has_gpu),
+            "parallel": resolve_mesh(config, has_gpu=has_gpu),
             "data": _filled_in_data(config),
             "train": ResolvedTrainConfig(
                 **vars(config.train)
@@ -80,7 +81,12 @@ def _filled_in_model(model: ModelConfig, *, has_gpu: bool) -> ResolvedModelConfi
     return ResolvedModelConfig(**vars(model) | {"residual_alpha": residual_alpha(model), "transformer_impl": modules})
 
 
-def _filled_in_mesh(config: Config, *, has_gpu: bool) -> ResolvedParallelConfig:
+def resolve_mesh(config: Config, *, has_gpu: bool) -> ResolvedParallelConfig:
+    """Fill in the mesh's derived fields, as ``resolve`` does.
+
+    Raises:
+        ValueError: a size is not above 0, or the stages can't be laid out.
+    """
     parallel = config.parallel
     _check_positive("parallel", parallel, [name for name in vars(parallel) if name.endswith("_parallel_size")])
     expert_tensor, by_sequence = parallel.expert_tensor_parallel_size, parallel.sequence_parallel
@@ -280,6 +286,7 @@ def _check_train(config: Config) -> None:
     _check_positive("train", train, ["max_steps", "max_skipped_steps"])
     _check_not_negative("train", train, ["seed", "eval_interval", "eval_samples"])
     _check_positive("data", data, ["train_samples"])
+    _check_points(config)
     if data.seq_length < 2:
         raise ValueError(f"data.seq_length = {data.seq_length}: a pack needs at least 2 tokens")
     _check_positive("run", run, ["log_interval", "max_failed_saves"])
@@ -295,6 +302,23 @@ def _check_train(config: Config) -> None:
     if data.cache_folder == "":
         raise ValueError("data.cache_folder is empty: give a folder, or null for the run's own")
     check_tracking(run)
+
+
+def _check_points(config: Config) -> None:
+    name, points = "train.moe_aux_loss_coeff_schedule", config.train.moe_aux_loss_coeff_schedule
+    if not points:
+        return
+    tokens, weights = points[::2], points[1::2]
+    if len(tokens) != len(weights):
+        raise ValueError(
+            f"{name} has {len(points)} numbers: give pairs of tokens and weight, as [0, 0.01, 1e12, 0.001]"
+        )
+    if not all(math.isfinite(number) and number >= 0 for number in points):
+        raise ValueError(f"{name} = {points}: all numbers must be finite, and 0 or above")
+    if any(b <= a for a, b in pairwise(tokens)):
+        raise ValueError(f"{name} = {points}: the tokens of its points must rise")
+    if config.model.moe_router_load_balancing_type == "none":
+        raise ValueError(f"{name} is given, but model.moe_router_load_balancing_type is none: leave one of them out")
 
 
 def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:
@@ -319,5 +343,11 @@ def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:
     if model.fp8 is not None and config.train.precision != "bf16":
         raise ValueError(f"model.fp8 = {model.fp8} needs train.precision bf16, but it is {config.train.precision}")
     check_layers_device(model, precision=config.train.precision, has_gpu=has_gpu)
+    _check_positive("parallel", parallel, ["moe_token_groups"])
+    if parallel.moe_token_groups > 1 and model.moe_token_dispatcher_type != "alltoall":
+        raise ValueError(
+            f"parallel.moe_token_groups = {parallel.moe_token_groups} needs model.moe_token_dispatcher_type alltoall, "
+            f"but it is {model.moe_token_dispatcher_type}: change one of them"
+        )
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
         raise ValueError("parallel.overlap_param_gather needs parallel.overlap_grad_reduce: turn it on as well")

@@ -40,10 +40,23 @@ class ModelConfig:
     """Experts in every layer."""
     moe_router_topk: int = 2
     """Experts per token."""
+    moe_router_load_balancing_type: Literal["aux_loss", "global_aux_loss", "none"] = "aux_loss"
+    """What balances the experts besides a bias: a loss over each pack; global_aux_loss, one whose loads are those of
+    all packs of the step so far, on all ranks; or none."""
     moe_aux_loss_coeff: float = 0.01
     """Weight of the load-balancing loss (MiniMax-01 paper, section 4.2), in Megatron's convention (1 at balance)."""
+    moe_z_loss_coeff: float | None = None
+    """Weight of the router's z-loss, the mean square of its log-sum-exp (ST-MoE, arXiv 2202.08906); none is off."""
+    moe_router_score_function: Literal["softmax", "sigmoid"] = "softmax"
+    """From the router's logits to scores; those of the chosen experts are divided by their sum either way."""
+    moe_router_enable_expert_bias: bool = False
+    """Choose by score plus a bias that rises for experts with less than their share of tokens, once a step
+    (DeepSeek-V3, arXiv 2412.19437, section 2.1.2); needs moe_router_score_function sigmoid."""
+    moe_router_bias_update_rate: float = 1e-3
+    """What the bias rises or falls by in a step."""
     moe_expert_capacity_factor: float | None = None
-    """Tokens kept per expert, as a multiple of the balanced share; none drops no token."""
+    """Tokens that an expert takes of all ranks of a stage and micro-batch, as a multiple of the balanced share; the
+    least likely ones beyond are dropped. none drops no token."""
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = "alltoall"
     """How tokens travel to experts on other ranks."""
     vocab_size: int = 200_064
@@ -95,6 +108,9 @@ class ParallelConfig:
     """Ranks over which the experts are spread."""
     expert_tensor_parallel_size: int | None = None
     """Ranks that share one expert's matrices; none means 1."""
+    moe_token_groups: int = 1
+    """Groups into which a rank's tokens are split, so that the experts' products of one run while others travel (EP,
+    ETP or both above 1; needs model.moe_token_dispatcher_type alltoall); 1 is off."""
     sequence_parallel: bool | None = None
     """Split activations outside the matrices over the tensor ranks; none turns it on when there are any."""
     overlap_grad_reduce: bool = False
@@ -182,6 +198,9 @@ class TrainConfig:
     """With full: layers per recomputed chunk."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     """With selective: any of core_attn, moe."""
+    moe_aux_loss_coeff_schedule: list[float] = field(default_factory=list)
+    """Instead of model.moe_aux_loss_coeff, points of tokens and weight, [0, 0.01, 1e12, 0.001]: linear between them,
+    constant outside."""
     eval_interval: int = 0
     """Steps between validations; 0 validates only at the end."""
     eval_samples: int = 16

@@ -18,6 +18,8 @@ class EngineConfig(TransformerConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape and numerics of the whole model, as resolved: what is ours is read here, not from a copy of it."""
+    moe_token_groups: int = 1
+    """Of ``ParallelConfig``."""
 
     @property
     def lm_head_chunk_bytes(self) -> int:
@@ -56,9 +58,14 @@ def engine_config(config: ResolvedConfig, *, dtype: torch.dtype, on_default_devi
         moe_router_topk=model.moe_router_topk,
         moe_router_dtype="fp32",
         moe_router_pre_softmax=False,
-        moe_router_load_balancing_type="aux_loss",
+        moe_router_load_balancing_type=model.moe_router_load_balancing_type,
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
-        moe_expert_capacity_factor=model.moe_expert_capacity_factor,
+        moe_z_loss_coeff=model.moe_z_loss_coeff,
+        moe_router_score_function=model.moe_router_score_function,
+        moe_router_enable_expert_bias=model.moe_router_enable_expert_bias,
+        moe_router_bias_update_rate=model.moe_router_bias_update_rate,
+        # Our router drops by the tokens of all ranks. The library must not, but has to know that numbers vary.
+        moe_expert_capacity_factor=None if model.moe_expert_capacity_factor is None else 2.0 * model.num_moe_experts,
         moe_token_dispatcher_type=model.moe_token_dispatcher_type,
         moe_grouped_gemm=transformer_engine,
         moe_permute_fusion=transformer_engine,
@@ -104,4 +111,5 @@ def engine_config(config: ResolvedConfig, *, dtype: torch.dtype, on_default_devi
         # Lightning and softmax layers have different shapes under one key (the spelling is megatron-core's).
         hetereogenous_dist_checkpoint=True,
         model=model,
+        moe_token_groups=parallel.moe_token_groups,
     )

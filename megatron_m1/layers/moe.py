@@ -9,12 +9,59 @@ from typing import Any
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor, nn
 
 from megatron_m1.layers.engine import EngineConfig
+from megatron_m1.layers.experts import products_of
 from megatron_m1.layers.kind import LayerKind, Matrix
 from megatron_m1.layers.router import Router
+from megatron_m1.parallel.expert.layer import Call, expert_layer
+from megatron_m1.parallel.expert.links import GroupLink, Links
+from megatron_m1.parallel.expert.plan import Ranks, plan_exchange
 from megatron_m1.shapes.residual import inner_gain, output_gain
+
+
+class TokenGroupMoELayer(MoELayer):
+    """``MoELayer`` whose exchanges run by token groups beside the experts' products (``parallel/expert/schedule.py``).
+
+    Its router, experts, parameters and checkpoint are the stock layer's. ``recompute_modules: [moe]`` recomputes the
+    experts' products inside the one function, and not the router.
+    """
+
+    config: EngineConfig
+
+    def __init__(self, *args: Any, pg_collection: ProcessGroupCollection | None = None, **kwargs: Any) -> None:
+        groups = get_default_pg_collection() if pg_collection is None else pg_collection
+        super().__init__(*args, pg_collection=groups, **kwargs)
+        expert, tensor, both = (
+            group if group.size() > 1 else None for group in (groups.ep, groups.expt_tp, groups.tp_ep)
+        )
+        self._ranks = Ranks(expert, tensor, both)
+        self._links = Links(*(None if group is None else GroupLink(group) for group in (expert, tensor)))
+
+    def forward(
+        self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
+        """See ``MoELayer.forward``.
+
+        Args:
+            hidden_states: [n, 1, hidden], this rank's tokens.
+            intermediate_tensors: of CUDA graphs, which this layer does not support.
+            padding_mask: bool [1, n], true for padding.
+
+        Returns:
+            [n, 1, hidden], and no bias.
+        """
+        assert intermediate_tensors is None, "CUDA graphs are not captured"
+        mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
+        probs, routing_map = self.route(hidden_states, mask)
+        experts, weights = products_of(self.experts)
+        plan = plan_exchange(routing_map, self.config.moe_token_groups, self._ranks)
+        call = Call(plan, self._links, experts, recompute=self.moe_layer_recompute and self.training)
+        # [n, 1, hidden] -> [n, hidden] -> [n, 1, hidden]
+        output = expert_layer(hidden_states.flatten(0, 1), probs, weights, call)
+        return output.view_as(hidden_states), None
 
 
 class MixtureOfExperts(LayerKind):
@@ -23,7 +70,8 @@ class MixtureOfExperts(LayerKind):
     def spec(self, config: EngineConfig, provider: BackendSpecProvider) -> Any:
         """A builder of ``MoELayer``."""
         experts = provider.grouped_mlp_modules(config.moe_grouped_gemm)
-        return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
+        layer = TokenGroupMoELayer if config.moe_token_groups > 1 else MoELayer
+        return partial(layer, submodules=MoESubmodules(experts=experts, router=Router))
 
     def matrices(
         self, module: Any, prefix: str, config: EngineConfig, groups: ProcessGroupCollection

@@ -9,13 +9,8 @@ from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import ExpertsBuilder
 
-from megatron_m1.layers.linear import (
-    ColumnParallelWeight,
-    CpuColumnParallelLinear,
-    CpuExperts,
-    CpuRowParallelLinear,
-    RowParallelWeight,
-)
+from megatron_m1.layers.experts import ColumnParallelWeight, LocalExperts, RowParallelWeight
+from megatron_m1.layers.linear import CpuColumnParallelLinear, CpuRowParallelLinear
 from megatron_m1.layers.norm import NormBuilder, RMSNorm
 
 Implementation = Literal["local", "transformer_engine"]
@@ -28,6 +23,11 @@ class LocalProvider(LocalSpecProvider):
         """The block norm's class."""
         return RMSNorm
 
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
+        """Builder of a layer's local experts, which compute in passes of ours."""
+        submodules = MLPSubmodules(linear_fc1=ColumnParallelWeight, linear_fc2=RowParallelWeight)
+        return partial(LocalExperts, submodules=submodules)
+
 
 class CpuProvider(LocalProvider):
     """The local modules, their products computed by ``kernels.matmul``."""
@@ -39,11 +39,6 @@ class CpuProvider(LocalProvider):
     def row_parallel_linear(self) -> type:
         """Linear split over its inputs."""
         return CpuRowParallelLinear
-
-    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> ExpertsBuilder:
-        """Builder of a layer's local experts."""
-        submodules = MLPSubmodules(linear_fc1=ColumnParallelWeight, linear_fc2=RowParallelWeight)
-        return partial(CpuExperts, submodules=submodules)
 
 
 def spec_provider(implementation: Implementation, *, on_gpu: bool) -> BackendSpecProvider:

@@ -29,10 +29,10 @@ class MixtureOfExperts(FfnShape):
         return experts + 2 * model.hidden_size * model.num_moe_experts
 
     def check(self, model: ModelConfig) -> None:
-        """There are as many experts as a token visits, and it visits two at least.
+        """A token visits two experts or more, there are as many, and a bias has scores that it can be added to.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: it does not, there are fewer, or it has not.
         """
         if model.moe_router_topk < 2:
             # megatron-core refuses it as well, when processes have started.
@@ -44,6 +44,11 @@ class MixtureOfExperts(FfnShape):
             raise ValueError(
                 f"model.moe_router_topk = {model.moe_router_topk} is more than model.num_moe_experts = "
                 f"{model.num_moe_experts}: lower it"
+            )
+        if model.moe_router_enable_expert_bias and model.moe_router_score_function != "sigmoid":
+            raise ValueError(
+                "model.moe_router_enable_expert_bias needs model.moe_router_score_function sigmoid, but it is "
+                f"{model.moe_router_score_function}: change one of them"
             )
 
     def check_split(self, model: ModelConfig, parallel: ResolvedParallelConfig) -> None:

@@ -22,6 +22,7 @@ from megatron_m1.data.packed import PackedSample
 from megatron_m1.layers.head import token_losses
 from megatron_m1.layers.router import Router
 from megatron_m1.runtime.mesh import Mesh
+from megatron_m1.training.expert_load import load_figures
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.microbatch import MicroBatch, make_micro_batch
 from megatron_m1.training.objective import Objective
@@ -37,8 +38,6 @@ AUX_LOSS = Figure("aux_loss", "aux {:.4f}", short="aux {:.2f}", importance=4)
 """Load-balancing loss, unweighted, mean over layers and packs (1 at balance); 0 for a validation."""
 GRAD_NORM = Figure("grad_norm", "grad norm {:.3f}", short="grad {:.2f}", importance=7)
 """Before clipping; 0 for a validation."""
-EXPERT_LOAD = Figure("expert_load_max_over_mean", "load {:.2f}", importance=3)
-"""Most loaded expert over the mean, averaged over layers; 0 for a validation."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class StepResult:
     figures: dict[Figure, float]
     """LOSS, what the objective adds, AUX_LOSS, GRAD_NORM."""
     routing: dict[Figure, float]
-    """How the tokens were dealt to the experts: EXPERT_LOAD."""
+    """How the tokens were dealt to the experts: figures of ``expert_load``."""
     forward_backward_seconds: float = 0.0
     """Of this rank, until the loss was known; 0 for a validation."""
 
@@ -125,28 +124,25 @@ def _routers(trained: TrainedModel) -> Iterator[tuple[int, Router]]:
 
 def _reduce_report(
     trained: TrainedModel, reports: list[Tensor], packs: int
-) -> tuple[dict[Figure, float], float, float]:
-    """LOSS and the objective's figures as sums, aux loss and expert load of the global batch: one all-reduce."""
+) -> tuple[dict[Figure, float], float, dict[Figure, float]]:
+    """LOSS and the objective's figures as sums, aux loss and experts' loads of the global batch: one all-reduce."""
     config, sums = trained.chunks[0].config, (LOSS, *trained.objective.figures)
     layers, experts = config.num_layers, config.num_moe_experts
-    record = torch.zeros(len(sums) + layers * (experts + 1), dtype=torch.float64, device=trained.mesh.device)
+    record = torch.zeros(len(sums) + layers * (experts + 2), dtype=torch.float64, device=trained.mesh.device)
     if trained.mesh.counts_loss:
         for report in reports:
             record[: len(sums)] += report
-    per_layer = record[len(sums) :].view(layers, experts + 1)
+    per_layer = record[len(sums) :].view(layers, experts + 2)
     for index, router in _routers(trained):
-        counts, aux_loss = router.take_counts()
-        if counts is not None:
-            per_layer[index, :experts] += counts
-        if aux_loss is not None:
-            per_layer[index, experts] += aux_loss
+        counts, kept, aux_loss = router.take_counts()
+        for columns, value in ((slice(experts), counts), (experts, kept), (experts + 1, aux_loss)):
+            if value is not None:
+                per_layer[index, columns] += value
     get_moe_metrics_tracker().clear()
     dist.all_reduce(record)
-    loads = per_layer[:, :experts]
-    mean = loads.mean(dim=1)
-    load = float((loads.amax(dim=1) / mean).mean()) if bool((mean > 0).all()) else 0.0
-    aux = float(per_layer[:, experts].sum()) / (layers * packs)
-    return dict(zip(sums, record[: len(sums)].tolist(), strict=True)), aux, load
+    aux = float(per_layer[:, experts + 1].sum()) / (layers * packs)
+    loads = load_figures(per_layer[:, :experts], per_layer[:, experts])
+    return dict(zip(sums, record[: len(sums)].tolist(), strict=True)), aux, loads
 
 
 def _batch_weight(trained: TrainedModel, samples: list[PackedSample]) -> float:
@@ -218,13 +214,13 @@ def train_step(trained: TrainedModel, samples: list[PackedSample], lr: float) ->
     began = time.perf_counter()
     reports, weight = compute_gradients(trained, samples)
     # Reads the loss, hence waits for the device: what was queued there is done then.
-    sums, aux_loss, load = _reduce_report(trained, reports, _packs(trained, samples))
+    sums, aux_loss, loads = _reduce_report(trained, reports, _packs(trained, samples))
     seconds = time.perf_counter() - began
     means = {figure: value / _divisor(weight) for figure, value in sums.items()}
     is_finite = math.isfinite(means[LOSS])
     updated, norm = step_if_finite(trained.optimizer, lr) if is_finite else (False, math.nan)
     figures = means | {AUX_LOSS: aux_loss, GRAD_NORM: norm}
-    return StepResult(updated, weight, figures, {EXPERT_LOAD: load}, seconds)
+    return StepResult(updated, weight, figures, loads, seconds)
 
 
 @torch.no_grad()
@@ -234,6 +230,6 @@ def evaluate(trained: TrainedModel, samples: list[PackedSample]) -> StepResult:
         chunk.eval()
     weight = _batch_weight(trained, samples)
     reports = _run_schedule(trained, samples, forward_only=True)
-    sums, _, _ = _reduce_report(trained, reports, _packs(trained, samples))
+    sums, _, loads = _reduce_report(trained, reports, _packs(trained, samples))
     means = {figure: value / _divisor(weight) for figure, value in sums.items()}
-    return StepResult(False, weight, means | {AUX_LOSS: 0.0, GRAD_NORM: 0.0}, {EXPERT_LOAD: 0.0})
+    return StepResult(False, weight, means | {AUX_LOSS: 0.0, GRAD_NORM: 0.0}, loads)

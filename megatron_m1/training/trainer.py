@@ -14,6 +14,7 @@ from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.plan.flops import peak_bf16_flops
 from megatron_m1.runtime.interrupt import any_rank
+from megatron_m1.training.aux_coefficient import aux_loss_coefficient, set_aux_loss_coefficient
 from megatron_m1.training.feed import Feed, useful_flops
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.lr import learning_rate
@@ -84,7 +85,9 @@ class Trainer:
         began = time.perf_counter()
         samples = self.feed.training.microbatches(progress.consumed_samples)
         data_seconds = time.perf_counter() - began
-        lr = learning_rate(progress.tokens + config.tokens_per_step, config.optimizer)
+        reached = progress.tokens + config.tokens_per_step
+        lr = learning_rate(reached, config.optimizer)
+        set_aux_loss_coefficient(self.trained, aux_loss_coefficient(reached, config))
         result = train_step(self.trained, samples, lr)
         progress.step = number
         progress.tokens += config.tokens_per_step

@@ -241,6 +241,8 @@ def test_a_residual_that_the_format_has_no_words_for() -> None:
     check_spelled(tiny())
     with pytest.raises(ValueError, match=r"^model\.residual = prenorm can't be converted"):
         check_spelled(replace(tiny(), residual="prenorm"))
+    with pytest.raises(ValueError, match=r"^model\.moe_router_score_function = sigmoid can't be converted"):
+        check_spelled(replace(tiny(), moe_router_score_function="sigmoid"))
 
 
 def test_null_is_as_good_as_missing() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_m1.kernels.expert_mlp import expert_mlp
-from megatron_m1.kernels.expert_mlp.fused import round_up_rows
 from megatron_m1.kernels.expert_mlp.naive import naive_expert_mlp
+from megatron_m1.kernels.expert_mlp.passes import round_up_rows
 from tests.tolerances import chained
 
 ROUNDINGS = 10

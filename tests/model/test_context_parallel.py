@@ -31,10 +31,10 @@ from megatron_m1.data.packed import PackedSample
 from megatron_m1.layers.pack import PackedBatchParams
 from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.runtime.pool import WorkerPool
+from megatron_m1.training.expert_load import EXPERT_LOAD
 from megatron_m1.training.microbatch import make_micro_batch
 from megatron_m1.training.step import (
     AUX_LOSS,
-    EXPERT_LOAD,
     GRAD_NORM,
     LOSS,
     StepResult,

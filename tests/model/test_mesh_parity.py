@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from megatron_m1.runtime.pool import WorkerPool
-from megatron_m1.training.step import AUX_LOSS, EXPERT_LOAD, GRAD_NORM, LOSS
+from megatron_m1.training.expert_load import EXPERT_LOAD
+from megatron_m1.training.step import AUX_LOSS, GRAD_NORM, LOSS
 from tests.model.meshes import assemble, gradients_and_trace, router_gradient, run_config
 
 GRADIENT_TOLERANCE = 2e-6
@@ -28,6 +29,7 @@ PP = "pipeline_model_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"
 EP = "expert_model_parallel_size"
 ETP = "expert_tensor_parallel_size"
+G = "moe_token_groups"
 LAYOUT = "pipeline_model_parallel_layout"
 
 MESHES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
@@ -62,6 +64,20 @@ MESHES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {CP: 3},
         {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
     ),
+    "groups": (1, {G: 3}, {}),
+    "ep2-groups": (2, {EP: 2, G: 2}, {}),
+    "cp2-ep4-groups": (4, {CP: 2, EP: 4, G: 4}, {}),
+    "tp2-ep2-groups": (4, {TP: 2, EP: 2, G: 2}, {}),
+    "ep2-etp2-groups": (4, {TP: 2, EP: 2, ETP: 2, G: 4}, {}),
+    "cp2-ep2-groups": (2, {CP: 2, EP: 2, G: 2}, {}),
+    "cp2-ep2-pp2-interleaved-groups": (4, {CP: 2, EP: 2, PP: 2, VPP: 2, G: 2}, {}),
+    "ep2-groups-overlap": (2, {EP: 2, G: 2, "overlap_grad_reduce": True, "overlap_param_gather": True}, {}),
+    "ep2-groups-recompute-full": (2, {EP: 2, G: 2}, {"recompute_granularity": "full"}),
+    "ep2-etp2-groups-recompute-moe": (
+        4,
+        {TP: 2, EP: 2, ETP: 2, G: 2},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    ),
     "recompute-full": (2, {PP: 2}, {"recompute_granularity": "full"}),
     "recompute-selective": (
         2,
@@ -87,7 +103,7 @@ def test_a_mesh_computes_what_one_process_computes(name: str, workers: WorkerPoo
     model = {key: value for key, value in rest.items() if key.startswith("moe_")}
     train_values = {key: value for key, value in rest.items() if not key.startswith("moe_")}
     config = run_config(parallel, train_values, **model)
-    fewer = name == "tp4-two-groups" or (CP in parallel and name not in ALL_STEPS)
+    fewer = name == "tp4-two-groups" or "groups" in name or (CP in parallel and name not in ALL_STEPS)
     steps = FEWER_STEPS if fewer else STEPS
     results = workers.run(gradients_and_trace, config, steps, world_size=world_size)
     expected = assemble([one_process["parts"]])

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_m1.config.tree import RunConfig
 from megatron_m1.training import step, trainer
+from megatron_m1.training.expert_load import EXPERT_LOAD
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.metrics import MetricsLog, rewind
 
@@ -25,7 +26,7 @@ RECORD: dict[Figure, float] = {
     trainer.LR: 2e-4,
     trainer.TOKENS_PER_SECOND: 3141.0,
     trainer.TFLOPS: 0.0123,
-    step.EXPERT_LOAD: 1.5,
+    EXPERT_LOAD: 1.5,
     trainer.SKIPPED_STEPS: 0,
 }
 

@@ -189,7 +189,7 @@ FFNS: dict[str, Callable[[ModelConfig], list[Rule]]] = {"moe": _moe}
 
 
 def check_spelled(model: ModelConfig) -> None:
-    """Check that the hub has words for every kind of layer and for the residual.
+    """Check that the hub has words for every kind of layer, for the residual and for the router.
 
     Raises:
         ValueError: it has none; one line.
@@ -203,6 +203,11 @@ def check_spelled(model: ModelConfig) -> None:
             )
     if model.residual != "deepnorm":
         raise ValueError(f"model.residual = {model.residual} can't be converted: readers of MiniMax-M1 know deepnorm")
+    if model.moe_router_score_function != "softmax":
+        raise ValueError(
+            f"model.moe_router_score_function = {model.moe_router_score_function} can't be converted: readers of "
+            "MiniMax-M1 know softmax"
+        )
 
 
 def _units_of(rule: Rule, model: ModelConfig, layer: int | None, *, native_heads: bool) -> Iterator[WeightPiece]:

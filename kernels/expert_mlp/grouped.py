@@ -1,0 +1,132 @@
+"""All experts of a rank in one grouped product each, by torch's ``grouped_mm``: for GPUs without transformer-engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm, silu
+
+ALIGNMENT = 8
+"""Rows that each expert's are rounded up to: 16 bytes of bfloat16, at whose multiples grouped products may begin."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where the rows lie once each expert's are rounded up."""
+
+    ends: Tensor
+    """[experts] int32: where each expert's rows end."""
+    places: Tensor
+    """[rows] int64: where each row lies."""
+    total: int
+    """Rows with those between and after: the products want some after the last end."""
+    empty: list[int]
+    """Experts without rows, whose gradients the products leave as the memory was."""
+
+    @classmethod
+    def of(cls, counts: list[int], device: torch.device) -> _Rows:
+        sizes = [-(-count // ALIGNMENT) * ALIGNMENT for count in counts]
+        ends = list(accumulate(sizes))
+        shifts = [
+            end - size - before for end, size, before in zip(ends, sizes, accumulate([0, *counts[:-1]]), strict=True)
+        ]
+        places = torch.arange(sum(counts), device=device) + torch.repeat_interleave(
+            torch.tensor(shifts, device=device), torch.tensor(counts, device=device), output_size=sum(counts)
+        )
+        empty = [expert for expert, count in enumerate(counts) if count == 0]
+        return cls(torch.tensor(ends, dtype=torch.int32, device=device), places, ends[-1] + ALIGNMENT, empty)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[rows, ...] -> [total, ...] with zeros between."""
+        return x.new_zeros(self.total, *x.shape[1:]).index_copy_(0, self.places, x)
+
+
+@dataclass(frozen=True)
+class GroupedKept:
+    """What the forward pass leaves for the backward one; rows as ``_Rows`` has them."""
+
+    rows: _Rows
+    x: Tensor
+    """[total, hidden]"""
+    scale: Tensor
+    """[total]"""
+    projected: Tensor
+    """[total, 2 ffn]"""
+
+
+@dataclass(frozen=True)
+class GroupedPending:
+    """What the weights' gradients are products of."""
+
+    rows: _Rows
+    grad_projected: Tensor
+    x: Tensor
+    grad: Tensor
+    weighted: Tensor
+
+
+class Grouped:
+    """``parallel.expert.layer.Experts`` whose weights are fc1, fc2 of every expert in turn, in 16 bits.
+
+    The products want each layer's weights as one tensor, so that they are copied once a pass.
+    """
+
+    def keep(self, x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]) -> GroupedKept:
+        """What ``forward`` keeps, without its output."""
+        rows = _Rows.of(counts, x.device)
+        spread = rows.spread(x)
+        fc1 = torch.stack(list(weights[::2]))  # [experts, 2 ffn, hidden]
+        return GroupedKept(rows, spread, rows.spread(scale), grouped_mm(spread, fc1.mT, offs=rows.ends))
+
+    def forward(
+        self, x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, GroupedKept]:
+        """Output [rows, hidden], and what is kept."""
+        kept = self.keep(x, scale, counts, weights)
+        gate, up = kept.projected.chunk(2, dim=-1)
+        weighted = (silu(gate).mul_(up) * kept.scale.unsqueeze(-1)).to(x.dtype)  # [total, ffn]
+        fc2 = torch.stack(list(weights[1::2]))  # [experts, hidden, ffn]
+        return grouped_mm(weighted, fc2.mT, offs=kept.rows.ends).index_select(0, kept.rows.places), kept
+
+    def backward(
+        self, kept: GroupedKept, grad: Tensor, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, GroupedPending]:
+        """Gradients of x [rows, hidden] and scale [rows], and what the weights' are made of."""
+        rows, scale = kept.rows, kept.scale.unsqueeze(-1)
+        grad = rows.spread(grad)
+        gate, up = kept.projected.chunk(2, dim=-1)
+        opened = torch.sigmoid(gate)
+        activated = gate * opened  # silu(gate)
+        hidden = activated * up
+        grad_weighted = grouped_mm(grad, torch.stack(list(weights[1::2])), offs=rows.ends)  # [total, ffn]
+        grad_scale = torch.linalg.vecdot(grad_weighted.to(scale.dtype), hidden.to(scale.dtype))
+        grad_hidden = (grad_weighted * scale).to(grad.dtype)
+        # The derivative of silu is s + a (1 - s), a = gate s.
+        slope = torch.lerp(activated, opened.new_ones(()), opened)
+        grad_projected = torch.cat([grad_hidden * up * slope, grad_hidden * activated], dim=-1)  # [total, 2 ffn]
+        grad_x = grouped_mm(grad_projected, torch.stack(list(weights[::2])), offs=rows.ends)
+        weighted = (hidden * scale).to(grad.dtype)
+        pending = GroupedPending(rows, grad_projected, kept.x, grad, weighted)
+        return grad_x.index_select(0, rows.places), grad_scale.index_select(0, rows.places), pending
+
+    def add_weight_gradients(self, pending: GroupedPending, totals: list[Tensor | None], *, more: bool) -> None:
+        """Add every expert's."""
+        rows = pending.rows
+        both = (
+            grouped_mm(pending.grad_projected.t(), pending.x, offs=rows.ends),  # [experts, 2 ffn, hidden]
+            grouped_mm(pending.grad.t(), pending.weighted, offs=rows.ends),  # [experts, hidden, ffn]
+        )
+        for first, grads in enumerate(both):
+            for expert in rows.empty:
+                grads[expert].zero_()
+            for expert, grad in enumerate(grads.unbind()):
+                at = 2 * expert + first
+                known = totals[at]
+                if known is not None:
+                    known.add_(grad)
+                else:
+                    totals[at] = grad.float() if more else grad

@@ -1,0 +1,44 @@
+"""Several experts, one after the other: what is fastest on a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import batched
+
+import torch
+from torch import Tensor
+
+from megatron_m1.kernels.expert_mlp.passes import Kept, Pending, data_pass, forward_pass, keep, weights_pass
+
+
+class OneByOne:
+    """``parallel.expert.layer.Experts`` whose weights are fc1, fc2 of every expert in turn."""
+
+    def forward(
+        self, x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, list[Kept]]:
+        """Output [rows, hidden], and what is kept."""
+        parts = zip(x.split(counts), scale.split(counts), batched(weights, 2), strict=True)
+        outputs, kept = zip(*(forward_pass(tokens, probs, a, b) for tokens, probs, (a, b) in parts), strict=True)
+        return torch.cat(outputs), list(kept)
+
+    def keep(self, x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]) -> list[Kept]:
+        """What ``forward`` keeps, without its output."""
+        parts = zip(x.split(counts), scale.split(counts), weights[::2], strict=True)
+        return [keep(tokens, probs, fc1) for tokens, probs, fc1 in parts]
+
+    def backward(
+        self, kept: list[Kept], grad: Tensor, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Pending]]:
+        """Gradients of x [rows, hidden] and scale [rows], and what the weights' are made of."""
+        parts = zip(kept, grad.split([k.rows for k in kept]), batched(weights, 2), strict=True)
+        grads, scales, pending = zip(*(data_pass(k, a, b, part) for k, part, (a, b) in parts), strict=True)
+        return torch.cat(grads), torch.cat(scales), list(pending)
+
+    def add_weight_gradients(self, pending: list[Pending], totals: list[Tensor | None], *, more: bool) -> None:
+        """Add every expert's."""
+        for index, one in enumerate(pending):
+            first, second = totals[2 * index : 2 * index + 2]
+            known = None if first is None or second is None else (first, second)
+            found = weights_pass(one, known)
+            totals[2 * index : 2 * index + 2] = [g.float() if more and g.dtype != torch.float64 else g for g in found]

@@ -1,0 +1,115 @@
+"""The local experts: megatron-core's parameters and checkpoints, and their products in passes of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.moe.experts import SequentialMLP
+from torch import Tensor, nn
+
+from megatron_m1.kernels.expert_mlp.grouped import Grouped
+from megatron_m1.kernels.expert_mlp.one_by_one import OneByOne
+from megatron_m1.parallel.expert.layer import Experts, experts_mlp
+
+
+class ColumnParallelWeight(ColumnParallelLinear):
+    """The matrix of a ``ColumnParallelLinear``, returned by calling it.
+
+    Reading the attribute would not run the module's hooks, in which DDP waits for parameters that are gathered late.
+    """
+
+    def forward(self) -> Tensor:
+        """This rank's rows, [out / tp, in]."""
+        return self.weight
+
+
+class RowParallelWeight(RowParallelLinear):
+    """The matrix of a ``RowParallelLinear``, returned by calling it, for the same reason."""
+
+    def forward(self) -> Tensor:
+        """This rank's columns, [out, in / tp]."""
+        return self.weight
+
+
+class LocalExperts(SequentialMLP):
+    """``SequentialMLP``, same parameters and checkpoint; each expert is one operation. Its linears give their weights.
+
+    Between expert-tensor ranks the token dispatcher gathers and reduces, so an expert's own work is local.
+    """
+
+    def products(self) -> Experts:
+        """How they are computed: one by one, or in 16 bits on a GPU all at once."""
+        weight = self.local_experts[0].linear_fc2.weight
+        return Grouped() if weight.is_cuda and weight.dtype == torch.bfloat16 else OneByOne()
+
+    def weights(self) -> list[Tensor]:
+        """fc1 [2 ffn / etp, hidden] and fc2 [hidden, ffn / etp] of every local expert in turn."""
+        return [linear() for expert in self.local_experts for linear in (expert.linear_fc1, expert.linear_fc2)]
+
+    def forward(
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, None]:
+        """Run every local expert on its tokens.
+
+        Args:
+            permuted_local_hidden_states: [tokens, hidden], sorted by expert.
+            tokens_per_expert: int [local experts].
+            permuted_probs: router probability of each token, [tokens].
+
+        Returns:
+            [tokens, hidden] (a partial sum with expert tensor parallelism), and no bias.
+        """
+        counts = tokens_per_expert.tolist()
+        return experts_mlp(permuted_local_hidden_states, permuted_probs, counts, self.weights(), self.products()), None
+
+
+class ThroughAutograd:
+    """``Experts`` of any module of megatron-core's, such as transformer-engine's grouped linears: autograd inside.
+
+    The weights' gradients come with the others': nothing is left for later.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def forward(
+        self, x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Output [rows, hidden], and the graph."""
+        with torch.enable_grad():
+            inputs = (x.detach().requires_grad_(), scale.detach().requires_grad_())
+            output, _ = self._module(inputs[0], torch.tensor(counts), inputs[1])
+        return output.detach(), (output, *inputs)
+
+    def keep(self, x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The graph."""
+        return self.forward(x, scale, counts, weights)[1]
+
+    def backward(
+        self, kept: tuple[Tensor, ...], grad: Tensor, weights: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """Gradients of x, of scale, and the weights' own."""
+        output, x, scale = kept
+        found = torch.autograd.grad(output, (x, scale, *weights), grad, allow_unused=True)
+        grad_x, grad_scale = (
+            torch.zeros_like(given) if grad is None else grad for given, grad in zip((x, scale), found[:2], strict=True)
+        )
+        return grad_x, grad_scale, list(found[2:])
+
+    def add_weight_gradients(self, pending: list[Tensor | None], totals: list[Tensor | None], *, more: bool) -> None:
+        """Add them."""
+        for index, grad in enumerate(pending):
+            if grad is not None:
+                wide = grad.float() if more and grad.dtype != torch.float64 else grad
+                known = totals[index]
+                totals[index] = wide if known is None else known.add_(wide)
+
+
+def products_of(experts: Any) -> tuple[Experts, list[Tensor]]:
+    """How the experts of a layer compute in passes, and their weights."""
+    if isinstance(experts, LocalExperts):
+        return experts.products(), experts.weights()
+    return ThroughAutograd(experts), list(experts.parameters())

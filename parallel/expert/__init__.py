@@ -1,0 +1,1 @@
+"""Experts over ranks: token groups whose exchanges overlap their products. Start with ``schedule.py``."""

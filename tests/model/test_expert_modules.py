@@ -1,0 +1,48 @@
+"""Experts of any module through autograd, as transformer-engine's are run in token groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_m1.kernels.expert_mlp.naive import naive_expert_mlp
+from megatron_m1.layers.experts import ThroughAutograd
+from megatron_m1.parallel.expert.layer import Call, Experts, expert_layer
+from megatron_m1.parallel.expert.links import Links
+from megatron_m1.parallel.expert.plan import Ranks, plan_exchange
+from tests.parallel.expert.ranks import Case, Outcome
+from tests.parallel.expert.test_layer import TOLERANCE, compare
+
+COUNTS = (1, 1, 3, (17,))
+
+
+class GroupedModule(nn.Module):
+    """What megatron-core calls experts: tokens sorted by expert, their numbers, their probabilities."""
+
+    def __init__(self, weights: list[Tensor]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(weights)
+
+    def forward(self, tokens: Tensor, counts: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        sizes, pairs = counts.tolist(), list(self.weights)
+        parts = zip(tokens.split(sizes), probs.split(sizes), pairs[::2], pairs[1::2], strict=True)
+        return torch.cat([naive_expert_mlp(*part) for part in parts]), None
+
+
+def outcome(case: Case) -> Outcome:
+    hidden, probs, chosen, grad = case.inputs(0)
+    module = GroupedModule(case.weights())
+    weights = list(module.parameters())
+    leaves = [hidden.requires_grad_(), probs.requires_grad_(), *weights]
+    experts: Experts = ThroughAutograd(module)
+    call = Call(plan_exchange(chosen, case.groups, Ranks(None, None, None)), Links(None, None), experts, case.recompute)
+    output = expert_layer(hidden, probs, weights, call)
+    grads = torch.autograd.grad(output, leaves, grad)
+    return Outcome(output.detach(), grads[0], grads[1], list(grads[2:]))
+
+
+def test_groups_of_a_module_compute_what_the_formula_says() -> None:
+    for recompute in (False, True):
+        for to_one in (False, True):
+            case = Case(*COUNTS, recompute=recompute, to_one=to_one)
+            compare(case, [outcome(case)], TOLERANCE)

@@ -1,0 +1,49 @@
+"""Experts over ranks against one process that goes by the formula, in float64: output and every gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_m1.runtime.pool import WorkerPool
+from tests.parallel.expert.ranks import Case, Outcome, run_rank, shard, truth
+
+TOLERANCE = 1e-12
+
+CASES = {
+    "one rank": Case(1, 1, 3, (13,)),
+    "ep2": Case(2, 1, 2, (13, 11)),
+    "ep4, one group": Case(4, 1, 1, (7, 3, 9, 5)),
+    "ep4, many experts": Case(4, 1, 4, (17, 3, 9, 5), experts=8),
+    "etp2": Case(1, 2, 2, (8, 5)),
+    "ep2 etp2": Case(2, 2, 4, (17, 3, 9, 12)),
+    "ep2 etp3": Case(2, 3, 3, (7, 3, 9, 5, 1, 8)),
+    "fewer tokens than groups": Case(2, 2, 4, (3, 1, 0, 2)),
+    "no tokens at all": Case(2, 2, 2, (0, 0, 0, 0)),
+    "all to one": Case(2, 2, 2, (8, 3, 9, 5), to_one=True),
+    "an expert without tokens": Case(4, 1, 2, (8, 3, 9, 5), to_one=True, topk=1),
+    "with drops": Case(2, 2, 3, (8, 3, 9, 5), drop=0.4),
+    "computed again": Case(2, 2, 3, (8, 3, 9, 5), drop=0.2, recompute=True),
+    "five of eight": Case(2, 1, 3, (8, 13), experts=8, topk=5),
+}
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-300))
+
+
+def compare(case: Case, by_rank: list[Outcome], tolerance: float) -> None:
+    wanted = truth(case)
+    for name in ("output", "hidden", "probs"):
+        found = torch.cat([getattr(part, name) for part in by_rank])
+        assert _error(found, getattr(wanted, name)) < tolerance, name
+    for rank, part in enumerate(by_rank):
+        mine = shard(wanted.weights, case, rank // case.tensor_ranks, rank % case.tensor_ranks)
+        for index, (found, expected) in enumerate(zip(part.weights, mine, strict=True)):
+            assert _error(found, expected) < tolerance, f"rank {rank}, weight {index}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ranks_compute_what_one_process_computes(name: str, workers: WorkerPool) -> None:
+    case = CASES[name]
+    compare(case, workers.run(run_rank, case, world_size=case.ranks), TOLERANCE)
