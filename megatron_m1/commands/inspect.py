@@ -176,7 +176,8 @@ def describe_folder(folder: Path, *, every_tensor: bool = False) -> list[str]:
         ValueError: there is no such folder or no complete checkpoint in it, or that one is damaged.
     """
     if not folder.is_dir():
-        raise ValueError(f"run folder {folder} does not exist")
+        fault = "is no folder" if folder.exists() else "does not exist"
+        raise ValueError(f"{folder} {fault}: give a run or a checkpoint")
     if re.fullmatch(r"step_\d+", folder.resolve().name):
         return describe_checkpoint(read_checkpoint(folder), every_tensor=every_tensor)
     checkpoints = complete_checkpoints(folder)
