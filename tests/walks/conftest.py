@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,10 +26,10 @@ def own_texts(checkout: Checkout) -> Path:
     """A folder as people have them: text, JSON Lines, source, a picture and an empty file."""
     folder = checkout.folder / "texts"
     (folder / "more").mkdir(parents=True)
-    lines = [f"Note {number}: squirrels hid {number * 7} nuts below the oak." for number in range(400)]
-    for number, start in enumerate(range(0, 400, 10)):
-        (folder / f"note_{number}.txt").write_text("\n".join(lines[start : start + 10]))
-    (folder / "web.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines[::5]))
+    paragraphs = [text for text in (checkout.folder / "README.md").read_text().split("\n\n") if len(text) > 40]
+    for number, text in enumerate(paragraphs[::2]):
+        (folder / f"note_{number}.txt").write_text(text)
+    (folder / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in paragraphs[1::2]))
     (folder / "more" / "program.py").write_text("print('squirrel')\n")
     (folder / "more" / "empty.txt").touch()
     (folder / "picture.png").write_bytes(bytes(range(256)))
