@@ -204,6 +204,28 @@ def check_folder(folder: Path) -> None:
                 raise ValueError(f"{path} can't be read: {NO_FILE}: remove it from the folder")
 
 
+def check_writable(what: str, folder: Path) -> None:
+    """Check that files can be made in a folder, which is left as it is; one that is not there yet could be made.
+
+    Args:
+        what: begins the message: what shall be written there.
+
+    Raises:
+        ValueError: no file can be made in it, or in the nearest folder above it that is there.
+    """
+    existing = folder.absolute()
+    while not os.path.lexists(existing):
+        existing = existing.parent
+    try:
+        # Permission bits don't tell: root ignores them, and a file system may be read-only or full.
+        with tempfile.TemporaryDirectory(prefix=".megatron-m1-", dir=existing) as probe:
+            Path(probe, "probe").write_bytes(b"probe")
+    except OSError as error:
+        # Some file systems on which nothing can be made, such as /proc, answer that the folder itself is not there.
+        reason = "no file can be made in it" if error.errno == errno.ENOENT else error.strerror
+        raise ValueError(f"{what} can't be written: {existing}: {reason}; choose another folder") from error
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` so that a kill leaves the old file or the new one, never a part."""
     partial = partial_path(path)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from megatron_m1.data.corpora.prefix import bin_path, idx_path, is_index_of_sidecar, is_sidecar, sidecar_path
-from megatron_m1.files import refuse_overwriting
+from megatron_m1.files import check_writable, refuse_overwriting
 
 WORKING_MARK = ".tokenize"
 """A file in the working folder, which tells it from somebody's folder of the same name."""
@@ -29,8 +29,8 @@ def check_outputs(prefix: str, files: Sequence[Path], tokenizer: Path) -> None:
         tokenizer: a file or a folder; need not exist yet.
 
     Raises:
-        ValueError: ``prefix`` ends in no name, or a file that would be written or removed is one that is read, or none
-            that ``tokenize`` made.
+        ValueError: ``prefix`` ends in no name, its folder can't be written, or a file that would be written or removed
+            is one that is read, or none that ``tokenize`` made.
     """
     if os.path.basename(prefix) in ("", ".", ".."):
         raise ValueError(
@@ -52,6 +52,7 @@ def check_outputs(prefix: str, files: Sequence[Path], tokenizer: Path) -> None:
             f"{idx_path(prefix)} is there, and {sidecar_path(prefix)} tells of another corpus or it is damaged: move "
             "them, or choose another output"
         )
+    check_writable(f"the output {prefix}", Path(prefix).parent)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from megatron_m1.data.tokenize.find import find_files
 from megatron_m1.data.tokenize.readers import read_batches
 from megatron_m1.data.tokenizers.cuts import LineCut
 from megatron_m1.data.tokenizers.load import train_sentencepiece
+from megatron_m1.files import check_writable
 
 TRAINING_BYTES = 100_000_000
 """Of the inputs, about, that SentencePiece sees: more costs memory and hardly changes the pieces."""
@@ -20,12 +21,13 @@ def check_new_model(path: Path) -> None:
     """Check where a trained tokenizer shall be written.
 
     Raises:
-        ValueError: it is there already, or is no ``.model``.
+        ValueError: it is there already, is no ``.model``, or can't be written.
     """
     if path.suffix != ".model":
         raise ValueError(f"a trained tokenizer is one file: {path} must end in .model")
     if os.path.lexists(path):
         raise ValueError(f"{path} is there already: leave --train-tokenizer out to use it, or choose another name")
+    check_writable(f"the tokenizer {path}", path.parent)
 
 
 def train_tokenizer(

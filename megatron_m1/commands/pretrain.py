@@ -153,9 +153,13 @@ def _fields_of_options(options: argparse.Namespace) -> list[str]:
 
 def _goes_on(options: argparse.Namespace, flags: Sequence[str]) -> bool:
     """Whether nothing but flags is given, and they name the folder of a run that can go on."""
-    if options.preset is not None or not any(flag.partition("=")[0] == "--run.folder" for flag in flags):
+    if options.preset is not None or not any(_names_folder(flag) for flag in flags):
         return False
     return own_configuration(Path(parse_config([], flags).run.folder)) is not None
+
+
+def _names_folder(flag: str) -> bool:
+    return flag.partition("=")[0] == "--run.folder"
 
 
 def _configuration(options: argparse.Namespace, flags: Sequence[str], names: Sequence[str]) -> tuple[Config, list[str]]:
@@ -167,6 +171,13 @@ def _configuration(options: argparse.Namespace, flags: Sequence[str], names: Seq
     if own is not None:
         note = f"{folder} goes on with its own configuration, {folder / CONFIG}, and what the flags change in it"
         return parse_config([], flags, command_options=names, base=own), [note]
+    alone = not options.config and options.preset is None and any(_names_folder(flag) for flag in flags)
+    if alone and not (given.data.train or given.data.embedded_corpus):
+        there = "has no run to go on with" if folder.exists() else "does not exist"
+        raise ValueError(
+            f"run.folder = {folder} {there}, and data.train is empty: correct the folder, or begin a run with --config "
+            "or --data.train"
+        )
     init_from = given.run.init_from
     if init_from is None:
         return given, []

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ from megatron_m1.data.demo.corpus import (
     vocabulary_notes,
 )
 from megatron_m1.data.tokenizers import load_tokenizer
+from megatron_m1.files import check_writable
 from megatron_m1.training.description import repetition_notes
 from megatron_m1.training.run_folder import check_run_folder
 from megatron_m1.training.run_tokenizer import is_own
@@ -171,11 +169,12 @@ def check_folders(config: ResolvedConfig) -> None:
             ``run.resume`` is false, or its newest one is of a model of another shape.
     """
     run = config.run
-    _check_writable("run.folder", Path(run.folder))
+    check_writable(f"run.folder = {run.folder}", Path(run.folder))
     check_run_folder(config)
-    _check_writable("data.cache_folder", Path(config.data.cache_folder))
+    check_writable(f"data.cache_folder = {config.data.cache_folder}", Path(config.data.cache_folder))
     if config.data.embedded_corpus is not None and find_embedded_corpus(config) is None:
-        _check_writable("data.embedded_corpus", Path(config.data.embedded_corpus))
+        folder = config.data.embedded_corpus
+        check_writable(f"data.embedded_corpus = {folder}", Path(folder))
     if not run.resume and any(Path(run.folder).glob("checkpoints/step_*")):
         raise ValueError(
             f"run.folder = {run.folder} holds checkpoints and run.resume is false: choose another folder, or resume"
@@ -234,20 +233,6 @@ def with_own_tokenizer(config: ResolvedConfig, *, note: Callable[[str], None]) -
 def newest_checkpoint(config: ResolvedConfig) -> Path | None:
     """Return the newest complete checkpoint of the run folder, from which the run goes on, if there is one."""
     return next(iter(complete_checkpoints(Path(config.run.folder))), None)
-
-
-def _check_writable(name: str, folder: Path) -> None:
-    existing = folder.absolute()
-    while not os.path.lexists(existing):
-        existing = existing.parent
-    try:
-        # Permission bits don't tell: root ignores them, and a file system may be read-only or full.
-        with tempfile.TemporaryDirectory(prefix=".megatron-m1-", dir=existing) as probe:
-            Path(probe, "probe").write_bytes(b"probe")
-    except OSError as error:
-        # Some file systems on which nothing can be made, such as /proc, answer that the folder itself is not there.
-        reason = "no file can be made in it" if error.errno == errno.ENOENT else error.strerror
-        raise ValueError(f"{name} = {folder} can't be written: {existing}: {reason}; choose another folder") from error
 
 
 def find_embedded_corpus(config: ResolvedConfig) -> ResolvedConfig | None:
