@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,7 +14,7 @@ from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.data.corpora.prefix import check_prefix
 from megatron_m1.data.demo.corpus import find_corpus
 from megatron_m1.data.tokenizers import Tokenizer
-from megatron_m1.library.places import AnyPath, Place, find_place, find_tokenizer
+from megatron_m1.library.places import AnyPath, Place, as_path, find_place, find_tokenizer
 from megatron_m1.library.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ def packed_data(
         ValueError: the source is none of these, a corpus or the tokenizer is missing or damaged, they don't belong
             together, or a number is missing or out of range; one line.
     """
+    numbers = ("seq_length", seq_length, 2, 2**62), ("num_samples", num_samples, 1, 2**62), ("seed", seed, 0, 2**32 - 1)
+    for name, value, least, most in numbers:
+        if value is not None and not (isinstance(value, Integral) and least <= value <= most):
+            raise ValueError(f"{name} = {value!r}: give an integer from {least} to {most:,}")
     if split not in ("train", "validation"):
         raise ValueError(f"split = {split!r}: give train or validation")
     found = _find_source(source, split)
@@ -87,7 +92,7 @@ def packed_data(
             num_samples=num_samples or found.num_samples or max(1, (tokens - 1) // max(1, length)),
             seed=found.seed if seed is None else seed,
             tokenizer=loaded,
-            cache_folder=found.cache_folder if cache_folder is None else os.fspath(cache_folder),
+            cache_folder=found.cache_folder if cache_folder is None else str(as_path(cache_folder)),
             reset_at_documents=found.reset_at_documents if reset_at_documents is None else reset_at_documents,
         )
 
@@ -97,8 +102,10 @@ def _find_source(source: AnyPath | Config | Sequence[str], split: Literal["train
         tokenizer = Path(source.data.tokenizer) if source.data.tokenizer else None
         return _of_config(source, split, Place(Path(source.run.folder), tokenizer, source))
     if not isinstance(source, str | os.PathLike):
+        if isinstance(source, bytes) or not isinstance(source, Sequence):
+            raise ValueError(f"source = {source!r}: give a run, a configuration, the prefix of a corpus, or a blend")
         return _Source([str(item) for item in source], _nowhere())
-    path = Path(source)
+    path = as_path(source)
     if not path.is_dir():
         return _Source([str(path)], _nowhere())
     place = find_place(path)

@@ -38,7 +38,7 @@ def blocks(section: str, language: str) -> list[str]:
 
 
 def commands(section: str) -> list[list[str]]:
-    """The words of every command in a section's bash blocks: comments dropped, continued lines joined, quotes taken off.
+    """The words of every command in a section's bash blocks: no comments, continued lines joined, quotes taken off.
 
     Variables are not expanded, and ``A=1 command`` keeps its assignment as a word.
     """
