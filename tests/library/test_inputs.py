@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import torch
 import megatron_m1
 from megatron_m1.config.presets import PRESETS
 from megatron_m1.data.packed import PackedSample
+from megatron_m1.library.quiet import LOGGERS, quiet_libraries
 from tests.library.conftest import Reference
 
 PACK = PackedSample(torch.tensor([1, 2, 3]), torch.tensor([2, 3, 4]), torch.ones(3), torch.tensor([0, 3]))
@@ -130,6 +135,23 @@ def test_what_is_no_path(path: Any, message: str) -> None:
     for ask in (megatron_m1.load, megatron_m1.parameter_counts, megatron_m1.meta_model):
         with pytest.raises(ValueError, match=message):
             ask(path)
+
+
+def test_silence_of_several_threads_ends() -> None:
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [logger.level for logger in loggers], list(warnings.filters)
+
+    def be_quiet() -> None:
+        for _ in range(300):
+            with quiet_libraries():
+                time.monotonic()
+
+    threads = [threading.Thread(target=be_quiet) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ([logger.level for logger in loggers], list(warnings.filters)) == before
 
 
 def test_a_home_folder_is_found(reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
