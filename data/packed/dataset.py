@@ -42,7 +42,7 @@ class TokenizerFacts(Protocol):
         """Hash of its content."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedSample:
     """One pack of n tokens: documents (the first and the last may be cut) end to end."""
 

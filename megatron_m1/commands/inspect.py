@@ -13,6 +13,7 @@ from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import check_model, resolve_mesh
 from megatron_m1.config.written import config_text, tree_values
+from megatron_m1.convert.places import CONFIG
 from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts, model_counts, parameter_counts
 from megatron_m1.plan.ranks import dense_axes, expert_axes, place, process_groups, spelled
 from megatron_m1.printing import counted, folded, table, terminal_columns
@@ -226,6 +227,11 @@ def describe_folder(folder: Path, *, every_tensor: bool = False) -> list[str]:
         return describe_checkpoint(read_checkpoint(folder), every_tensor=every_tensor)
     checkpoints = complete_checkpoints(folder)
     if not checkpoints:
+        if (folder / CONFIG).is_file():
+            raise ValueError(
+                f"{folder} is a Hugging Face folder, no checkpoint and no run: make a checkpoint of it with "
+                f"megatron-m1 convert from-hf {folder} OUT, and inspect OUT"
+            )
         raise ValueError(f"run folder {folder} has no complete checkpoint below {folder / 'checkpoints'}")
     names = ", ".join(checkpoint.name for checkpoint in reversed(checkpoints))
     return [f"run {folder}: {names}", *describe_checkpoint(read_checkpoint(checkpoints[0]), every_tensor=every_tensor)]

@@ -25,7 +25,9 @@ def find_checkpoint(path: Path) -> Path:
         ValueError: there is none.
     """
     if not path.is_dir():
-        raise ValueError(f"{path} is no folder: give a checkpoint or a run folder")
+        raise ValueError(
+            f"{path} is no folder: give a checkpoint or a run folder, or hf:FOLDER to start from a Hugging Face one"
+        )
     if path.resolve().name.startswith("step_"):
         return path
     found = complete_checkpoints(path)
@@ -69,8 +71,8 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
     except OSError as error:
         if complete_checkpoints(folder) or folder.resolve().name.startswith("step_"):
             raise ValueError(
-                f"{folder} is a run or a checkpoint, no Hugging Face folder: to start a run from it leave out hf:, to "
-                "make a Hugging Face folder of it run megatron-m1 convert to-hf"
+                f"{folder} is a run or a checkpoint, no Hugging Face folder: to start a run from it give "
+                f"--init-from {folder}, to make a Hugging Face folder of it run megatron-m1 convert to-hf"
             ) from error
         raise ValueError(f"{path} can't be read: {error.strerror}; give a Hugging Face model folder") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,14 @@ class Sampling:
         """Check the numbers.
 
         Raises:
-            ValueError: one is out of its range.
+            ValueError: one is no number of its kind, or out of its range.
         """
+        for name in ("max_tokens", "chunk_tokens", "seed"):
+            if not isinstance(value := getattr(self, name), Integral):
+                raise ValueError(f"{name} = {value!r}: give an integer")
+        for name in ("temperature", "top_p"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise ValueError(f"{name} = {value!r}: give a number")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens = {self.max_tokens}: give 1 or more")
         if self.chunk_tokens < 1:

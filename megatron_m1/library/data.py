@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_m1.config import Config
 from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.data.corpora.prefix import check_prefix
 from megatron_m1.data.demo.corpus import find_corpus
 from megatron_m1.data.tokenizers import Tokenizer
-from megatron_m1.library.places import AnyPath, Place, find_place, find_tokenizer
+from megatron_m1.library.places import AnyPath, Place, as_path, find_place, find_tokenizer
 from megatron_m1.library.quiet import quiet_libraries
 
 if TYPE_CHECKING:
@@ -67,6 +68,9 @@ def packed_data(
         ValueError: the source is none of these, a corpus or the tokenizer is missing or damaged, they don't belong
             together, or a number is missing or out of range; one line.
     """
+    _check_number("seq_length", seq_length, 2, 2**62)
+    _check_number("num_samples", num_samples, 1, 2**62)
+    _check_number("seed", seed, 0, 2**32 - 1)
     if split not in ("train", "validation"):
         raise ValueError(f"split = {split!r}: give train or validation")
     found = _find_source(source, split)
@@ -87,9 +91,14 @@ def packed_data(
             num_samples=num_samples or found.num_samples or max(1, (tokens - 1) // max(1, length)),
             seed=found.seed if seed is None else seed,
             tokenizer=loaded,
-            cache_folder=found.cache_folder if cache_folder is None else os.fspath(cache_folder),
+            cache_folder=found.cache_folder if cache_folder is None else str(as_path(cache_folder)),
             reset_at_documents=found.reset_at_documents if reset_at_documents is None else reset_at_documents,
         )
+
+
+def _check_number(name: str, value: Any, least: int, most: int) -> None:
+    if value is not None and not (isinstance(value, Integral) and least <= int(value) <= most):
+        raise ValueError(f"{name} = {value!r}: give an integer from {least} to {most:,}")
 
 
 def _find_source(source: AnyPath | Config | Sequence[str], split: Literal["train", "validation"]) -> _Source:
@@ -97,14 +106,20 @@ def _find_source(source: AnyPath | Config | Sequence[str], split: Literal["train
         tokenizer = Path(source.data.tokenizer) if source.data.tokenizer else None
         return _of_config(source, split, Place(Path(source.run.folder), tokenizer, source))
     if not isinstance(source, str | os.PathLike):
-        return _Source([str(item) for item in source], _nowhere())
-    path = Path(source)
+        return _Source(_blend(source), _nowhere())
+    path = as_path(source)
     if not path.is_dir():
         return _Source([str(path)], _nowhere())
     place = find_place(path)
     if place.config is None:
         raise ValueError(f"{path} is a Hugging Face folder, which has no data: give a run or the prefix of a corpus")
     return _of_config(place.config, split, place)
+
+
+def _blend(given: Any) -> list[str]:
+    if isinstance(given, bytes) or not isinstance(given, Sequence):
+        raise ValueError(f"source = {given!r}: give a run, a configuration, the prefix of a corpus, or a blend")
+    return [str(item) for item in given]
 
 
 def _nowhere() -> Place:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum, auto
 from itertools import pairwise
@@ -67,15 +67,13 @@ class Reader:
         if isinstance(given, str | PackedSample):
             return [self._read_one(given)], Form.ONE
         if isinstance(given, Tensor):
-            if given.dim() not in (1, 2) or given.is_floating_point() or given.is_complex():
-                raise ValueError(
-                    f"ids are {given.dtype} of shape {list(given.shape)}: give integers of shape [n], or [sequences, n]"
-                )
-            if not len(given):
+            values = _values(given, dimensions=(1, 2))
+            if not values:
                 raise ValueError(EMPTY)
             if given.dim() == 1:
-                return [self._read_one(given.tolist())], Form.ONE
-            return [self._read_one(row) for row in given.tolist()], Form.STACKED
+                return [self._read_one(values)], Form.ONE
+            return [self._read_one(row) for row in values], Form.STACKED
+        _check_kind(given)
         items = list(given)
         if not items:
             raise ValueError(EMPTY)
@@ -104,8 +102,10 @@ class Reader:
                 raise ValueError(self.tokenizer)
             ids = self.tokenizer.encode(given)
         else:
+            _check_kind(given)
+            values = _values(given, dimensions=(1,)) if isinstance(given, Tensor) else given
             try:
-                ids = [operator.index(token) for token in given]
+                ids = [operator.index(token) for token in values]
             except TypeError as error:
                 raise ValueError(f"an input holds something other than ids ({error}): give integers") from error
         if not ids:
@@ -130,6 +130,28 @@ class Reader:
         predicted = pack.labels[pack.loss_mask != 0]
         both = torch.cat((pack.tokens, predicted))
         self._check_ids(int(both.min()), int(both.max()))
+
+
+def _values(ids: Tensor, *, dimensions: tuple[int, ...]) -> list[Any]:
+    is_integer = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
+    if ids.dim() not in dimensions or not is_integer:
+        shapes = "[n], or [sequences, n]" if 2 in dimensions else "[n]"
+        raise ValueError(f"ids are {ids.dtype} of shape {list(ids.shape)}: give integers of shape {shapes}")
+    if ids.is_meta or ids.layout != torch.strided:
+        raise ValueError(f"ids are on {ids.device} with layout {ids.layout}: give a dense tensor that has its values")
+    return ids.tolist()
+
+
+def _check_kind(given: Any) -> None:
+    """Refuse what can be iterated, but not into ids: the keys of what a tokenizer of transformers returns, or bytes."""
+    if isinstance(given, Mapping):
+        raise ValueError(
+            f"an input is of type {type(given).__name__}: give its ids by themselves, such as x['input_ids']"
+        )
+    # An array without dimensions says that it can be iterated, and can't.
+    wrong = isinstance(given, bytes | bytearray | Set) or getattr(given, "ndim", 1) == 0
+    if wrong or not isinstance(given, Iterable):
+        raise ValueError(f"an input is of type {type(given).__name__}: give a text, ids or a pack, or a list of them")
 
 
 def _is_id(item: Any) -> bool:

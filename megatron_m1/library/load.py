@@ -9,7 +9,7 @@ from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.presets import PRESETS
 from megatron_m1.config.resolve import check_model
 from megatron_m1.data.tokenizers import Tokenizer
-from megatron_m1.library.places import AnyPath, find_place, find_tokenizer
+from megatron_m1.library.places import AnyPath, as_path, find_place, find_tokenizer
 from megatron_m1.library.quiet import quiet_libraries
 from megatron_m1.plan import parameters
 from megatron_m1.plan.parameters import ParameterCounts
@@ -92,12 +92,12 @@ def _described(model: Described | Path) -> ModelConfig:
         shape = model.model
     elif isinstance(model, ModelConfig):
         shape = model
-    elif model in PRESETS:
-        shape = PRESETS[str(model)]()
-    elif not Path(model).exists():
+    elif isinstance(model, str) and model in PRESETS:
+        shape = PRESETS[model]()
+    elif not (path := as_path(model)).exists():
         raise ValueError(f"{model} is no preset ({', '.join(PRESETS)}) and no path: give one")
     else:
-        shape = _of_path(Path(model))
+        shape = _of_path(path)
     check_model(shape)
     return shape
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import overload
 
 from torch import Tensor
 
 from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
 from megatron_m1.data.tokenizers import Tokenizer
+from megatron_m1.printing import counted
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedDocument:
     """A document in a pack, or the piece of one that is there."""
 
@@ -30,7 +32,10 @@ class PackedDocument:
     """Where it ends there."""
     tokens: Tensor
     """int64 [end - start]."""
-    tokenizer: Tokenizer = field(repr=False)
+    tokenizer: Tokenizer
+
+    def __repr__(self) -> str:
+        return f"<PackedDocument {self.index} of {self.corpus}: {len(self.tokens):,} tokens from {self.offset:,}>"
 
     @property
     def text(self) -> str:
@@ -38,12 +43,15 @@ class PackedDocument:
         return self.tokenizer.decode(self.tokens.tolist())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pack(PackedSample):
     """One pack of n tokens, as a step of training takes it, and what it is made of."""
 
     documents: tuple[PackedDocument, ...] = ()
     """In their order; where documents flow into each other, ``cu_seqlens`` has fewer bounds than there are here."""
+
+    def __repr__(self) -> str:
+        return f"<Pack: {len(self.tokens):,} tokens, {counted(len(self.documents), 'document')}>"
 
 
 class PackedData(Sequence[Pack]):
@@ -59,6 +67,9 @@ class PackedData(Sequence[Pack]):
         """Tokens of every pack."""
         return self._packs.sequence_length
 
+    def __repr__(self) -> str:
+        return f"<PackedData: {counted(len(self), 'pack')} of {self.seq_length:,} tokens>"
+
     def __len__(self) -> int:
         return len(self._packs)
 
@@ -71,7 +82,10 @@ class PackedData(Sequence[Pack]):
     def __getitem__(self, index: int | slice) -> Pack | list[Pack]:
         if isinstance(index, slice):
             return [self._pack(i) for i in range(*index.indices(len(self)))]
-        return self._pack(index + len(self) if index < 0 else index)
+        at = operator.index(index)
+        if not -len(self) <= at < len(self):
+            raise IndexError(f"pack {at} of {len(self):,}: give one from {-len(self)} to {len(self) - 1}")
+        return self._pack(at % len(self))
 
     def _pack(self, index: int) -> Pack:
         sample = self._packs[index]

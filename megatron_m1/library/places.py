@@ -25,6 +25,20 @@ class Place:
     """Of a checkpoint."""
 
 
+def as_path(given: AnyPath) -> Path:
+    """Return the path that a caller means, ``~`` expanded.
+
+    Raises:
+        ValueError: it is none, or is written as for ``--init-from``.
+    """
+    if not isinstance(given, str | PathLike) or not str(given):
+        raise ValueError(f"{given!r} is no path: give a text that is not empty, or a pathlib.Path")
+    path = Path(given)
+    if str(given).startswith("hf:") and not path.exists():
+        raise ValueError(f"{given}: hf: is for --init-from only, give the folder by itself: {str(given)[3:]}")
+    return path.expanduser()
+
+
 def find_place(path: AnyPath) -> Place:
     """Look at the small files of a path.
 
@@ -34,9 +48,11 @@ def find_place(path: AnyPath) -> Place:
     Raises:
         ValueError: it is none of these.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a run, a checkpoint or a local Hugging Face folder")
+    if not path.is_dir():
+        raise ValueError(f"{path} is no folder: give a run, a checkpoint or a local Hugging Face folder")
     if (path / CONFIG).exists():
         check_hub_folder(path)
         return Place(path, path, None)
@@ -60,8 +76,13 @@ def find_tokenizer(place: Place, given: AnyPath | Tokenizer | None, *, fix: str)
         ValueError: the one that is given can't be loaded.
     """
     if given is not None and not isinstance(given, str | PathLike):
+        missing = [name for name in ("encode", "decode", "eod", "vocab_size") if not hasattr(given, name)]
+        if missing:
+            raise ValueError(
+                f"tokenizer is of type {type(given).__name__}, without {', '.join(missing)}: give its path"
+            )
         return given
-    path = place.tokenizer if given is None else Path(given)
+    path = place.tokenizer if given is None else as_path(given)
     if path is None:
         return f"{place.folder} names no tokenizer: {fix}"
     try:

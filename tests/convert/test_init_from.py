@@ -206,8 +206,11 @@ def test_a_folder_of_imported_weights_is_no_run_to_resume(
         ("{}/nowhere", r"nowhere is no folder: give a checkpoint or a run folder"),
         ("{}/run/checkpoints", r"has no complete one below checkpoints/"),
         ("{}/folder", r"folder is a Hugging Face folder, no checkpoint .*: to start a run from it give hf:.*/folder, "),
-        ("hf:{}/run", r"run is a run or a checkpoint, no Hugging Face folder: to start a run from it leave out hf:, "),
-        ("hf:{}/run/checkpoints/step_00000001", r"is a run or a checkpoint, .* leave out hf:, "),
+        (
+            "hf:{}/run",
+            r"run is a run or a checkpoint, no Hugging Face folder: to start a run from it give --init-from ",
+        ),
+        ("hf:{}/run/checkpoints/step_00000001", r"is a run or a checkpoint, .* give --init-from "),
     ],
 )
 def test_wrong_sources(tmp_path: Path, source: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,15 @@ def test_packs_of_a_corpus_with_their_documents(tiny_corpus: Corpus) -> None:
             assert document.text == data.tokenizer.decode(document.tokens.tolist())
         seen += len(pack.tokens)
     assert seen == 100 * len(data)
+    first = data[0]
+    assert repr(data) == f"<PackedData: {len(data)} packs of 100 tokens>"
+    assert repr(first) == f"<Pack: 100 tokens, {len(first.documents)} documents>"
+    assert re.fullmatch(r"<PackedDocument \d+ of .*: \d+ tokens from 0>", repr(first.documents[1]))
+    assert first in (data[1], first), "packs are compared by identity"
+    assert torch.equal(data[-len(data)].tokens, first.tokens)
+    for index in (len(data), -len(data) - 1):
+        with pytest.raises(IndexError, match=f"pack {index} of {len(data)}: give one from -"):
+            data[index]
     flowing = megatron_m1.packed_data(
         [prefix], seq_length=100, tokenizer=data.tokenizer, reset_at_documents=False, cache_folder=None
     )
