@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -138,7 +139,6 @@ def the_first_run_ends_at_ctrl_c_in_80_columns(checkout: Checkout) -> None:
         run.close()
     lines_fit(screen)
     text = "\n".join(line.rstrip() for line in screen.lines)
-    assert "starting 1 process on this node" in text
     assert re.search(r"^(\^C)?SIGINT: finishing .*, then saving$", text, re.MULTILINE)
     (step,) = re.findall(r"^SIGINT: saving step (\d+), then leaving$", text, re.MULTILINE)
     assert f"checkpoint  runs/tiny/checkpoints/step_{int(step):08}" in text
@@ -197,7 +197,8 @@ def it_goes_on_elsewhere_until_two_ctrl_cs(checkout: Checkout, shell: Shell, tmp
     before = steps_recorded(moved)
     try:
         run.wait_for(lambda: steps_recorded(moved) > before)
-        assert interrupted(run, moved, times=2) == 130, run.raw()
+        # A shell reports it as 130.
+        assert interrupted(run, moved, times=2) == -signal.SIGINT, run.raw()
         screen = run.screen()
     finally:
         run.close()
