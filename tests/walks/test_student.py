@@ -49,11 +49,11 @@ def own_texts_are_tokenised(shell: Shell, own_texts: Path) -> None:
     ):
         shell.refuses("tokenize", *words.split(), "--output", "corpora/own", said=said)
     for place, said in (("texts/web.jsonl/own", "Not a directory"), ("/proc/own", "/proc/own can't be written")):
-        words = ["texts", "--tokenizer", "t.model", "--train-tokenizer", "300", "--output", place]
-        shell.refuses("tokenize", *words, said=said)
+        train = ["--tokenizer", "t.model", "--train-tokenizer", "300"]
+        shell.refuses("tokenize", "texts", *train, "--output", place, said=said)
     assert not (own_texts.parent / "t.model").exists()
 
-    train = ["--train-tokenizer", 384, "--tokenizer", "tokenizers/own.model"]
+    train = ["--tokenizer", "tokenizers/own.model", "--train-tokenizer", "384"]
     out = shell.says("tokenize", "texts", *train, "--split", "0.9,0.1", "--output", "corpora/own")
     assert "passed over in texts: 1 .py, 1 .png (--suffix .EXT takes such files as text)" in out
     assert re.search(r"^corpora/own: \d+ documents, [\d,]+ tokens, .*skipped: 1 empty", out, re.MULTILINE)
