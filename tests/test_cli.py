@@ -223,6 +223,11 @@ def test_a_mesh_that_does_not_fit_is_refused(command: Run, corpus: Path, tokeniz
 
 def test_missing_data_are_refused(command: Run, corpus: Path, tokenizer: Path) -> None:
     assert_refused(command("pretrain", "--dry-run", "--run.folder", corpus.parent / "r"), "data.train is empty")
+    assert_refused(
+        command("pretrain", "--run.folder", corpus.parent / "r"), "r does not exist, and data.train is empty"
+    )
+    assert_refused(command("pretrain", "--run.folder", corpus.parent), "has no run to go on with")
+    assert_refused(command("inspect", f"{corpus}.idx"), "is no folder")
     Path(f"{corpus}.idx").unlink()
     assert_refused(command(*dry_run(corpus, tokenizer)), "data.train", f"{corpus}.idx")
 

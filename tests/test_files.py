@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_m1.files import file_lock, refuse_overwriting
+from megatron_m1.files import check_writable, file_lock, refuse_overwriting
 from tests.harness.preload import without_locks
 
 LOCK_TWICE = """
@@ -85,3 +85,12 @@ def test_one_file_under_several_names(tmp_path: Path) -> None:
         for name in ("docs", "alias"):
             with pytest.raises(ValueError, match=r" would be written over, but "):
                 refuse_overwriting([tmp_path / folder], [tmp_path / name / "a.txt"])
+
+
+def test_a_folder_is_probed_and_left_as_it_is(tmp_path: Path) -> None:
+    check_writable("it", tmp_path / "not" / "yet")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "x", Path("/proc/x")):
+        with pytest.raises(ValueError, match=r"^it can't be written: \S+: .*; choose another folder$"):
+            check_writable("it", folder)

@@ -158,7 +158,7 @@ def a_job_requeues_itself_and_goes_on(checkout: Checkout) -> None:
 
 
 def its_records_are_what_the_page_says(checkout: Checkout) -> None:
-    """Every field has its line in docs/metrics.md and the other way round; W&B and the profile are where they are said."""
+    """docs/metrics.md has a line for every field and no other; W&B and the profile are where they are said."""
     run = checkout.folder / "runs" / "mid"
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [*range(1, len(records) + 1)]
@@ -172,7 +172,7 @@ def its_records_are_what_the_page_says(checkout: Checkout) -> None:
 
 
 def its_configuration_runs_on_gpus(checkout: Checkout, shell: Shell) -> None:
-    """``auto`` is still ``auto`` in the file of a CPU run; the folder says where it would go on and what has changed."""
+    """``auto`` is still ``auto`` in the file of a CPU run; a dry run in its folder says what has changed."""
     plan = ["--dry-run", "--world-size", 4]
     out = shell.says("pretrain", "--config", "runs/mid/config.yaml", *plan, "--device", "gpu", "--run.folder", "runs/b")
     assert "bf16 on gpu over nccl" in out
