@@ -6,11 +6,13 @@ The commands are README's own, with this walk's folders in the place of the ones
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from megatron_m1 import cli
 from tests.convert.folders import convert
 from tests.reference.transformers_minimax import build
 from tests.walks import readme
@@ -65,8 +68,16 @@ class Desk:
     names: dict[str, str]
 
     def run(self, *words: str, status: int = 0) -> str:
-        """Run a command there; both of its streams. No fault may be a traceback."""
+        """Run a command there; both of its streams. No fault may be a traceback.
+
+        What is refused, what trains, and programs are processes of their own; for the rest the command's function is
+        called, which spares the imports.
+        """
         words = tuple(self.names.get(word, word) for word in words)
+        if words[0] == "megatron-m1" and "--nproc-per-node" not in words and not status:
+            with io.StringIO() as said, chdir(self.folder), redirect_stdout(said), redirect_stderr(said):
+                assert cli.run(words[1:]) == 0, said.getvalue()
+                return said.getvalue()
         environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             words, cwd=self.folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
