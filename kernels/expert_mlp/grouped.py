@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 
 ALIGNMENT = 8
-"""Rows that each expert's are rounded up to: 16 bytes of bfloat16, at whose multiples grouped products may begin."""
+"""Rows that each expert's are rounded up to: 16 bytes of bfloat16, at whose multiples grouped products may begin.
+
+Rows themselves must be so long as well."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Grouped:
 
     The products want each layer's weights as one tensor, so that they are copied once a pass.
     """
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether the products take experts with ``weight`` [hidden, ffn]: bfloat16, its rows and columns aligned."""
+        return weight.dtype == torch.bfloat16 and not any(size % ALIGNMENT for size in weight.shape)
 
     def keep(self, x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]) -> GroupedKept:
         """What ``forward`` keeps, without its output."""
