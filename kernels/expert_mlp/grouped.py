@@ -36,11 +36,14 @@ class _Rows:
         shifts = [
             end - size - before for end, size, before in zip(ends, sizes, accumulate([0, *counts[:-1]]), strict=True)
         ]
+        # From pinned memory the process does not wait for the device, where tokens may be on their way still.
+        host = torch.tensor([ends, shifts, counts])
+        moved = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
         places = torch.arange(sum(counts), device=device) + torch.repeat_interleave(
-            torch.tensor(shifts, device=device), torch.tensor(counts, device=device), output_size=sum(counts)
+            moved[1], moved[2], output_size=sum(counts)
         )
         empty = [expert for expert, count in enumerate(counts) if count == 0]
-        return cls(torch.tensor(ends, dtype=torch.int32, device=device), places, ends[-1] + ALIGNMENT, empty)
+        return cls(moved[0].int(), places, ends[-1] + ALIGNMENT, empty)
 
     def spread(self, x: Tensor) -> Tensor:
         """[rows, ...] -> [total, ...] with zeros between."""
