@@ -213,7 +213,8 @@ def train_step(trained: TrainedModel, samples: list[PackedSample], lr: float) ->
         gradient are not finite.
     """
     began = time.perf_counter()
-    biases = [(bias, bias.clone()) for _, router in _routers(trained) if (bias := router.expert_bias) is not None]
+    buffers = [buffer for _, router in _routers(trained) for buffer in router.named_buffers()]
+    biases = [(bias, bias.clone()) for name, bias in buffers if name == "expert_bias"]
     reports, weight = compute_gradients(trained, samples)
     # Reads the loss, hence waits for the device: what was queued there is done then.
     sums, aux_loss, loads = _reduce_report(trained, reports, _packs(trained, samples))
