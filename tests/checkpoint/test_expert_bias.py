@@ -1,4 +1,4 @@
-"""The bias by which sigmoid routers choose is kept, and comes back on any mesh and in a model that generates."""
+"""The bias by which sigmoid routers choose is kept, and comes back on any mesh."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_m1.checkpoint.contents import complete_checkpoints
 from megatron_m1.config import Config
-from megatron_m1.convert.our_checkpoint import open_checkpoint
-from megatron_m1.generate.build import build_model
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.step import LOSS, train_step
 from tests.checkpoint.checkpoint_runs import LR, open_checkpoints, run_config, state_at
@@ -46,10 +43,6 @@ def test_another_mesh_goes_on_with_the_bias(workers: WorkerPool, tmp_path: Path)
     ]
     (kept, loss), *_ = workers.run(saved, run_config({}, **SIGMOID), tmp_path, world_size=1)
     assert any(bias.any() for bias in kept.values())
-    whole = build_model(open_checkpoint(complete_checkpoints(tmp_path)[0]), torch.float32, torch.device("cpu"))
-    buffers = dict(whole.named_buffers())
-    for layer, bias in kept.items():
-        assert torch.equal(buffers[f"decoder.layers.{layer - 1}.mlp.router.expert_bias"], bias)
     for world_size, parallel in meshes:
         for found, again in workers.run(loaded, run_config(parallel, **SIGMOID), tmp_path, world_size=world_size):
             assert found
