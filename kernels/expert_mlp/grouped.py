@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm, silu
 
 ALIGNMENT = 8
-"""Rows that each expert's are rounded up to: 16 bytes of bfloat16, at whose multiples grouped products may begin."""
+"""Rows that each expert's are rounded up to: 16 bytes of bfloat16, at whose multiples grouped products may begin.
+
+Rows themselves must be so long as well."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,14 @@ class _Rows:
         shifts = [
             end - size - before for end, size, before in zip(ends, sizes, accumulate([0, *counts[:-1]]), strict=True)
         ]
+        # From pinned memory the process does not wait for the device, where tokens may be on their way still.
+        host = torch.tensor([ends, shifts, counts])
+        moved = host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
         places = torch.arange(sum(counts), device=device) + torch.repeat_interleave(
-            torch.tensor(shifts, device=device), torch.tensor(counts, device=device), output_size=sum(counts)
+            moved[1], moved[2], output_size=sum(counts)
         )
         empty = [expert for expert, count in enumerate(counts) if count == 0]
-        return cls(torch.tensor(ends, dtype=torch.int32, device=device), places, ends[-1] + ALIGNMENT, empty)
+        return cls(moved[0].int(), places, ends[-1] + ALIGNMENT, empty)
 
     def spread(self, x: Tensor) -> Tensor:
         """[rows, ...] -> [total, ...] with zeros between."""
@@ -74,6 +79,11 @@ class Grouped:
 
     The products want each layer's weights as one tensor, so that they are copied once a pass.
     """
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether the products take experts with ``weight`` [hidden, ffn]: bfloat16, its rows and columns aligned."""
+        return weight.dtype == torch.bfloat16 and not any(size % ALIGNMENT for size in weight.shape)
 
     def keep(self, x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]) -> GroupedKept:
         """What ``forward`` keeps, without its output."""

@@ -30,6 +30,9 @@ FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
 OPTIMIZER_PREFIX = "optimizer."
 """What the optimizer's tensors begin with."""
 
+EXPERT_BIAS = "router.expert_bias"
+"""What the names of tensors end with that are no parameters."""
+
 MODEL_SHAPE = (
     "num_layers",
     "hidden_size",
@@ -205,7 +208,8 @@ def check_model_size(contents: CheckpointContents) -> None:
         ValueError: they differ, or it has kinds of layers that are not known; one line.
     """
     model, tensors = contents.config.model, contents.tensors
-    held = sum(math.prod(t.shape) for t in tensors if not t.name.startswith(OPTIMIZER_PREFIX))
+    parameters = [t for t in tensors if not t.name.startswith(OPTIMIZER_PREFIX) and not t.name.endswith(EXPERT_BIAS)]
+    held = sum(math.prod(t.shape) for t in parameters)
     try:
         # Counting goes layer by layer: a damaged configuration with a trillion of them would never end.
         described = model_counts(model).total if 0 < model.num_layers <= len(tensors) else None

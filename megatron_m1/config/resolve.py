@@ -344,6 +344,11 @@ def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:
         raise ValueError(f"model.fp8 = {model.fp8} needs train.precision bf16, but it is {config.train.precision}")
     check_layers_device(model, precision=config.train.precision, has_gpu=has_gpu)
     _check_positive("parallel", parallel, ["moe_token_groups"])
+    if parallel.moe_token_groups > config.data.seq_length:
+        raise ValueError(
+            f"parallel.moe_token_groups = {parallel.moe_token_groups} is more than the tokens of a pack, "
+            f"data.seq_length = {config.data.seq_length}: use a few"
+        )
     if parallel.moe_token_groups > 1 and model.moe_token_dispatcher_type != "alltoall":
         raise ValueError(
             f"parallel.moe_token_groups = {parallel.moe_token_groups} needs model.moe_token_dispatcher_type alltoall, "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from torch import Tensor
 
+from megatron_m1.checkpoint.contents import EXPERT_BIAS
 from megatron_m1.convert.families.minimax_m1.weights import WeightPiece
 from megatron_m1.convert.hub_folder import HubFolder
 from megatron_m1.convert.our_checkpoint import OurCheckpoint
@@ -17,12 +19,13 @@ def _parameter_name(unit: WeightPiece) -> str:
 
 
 def fill(model: GPTModel, source: OurCheckpoint | HubFolder) -> None:
-    """Overwrite every parameter of a whole model, one at a time.
+    """Overwrite every parameter and the routers' biases of a whole model, one at a time.
 
     Raises:
         ValueError: the source can't be read.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    parameters |= {name: bias for name, bias in model.named_buffers() if name.endswith(EXPERT_BIAS)}
     with torch.no_grad():
         for unit in source.units:
             parameter = parameters.pop(_parameter_name(unit))

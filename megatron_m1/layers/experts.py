@@ -43,7 +43,7 @@ class LocalExperts(SequentialMLP):
     def products(self) -> Experts:
         """How they are computed: one by one, or in 16 bits on a GPU all at once."""
         weight = self.local_experts[0].linear_fc2.weight
-        return Grouped() if weight.is_cuda and weight.dtype == torch.bfloat16 else OneByOne()
+        return Grouped() if weight.is_cuda and Grouped.takes(weight) else OneByOne()
 
     def weights(self) -> list[Tensor]:
         """fc1 [2 ffn / etp, hidden] and fc2 [hidden, ffn / etp] of every local expert in turn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
@@ -24,12 +25,25 @@ class Router(TopKRouter):
 
     config: EngineConfig
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: EngineConfig, *args: Any, **kwargs: Any) -> None:
+        # The library makes a bias, and what it counts, on the current GPU even of a model that is elsewhere.
+        plain = copy(config)
+        plain.moe_router_enable_expert_bias, plain.moe_router_load_balancing_type = False, "none"
+        super().__init__(plain, *args, **kwargs)
+        self.config, self.routing_type = config, config.moe_router_load_balancing_type
+        if config.moe_router_enable_expert_bias:
+            self._add_bias()
         self.tokens_per_expert: Tensor | None = None
         self.aux_loss_sum: Tensor | None = None
         self.tokens_kept: Tensor | None = None
         self._seen: Tensor | None = None
+
+    def _add_bias(self) -> None:
+        self.enable_expert_bias = True
+        device = self.weight.device if self.config.use_cpu_initialization else torch.cuda.current_device()
+        for name, is_kept in (("local_tokens_per_expert", False), ("expert_bias", True)):
+            delattr(self, name)  # None
+            self.register_buffer(name, torch.zeros(self.num_experts, device=device), persistent=is_kept)
 
     def reset_parameters(self) -> None:
         """Keep the weight in fp32 (the released checkpoint stores it so), marked for sequence parallelism."""

@@ -209,9 +209,12 @@ def train_step(trained: TrainedModel, samples: list[PackedSample], lr: float) ->
         lr: learning rate.
 
     Returns:
-        The batch's figures; ``updated`` is False, and no parameter changed, when loss or gradient are not finite.
+        The batch's figures; ``updated`` is False, and no parameter or bias changed, when loss or
+        gradient are not finite.
     """
     began = time.perf_counter()
+    buffers = [buffer for _, router in _routers(trained) for buffer in router.named_buffers()]
+    biases = [(bias, bias.clone()) for name, bias in buffers if name == "expert_bias"]
     reports, weight = compute_gradients(trained, samples)
     # Reads the loss, hence waits for the device: what was queued there is done then.
     sums, aux_loss, loads = _reduce_report(trained, reports, _packs(trained, samples))
@@ -219,6 +222,10 @@ def train_step(trained: TrainedModel, samples: list[PackedSample], lr: float) ->
     means = {figure: value / _divisor(weight) for figure, value in sums.items()}
     is_finite = math.isfinite(means[LOSS])
     updated, norm = step_if_finite(trained.optimizer, lr) if is_finite else (False, math.nan)
+    if not updated:
+        # The library moves them along with the gradients' reduction.
+        for bias, before in biases:
+            bias.copy_(before)
     figures = means | {AUX_LOSS: aux_loss, GRAD_NORM: norm}
     return StepResult(updated, weight, figures, loads, seconds)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -54,12 +55,19 @@ def _started(work: Work | None) -> Work:
     return work
 
 
+@cache
+def _stream_of(group: str, device: int) -> torch.cuda.Stream:
+    # One for all layers: the allocator keeps what a stream has freed for that stream alone.
+    return torch.cuda.Stream(device)
+
+
 class GroupLink:
-    """A ``Link`` over a process group, with a stream of its own on a GPU."""
+    """A ``Link`` over a process group, whose links share a stream of their own on a GPU."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
-        self._stream = torch.cuda.Stream() if dist.get_backend(group) == "nccl" else None
+        on_gpu = dist.get_backend(group) == "nccl"
+        self._stream = _stream_of(group.group_name, torch.cuda.current_device()) if on_gpu else None
 
     @property
     def size(self) -> int:

@@ -29,6 +29,9 @@ class Travel:
         """Let the process (CPU) or the current stream (GPU) wait, and return the rows."""
         if self._work is not None:
             self._work.wait()
+            if self._sent is not None and self._sent.is_cuda:
+                # Another stream's memory, which would use it anew: that one has not waited until this had left.
+                self._sent.record_stream(torch.cuda.current_stream())
         elif self._event is not None:
             torch.cuda.current_stream().wait_event(self._event)
         if self._value.is_cuda:

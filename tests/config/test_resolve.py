@@ -136,6 +136,8 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("model.ffns=[lightning]", 1, ["model.ffns has 'lightning'", "choose from moe"]),
         ("model.attention_period=3", 1, ["num_layers = 8", "3 kinds that model.mixers lists"]),
         ("model.moe_router_topk=9", 1, ["moe_router_topk = 9"]),
+        ("parallel.moe_token_groups=0", 1, ["moe_token_groups = 0"]),
+        ("parallel.moe_token_groups=9 data.seq_length=8", 1, ["moe_token_groups = 9", "data.seq_length = 8"]),
         ("model.moe_router_topk=1", 1, ["moe_router_topk = 1", "at least 2"]),
         ("model.rotary_percent=0.3", 1, ["rotary_percent = 0.3"]),
         ("model.hidden_size=-1", 1, ["hidden_size = -1"]),

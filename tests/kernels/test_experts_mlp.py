@@ -37,6 +37,26 @@ def truth(counts: list[int], leaves: list[Tensor]) -> Tensor:
     return torch.cat([naive_expert_mlp(*part) for part in parts])
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "taken"),
+    [
+        ((16, 24), torch.bfloat16, True),
+        ((16, 20), torch.bfloat16, False),
+        ((12, 24), torch.bfloat16, False),
+        ((16, 24), torch.float32, False),
+    ],
+)
+def test_what_grouped_products_take(shape: tuple[int, int], dtype: torch.dtype, taken: bool) -> None:
+    """Torch refuses rows that are not multiples of 16 bytes."""
+    assert Grouped.takes(torch.empty(shape, dtype=dtype)) is taken
+
+
+def test_torch_refuses_rows_that_are_not_aligned() -> None:
+    (x, scale, *weights), _ = arguments([8], 12, 24)
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        Grouped().forward(x.bfloat16(), scale, [8], [w.bfloat16() for w in weights])
+
+
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.parametrize("experts", [OneByOne(), Grouped()], ids=["one by one", "grouped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,7 @@ from megatron_m1.config import Config
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.layers.router import Router
 from megatron_m1.runtime.pool import WorkerPool
-from megatron_m1.training.step import AUX_LOSS, GRAD_NORM, LOSS
+from megatron_m1.training.step import AUX_LOSS, GRAD_NORM, LOSS, train_step
 from tests.model.meshes import COPIES, assemble, packs, router_gradient, run_config, start, step_with_gradients
 from tests.model.test_capacity import joined
 
@@ -77,6 +77,20 @@ def compare(by_rank: list[Any], truth: Any) -> None:
             for layer, bias in after.items():
                 assert torch.equal(bias, wanted_after[layer])
         assert all(bias.abs().max() > 0 for bias in result["biases"][0].values())
+
+
+def after_a_bad_step(rank: int, world_size: int, config: Config) -> tuple[bool, dict[int, Tensor]]:
+    """Routers choose as ever, but the loss is not finite."""
+    trained = start(config, world_size)
+    trained.chunks[0].module.decoder.final_layernorm.weight.data.fill_(torch.nan)
+    return train_step(trained, packs(), lr=1e-3).updated, biases(trained)
+
+
+def test_a_skipped_step_leaves_the_bias(workers: WorkerPool) -> None:
+    ((updated, found),) = workers.run(after_a_bad_step, run_config({}, **KINDS["bias"]), world_size=1)
+    assert not updated
+    assert found
+    assert not any(bias.any() for bias in found.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

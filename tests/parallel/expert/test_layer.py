@@ -5,6 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_m1.kernels.expert_mlp.one_by_one import OneByOne
+from megatron_m1.parallel.expert.layer import Call, expert_layer
+from megatron_m1.parallel.expert.links import Links
+from megatron_m1.parallel.expert.plan import Ranks, plan_exchange
 from megatron_m1.runtime.pool import WorkerPool
 from tests.parallel.expert.ranks import Case, Outcome, run_rank, shard, truth
 
@@ -47,3 +51,22 @@ def compare(case: Case, by_rank: list[Outcome], tolerance: float) -> None:
 def test_ranks_compute_what_one_process_computes(name: str, workers: WorkerPool) -> None:
     case = CASES[name]
     compare(case, workers.run(run_rank, case, world_size=case.ranks), TOLERANCE)
+
+
+def alone(case: Case) -> Outcome:
+    hidden, probs, chosen, grad = case.inputs(0)
+    leaves = [x.requires_grad_() for x in (hidden, probs, *case.weights())]
+    plan = plan_exchange(chosen, case.groups, Ranks(None, None, None))
+    output = expert_layer(hidden, probs, leaves[2:], Call(plan, Links(None, None), OneByOne()))
+    grads = torch.autograd.grad(output, leaves, grad)
+    return Outcome(output.detach(), grads[0], grads[1], list(grads[2:]))
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_groups_change_no_bit_but_of_the_weights_sums(groups: int) -> None:
+    """Nothing else is a sum over tokens of several groups."""
+    one, cut = (alone(Case(1, 1, number, (64,), hidden=64, ffn=32)) for number in (1, groups))
+    for name in ("output", "hidden", "probs"):
+        assert torch.equal(getattr(cut, name), getattr(one, name)), name
+    for found, wanted in zip(cut.weights, one.weights, strict=True):
+        assert _error(found, wanted) < TOLERANCE

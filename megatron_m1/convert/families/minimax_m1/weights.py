@@ -246,6 +246,18 @@ def _unspelled(parameter: Parameter, place: str) -> Iterator[WeightPiece]:
         )
 
 
+def _expert_bias(model: ModelConfig, layer: int) -> WeightPiece:
+    """What a router chooses by beside its scores: a buffer, for which the hub has no word either."""
+    return WeightPiece(
+        ours=f"{_MLP.format(layer=layer)}.router.expert_bias",
+        shape=(model.num_moe_experts,),
+        expert=None,
+        groups=1,
+        parts=(),
+        keeps_fp32=True,
+    )
+
+
 def units(model: ModelConfig, *, native_heads: bool = False) -> list[WeightPiece]:
     """Everything that a model of this shape consists of: embedding, layer by layer, final norm, head.
 
@@ -278,6 +290,8 @@ def units(model: ModelConfig, *, native_heads: bool = False) -> list[WeightPiece
         found += of_rules(norm_rules, layer)
         found += of_kind(MIXERS.get(mixer), registry.MIXERS[mixer], layer, "self_attention")
         found += of_kind(FFNS.get(ffn), registry.FFNS[ffn], layer, "mlp")
+        if ffn == "moe" and model.moe_router_enable_expert_bias:
+            found.append(_expert_bias(model, layer))
     return found + of_rules(
         [
             Rule("decoder.final_layernorm.weight", (("model.norm.weight", hidden),), None),
