@@ -227,7 +227,7 @@ def test_missing_data_are_refused(command: Run, corpus: Path, tokenizer: Path) -
         command("pretrain", "--run.folder", corpus.parent / "r"), "r does not exist, and data.train is empty"
     )
     assert_refused(command("pretrain", "--run.folder", corpus.parent), "has no run to go on with")
-    assert_refused(command("inspect", f"{corpus}.idx"), "is no folder")
+    assert_refused(command("inspect", f"{corpus}.idx"), "is a file: give a checkpoint or a run folder")
     Path(f"{corpus}.idx").unlink()
     assert_refused(command(*dry_run(corpus, tokenizer)), "data.train", f"{corpus}.idx")
 

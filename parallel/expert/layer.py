@@ -258,6 +258,8 @@ class _ExpertLayer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, probs, *weights = ctx.saved_tensors
+        if ctx.kept is None:
+            raise RuntimeError("the experts' backward pass has run already, and kept nothing: it runs once")
         tokens, experts = ctx.pairs
         grad_scales = probs.new_empty(len(tokens))
         done = _Backward(ctx.call, hidden, grads[0], ctx.kept, weights, grad_scales)

@@ -265,7 +265,7 @@ def test_an_existing_folder_is_not_touched(hub: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["to-hf", "{}/x", "{}/y"], r"x is no folder: give a checkpoint or a run folder$"),
+        (["to-hf", "{}/x", "{}/y"], r"x is no folder: give a checkpoint or a run folder, or hf:FOLDER"),
         (["from-hf", "{}", "{}/y"], r"config\.json can't be read: No such file or directory; give a Hugging Face"),
         (
             ["from-hf", "{hub}/ours", "{}/y"],

@@ -70,7 +70,7 @@ def made_by(checkout: Checkout) -> list[str]:
     """The words of the command that ``make pretrain`` ends with, which README begins with."""
     assert "make pretrain " in (checkout.folder / "README.md").read_text().replace("\n", " ")
     done = subprocess.run(
-        ["make", "--dry-run", "--old-file=install", "pretrain"],
+        ["make", "--no-print-directory", "--dry-run", "--old-file=install", "pretrain"],
         cwd=checkout.folder,
         env=checkout.environ(),
         capture_output=True,
