@@ -104,7 +104,7 @@ def wrong_words_are_answered(shell: Shell, checkout: Checkout) -> None:
     shell.refuses("pretrain", "--run.folder", "runs/tinny", said="runs/tinny does not exist, and data.train is empty")
     shell.refuses("pretrain", "--run.folder", "texts", said="texts has no run to go on with")
     shell.refuses("pretrain", "--preset", "tinny", said="choose one of tiny, m1-mid, m1-456b")
-    shell.refuses("inspect", "README.md", said="README.md is no folder")
+    shell.refuses("inspect", "README.md", said="README.md is a file: give a checkpoint or a run folder")
     shell.refuses("inspect", "runs/tinny", said="runs/tinny does not exist")
     shell.refuses("generate", "runs/tinny", "--prompt", "x", said="runs/tinny does not exist")
     shell.refuses("generate", "texts", "--prompt", "x", said="no complete one below checkpoints/")
