@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import logging
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
+import megatron_m1
 from megatron_m1.config.io import unknown
 from megatron_m1.launch import report_error
+from megatron_m1.library.quiet import silence_libraries
 from megatron_m1.printing import guard_streams, keep_output
 
 COMMANDS = {
@@ -42,8 +42,8 @@ def usage() -> str:
 
 def versions() -> str:
     """Return the line of ``megatron-m1 --version``: what is installed, asked without importing it."""
-    found = []
-    for package in ("megatron-m1", "megatron-core", "torch"):
+    found = [f"megatron-m1 {megatron_m1.__version__}"]
+    for package in ("megatron-core", "torch"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
@@ -71,22 +71,10 @@ def run(arguments: Sequence[str]) -> int:
     return status
 
 
-def quiet_libraries() -> None:
-    """Silence what megatron-core and torch say of absent software and of their own workings: it would bury our lines.
-
-    The loggers of megatron-core warn that GPTModel will have a successor and that DDP lays out its own buffers; its
-    warnings and torch's extension loader name optional software. None of that is news that a user could act on.
-    """
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", category=SyntaxWarning)
-    for name in ("megatron", "torch.utils.cpp_extension"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
 def exit_status(command: Callable[[], int]) -> int:
     """Run ``command`` and return its status; wrong input ends in one line on stderr and status 2."""
     guard_streams()
-    quiet_libraries()
+    silence_libraries()
     try:
         status = command()
         sys.stdout.flush()

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, silu
 
 ALIGNMENT = 8
@@ -140,3 +142,29 @@ class Grouped:
                     known.add_(grad)
                 else:
                     totals[at] = grad.float() if more else grad
+
+
+class _GroupedMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, counts: list[int], *weights: Tensor) -> Tensor:
+        output, kept = Grouped().forward(x, scale, counts, weights)
+        rows = kept.rows
+        ctx.save_for_backward(rows.ends, rows.places, kept.x, kept.scale, kept.projected, *weights)
+        ctx.total, ctx.empty = rows.total, rows.empty
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ends, places, x, scale, projected, *weights = ctx.saved_tensors
+        kept = GroupedKept(_Rows(ends, places, ctx.total, ctx.empty), x, scale, projected)
+        grad_x, grad_scale, pending = Grouped().backward(kept, grads[0], weights)
+        totals: list[Tensor | None] = [None] * len(weights)
+        Grouped().add_weight_gradients(pending, totals, more=False)
+        return grad_x, grad_scale, None, *totals
+
+
+def grouped(x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
+    """``one_by_one.one_by_one``, all experts at once; differentiable once."""
+    result: Tensor = _GroupedMlp.apply(x, scale, counts, *weights)
+    return result

@@ -8,7 +8,24 @@ from itertools import batched
 import torch
 from torch import Tensor
 
+from megatron_m1.kernels.expert_mlp import expert_mlp
 from megatron_m1.kernels.expert_mlp.passes import Kept, Pending, data_pass, forward_pass, keep, weights_pass
+
+
+def one_by_one(x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
+    """``expert_mlp`` of every expert's rows.
+
+    Args:
+        x: [rows, hidden], sorted by expert.
+        scale: [rows].
+        counts: rows of each expert.
+        weights: fc1, fc2 of every expert in turn.
+
+    Returns:
+        [rows, hidden] in ``x``'s dtype, differentiable in x, scale and weights.
+    """
+    parts = zip(x.split(counts), scale.split(counts), weights[::2], weights[1::2], strict=True)
+    return torch.cat([expert_mlp(*part) for part in parts])
 
 
 class OneByOne:

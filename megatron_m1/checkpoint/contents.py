@@ -42,6 +42,8 @@ MODEL_SHAPE = (
     "residual",
     "moe_ffn_hidden_size",
     "num_moe_experts",
+    "moe_router_score_function",
+    "moe_router_enable_expert_bias",
     "vocab_size",
 )
 """Fields of ``model`` that a checkpoint and the run that continues it must share, besides the kinds of its layers."""

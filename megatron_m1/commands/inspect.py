@@ -14,7 +14,8 @@ from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import check_model, resolve_mesh
 from megatron_m1.config.written import config_text, tree_values
 from megatron_m1.convert.places import CONFIG
-from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts, model_counts, parameter_counts
+from megatron_m1.library.load import parameter_counts
+from megatron_m1.plan.parameters import NORMS, kind_parameters, layer_counts
 from megatron_m1.plan.ranks import dense_axes, expert_axes, place, process_groups, spelled
 from megatron_m1.printing import counted, folded, table, terminal_columns
 from megatron_m1.shapes.registry import layer_mixers
@@ -184,7 +185,7 @@ def describe_checkpoint(contents: CheckpointContents, *, every_tensor: bool = Fa
     return [
         f"checkpoint {contents.folder}",
         f"step {contents.step:,}, {counted(contents.tokens, 'token')}, {_gib(contents.bytes_on_disk)} on disk",
-        f"preset {config.preset}, {model_counts(config.model).total:,} parameters, {contents.became.train.precision}",
+        f"preset {config.preset}, {parameter_counts(config).all.total:,} parameters, {contents.became.train.precision}",
         f"written by tensor {parallel.tensor_model_parallel_size} x pipeline {parallel.pipeline_model_parallel_size}, "
         f"expert {parallel.expert_model_parallel_size} x expert tensor {parallel.expert_tensor_parallel_size}",
         *([f"tokenizer {tokenizer}" + ("" if tokenizer.exists() else ", which is not there")] if tokenizer else []),

@@ -10,9 +10,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, nn
 
-from megatron_m1.kernels.expert_mlp.grouped import Grouped
-from megatron_m1.kernels.expert_mlp.one_by_one import OneByOne
-from megatron_m1.parallel.expert.layer import Experts, experts_mlp
+from megatron_m1.kernels.expert_mlp.grouped import Grouped, grouped
+from megatron_m1.kernels.expert_mlp.one_by_one import OneByOne, one_by_one
+from megatron_m1.parallel.expert.layer import Experts
 
 
 class ColumnParallelWeight(ColumnParallelLinear):
@@ -40,10 +40,11 @@ class LocalExperts(SequentialMLP):
     Between expert-tensor ranks the token dispatcher gathers and reduces, so an expert's own work is local.
     """
 
-    def products(self) -> Experts:
-        """How they are computed: one by one, or in 16 bits on a GPU all at once."""
+    @property
+    def is_grouped(self) -> bool:
+        """Whether all of them are computed at once: in 16 bits on a GPU; else one by one."""
         weight = self.local_experts[0].linear_fc2.weight
-        return Grouped() if weight.is_cuda and Grouped.takes(weight) else OneByOne()
+        return bool(weight.is_cuda and Grouped.takes(weight))
 
     def weights(self) -> list[Tensor]:
         """fc1 [2 ffn / etp, hidden] and fc2 [hidden, ffn / etp] of every local expert in turn."""
@@ -62,8 +63,8 @@ class LocalExperts(SequentialMLP):
         Returns:
             [tokens, hidden] (a partial sum with expert tensor parallelism), and no bias.
         """
-        counts = tokens_per_expert.tolist()
-        return experts_mlp(permuted_local_hidden_states, permuted_probs, counts, self.weights(), self.products()), None
+        compute = grouped if self.is_grouped else one_by_one
+        return compute(permuted_local_hidden_states, permuted_probs, tokens_per_expert.tolist(), self.weights()), None
 
 
 class ThroughAutograd:
@@ -111,5 +112,5 @@ class ThroughAutograd:
 def products_of(experts: Any) -> tuple[Experts, list[Tensor]]:
     """How the experts of a layer compute in passes, and their weights."""
     if isinstance(experts, LocalExperts):
-        return experts.products(), experts.weights()
+        return Grouped() if experts.is_grouped else OneByOne(), experts.weights()
     return ThroughAutograd(experts), list(experts.parameters())

@@ -286,38 +286,3 @@ def expert_layer(hidden: Tensor, probs: Tensor, weights: Sequence[Tensor], call:
         call = replace(call, recompute=True)  # nothing is kept
     result: Tensor = _ExpertLayer.apply(hidden, probs, call, *weights)
     return result
-
-
-class _ExpertsMlp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, counts: list[int], experts: Experts, *weights: Tensor) -> Tensor:
-        output, ctx.kept = experts.forward(x, scale, counts, weights)
-        ctx.experts = experts
-        ctx.save_for_backward(*weights)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_scale, pending = ctx.experts.backward(ctx.kept, grads[0].contiguous(), ctx.saved_tensors)
-        ctx.kept = None
-        totals: list[Tensor | None] = [None] * len(ctx.saved_tensors)
-        ctx.experts.add_weight_gradients(pending, totals, more=False)
-        return grad_x, grad_scale, None, None, *totals
-
-
-def experts_mlp(x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor], experts: Experts) -> Tensor:
-    """The local experts' products by themselves, where something else has brought the tokens.
-
-    Args:
-        x: [rows, hidden], sorted by expert.
-        scale: [rows], the router's probability of each.
-        counts: rows of each expert.
-        weights: as ``experts`` takes them.
-        experts: how they are computed.
-
-    Returns:
-        [rows, hidden] in ``x``'s dtype; differentiable once in x, scale and weights.
-    """
-    result: Tensor = _ExpertsMlp.apply(x, scale, counts, experts, *weights)
-    return result

@@ -84,8 +84,6 @@ class ExpertPlan:
 
     groups: tuple[GroupPlan, ...]
     scales: ScalesPlan
-    num_tokens: int
-    """Of this rank."""
 
 
 def group_bounds(num_tokens: int, groups: int) -> list[tuple[int, int]]:
@@ -162,7 +160,7 @@ def plan_exchange(routing_map: Tensor, groups: int, ranks: Ranks) -> ExpertPlan:
                 counts=arriving[:, :, group].sum((0, 1)).tolist(),
             )
         )
-    return ExpertPlan(tuple(plans), _plan_scales(own, here, sent, arriving, tensor_place), len(routing_map))
+    return ExpertPlan(tuple(plans), _plan_scales(own, here, sent, arriving, tensor_place))
 
 
 def _plan_scales(own: Tensor, here: Tensor, sent: Tensor, arriving: Tensor, tensor_place: int) -> ScalesPlan:

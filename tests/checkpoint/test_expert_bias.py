@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_m1.checkpoint.contents import check_shape
 from megatron_m1.config import Config
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.step import LOSS, train_step
@@ -49,3 +51,13 @@ def test_another_mesh_goes_on_with_the_bias(workers: WorkerPool, tmp_path: Path)
             for layer, bias in found.items():
                 assert torch.equal(bias, kept[layer])
             assert again == pytest.approx(loss, rel=COPIES)
+
+
+@pytest.mark.parametrize("field", ["moe_router_score_function", "moe_router_enable_expert_bias"])
+def test_another_way_to_choose_is_another_model(field: str) -> None:
+    """Without its bias, or with other scores, a checkpoint's routers would choose other experts in silence."""
+    saved_model, plain = run_config({}, **SIGMOID).model, run_config({}).model
+    changed = replace(saved_model, **{field: getattr(plain, field)})
+    check_shape(saved_model, saved_model, Path("c"), fix="fix")
+    with pytest.raises(ValueError, match=rf"^model\.{field} is .*, but checkpoint c has .*: fix"):
+        check_shape(changed, saved_model, Path("c"), fix="fix")

@@ -90,7 +90,7 @@ def test_a_checkout_that_moves_with_its_corpora(tmp_path: Path) -> None:
 )
 def test_files_of_older_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_inferred: bool) -> None:
     """They have only what was derived, with paths from the directory of the call: the run's folder may tell which."""
-    folder = tmp_path / "work" / "runs" / "a"
+    folder = tmp_path / "place" / "runs" / "a"
     folder.mkdir(parents=True)
     resolved = resolve(asked(f"--run.folder={name.format(folder)}", "--data.tokenizer=t.model"), 1, has_gpu=False)
     (folder / CONFIG).write_text(config_text(resolved))
@@ -99,5 +99,5 @@ def test_files_of_older_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     assert saved.asked == saved.became
     assert saved.asked.train.precision == "fp32"
     assert saved.asked.run.folder == str(folder)
-    assert saved.asked.data.tokenizer == (f"{tmp_path}/work/t.model" if is_inferred else "t.model")
+    assert saved.asked.data.tokenizer == (f"{tmp_path}/place/t.model" if is_inferred else "t.model")
     assert not (folder / RESOLVED).exists()

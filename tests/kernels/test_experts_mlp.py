@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from benchmarks.common.poison import nan_filled_empty
-from megatron_m1.kernels.expert_mlp.grouped import ALIGNMENT, Grouped
+from megatron_m1.kernels.expert_mlp.grouped import ALIGNMENT, Grouped, grouped
 from megatron_m1.kernels.expert_mlp.naive import naive_expert_mlp
-from megatron_m1.kernels.expert_mlp.one_by_one import OneByOne
-from megatron_m1.parallel.expert.layer import Experts, experts_mlp
+from megatron_m1.kernels.expert_mlp.one_by_one import one_by_one
 from tests.kernels.test_expert_mlp import make, tolerance
 
 COUNTS = {
@@ -58,15 +59,15 @@ def test_torch_refuses_rows_that_are_not_aligned() -> None:
 
 
 @pytest.mark.parametrize("name", COUNTS)
-@pytest.mark.parametrize("experts", [OneByOne(), Grouped()], ids=["one by one", "grouped"])
+@pytest.mark.parametrize("compute", [one_by_one, grouped])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_equals_the_formula(experts: Experts, name: str, dtype: torch.dtype) -> None:
+def test_equals_the_formula(compute: Callable[..., Tensor], name: str, dtype: torch.dtype) -> None:
     counts, hidden, ffn = COUNTS[name], 16, 24
     given, grad = arguments(counts, hidden, ffn)
     low = [given[1] if index == 1 else t.to(dtype) for index, t in enumerate(given)]
     leaves = [t.detach().requires_grad_() for t in low]
     with nan_filled_empty():
-        output = experts_mlp(leaves[0], leaves[1], counts, leaves[2:], experts)
+        output = compute(leaves[0], leaves[1], counts, leaves[2:])
         found = [output.detach(), *torch.autograd.grad(output, leaves, grad.to(dtype))]
     wide = [t.detach().double().requires_grad_() for t in low]
     true = truth(counts, wide)

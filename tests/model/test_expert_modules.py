@@ -13,8 +13,6 @@ from megatron_m1.parallel.expert.plan import Ranks, plan_exchange
 from tests.parallel.expert.ranks import Case, Outcome
 from tests.parallel.expert.test_layer import TOLERANCE, compare
 
-COUNTS = (1, 1, 3, (17,))
-
 
 class GroupedModule(nn.Module):
     """What megatron-core calls experts: tokens sorted by expert, their numbers, their probabilities."""
@@ -44,5 +42,5 @@ def outcome(case: Case) -> Outcome:
 def test_groups_of_a_module_compute_what_the_formula_says() -> None:
     for recompute in (False, True):
         for to_one in (False, True):
-            case = Case(*COUNTS, recompute=recompute, to_one=to_one)
+            case = Case(1, 1, 3, (17,), recompute=recompute, to_one=to_one)
             compare(case, [outcome(case)], TOLERANCE)
