@@ -10,6 +10,7 @@ from megatron_m1.checkpoint.folder import read_state, step_of
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.config.pipeline import StageLayers, plan_stages
+from megatron_m1.convert.places import find_checkpoint
 from megatron_m1.data.demo.corpus import vocabulary_notes
 from megatron_m1.launch import Launch
 from megatron_m1.plan.parameters import rank_counts
@@ -119,9 +120,6 @@ def _data_lines(config: ResolvedConfig, notes: Sequence[str]) -> list[str]:
 def _initial_source(config: ResolvedConfig, init_from: str) -> str:
     """What a new run will read its weights from."""
     if not init_from.startswith(HUGGING_FACE):
-        # It imports torch.
-        from megatron_m1.convert.places import find_checkpoint
-
         return f"weights of {find_checkpoint(Path(init_from))}"
     imported = Path(config.run.folder) / IMPORTED
     if complete_checkpoints(imported):

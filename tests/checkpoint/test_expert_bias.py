@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import megatron_m1
 from megatron_m1.checkpoint.contents import check_shape
 from megatron_m1.config import Config
 from megatron_m1.runtime.pool import WorkerPool
@@ -38,15 +39,19 @@ def loaded(rank: int, world_size: int, config: Config, folder: Path) -> tuple[di
 
 
 @pytest.mark.slow
-def test_another_mesh_goes_on_with_the_bias(workers: WorkerPool, tmp_path: Path) -> None:
+def test_another_mesh_and_a_whole_model_have_the_bias(workers: WorkerPool, tmp_path: Path) -> None:
     meshes: list[tuple[int, dict[str, Any]]] = [
         (2, {"tensor_model_parallel_size": 2, "expert_model_parallel_size": 2}),
         (2, {"pipeline_model_parallel_size": 2}),
     ]
-    (kept, loss), *_ = workers.run(saved, run_config({}, **SIGMOID), tmp_path, world_size=1)
+    folder = tmp_path / "checkpoints"
+    (kept, loss), *_ = workers.run(saved, run_config({}, **SIGMOID), folder, world_size=1)
     assert any(bias.any() for bias in kept.values())
+    whole = megatron_m1.load(tmp_path, device="cpu").module
+    for layer in whole.decoder.layers:
+        assert torch.equal(layer.mlp.router.expert_bias, kept[layer.layer_number])
     for world_size, parallel in meshes:
-        for found, again in workers.run(loaded, run_config(parallel, **SIGMOID), tmp_path, world_size=world_size):
+        for found, again in workers.run(loaded, run_config(parallel, **SIGMOID), folder, world_size=world_size):
             assert found
             for layer, bias in found.items():
                 assert torch.equal(bias, kept[layer])
