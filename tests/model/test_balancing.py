@@ -14,7 +14,7 @@ from megatron_m1.layers.router import Router
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.step import AUX_LOSS, GRAD_NORM, LOSS, train_step
 from tests.model.meshes import COPIES, assemble, packs, router_gradient, run_config, start, step_with_gradients
-from tests.model.test_capacity import joined
+from tests.model.partitions import joined
 
 CP, TP, EP, PP, G = (
     "context_parallel_size",
