@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron_m1.kernels.matmul import ieee_fp32_matmul, matmul, matmul_add_
+from megatron_m1.parallel.weight_gradient import main_gradient, mark_added
 
 
 def vocab_parallel_loss(
@@ -136,14 +137,11 @@ def _combine(top: Tensor, total: Tensor, target: Tensor, group: dist.ProcessGrou
 
 
 class _WeightGradient:
-    """Where a weight's gradient is summed: in DDP's buffer, or in fp32 memory of its own.
-
-    DDP skips a gradient that its layer says is in ``main_grad`` already; what autograd then gets is a placeholder.
-    """
+    """Where a weight's gradient is summed: in DDP's buffer, or in fp32 memory of its own."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        self._main: Tensor | None = getattr(weight, "main_grad", None)
+        self._main = main_gradient(weight)
         self._total = torch.zeros_like(weight, dtype=torch.float32) if self._main is None else self._main
 
     def add(self, a: Tensor, b: Tensor) -> None:
@@ -152,8 +150,7 @@ class _WeightGradient:
     def result(self) -> Tensor:
         if self._main is None:
             return self._total.to(self._weight.dtype)
-        self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return torch.empty_like(self._weight)
+        return mark_added([self._weight])[0]
 
 
 class _VocabParallelLoss(torch.autograd.Function):
