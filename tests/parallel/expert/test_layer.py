@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from benchmarks.common.expert_ranks import process_groups
 from megatron_m1.kernels.expert_mlp.one_by_one import OneByOne
 from megatron_m1.parallel.expert.layer import Call, expert_layer
-from megatron_m1.parallel.expert.links import Links
+from megatron_m1.parallel.expert.links import GroupLink, Links, Work
 from megatron_m1.parallel.expert.plan import Ranks, plan_exchange
 from megatron_m1.runtime.pool import WorkerPool
 from tests.parallel.expert.ranks import Case, Outcome, run_rank, shard, truth
@@ -133,3 +136,41 @@ def test_a_frozen_layer_keeps_no_tokens() -> None:
         with torch.no_grad():
             _, kept = OneByOne().forward(hidden, hidden[:, 0], [2, 2, 2, 2], weights)
         assert all((one.x is None) == is_frozen for one in kept)
+
+
+class CountedLink(GroupLink):
+    """Counts the numbers of the rows that it sends."""
+
+    sent = 0
+
+    def all_to_all(self, output: Tensor, input: Tensor, receives: list[int], sends: list[int]) -> Work:
+        """As ``GroupLink``'s, counted; the scales are no rows."""
+        self.sent += input.numel() if input.dim() == 2 else 0
+        return super().all_to_all(output, input, receives, sends)
+
+
+def travelled(rank: int, world_size: int, case: Case, *, again: bool) -> tuple[int, int]:
+    """Numbers sent there and back, and those of every pair's token; ``again``: under full recomputation."""
+    ranks = process_groups(case.expert_ranks, case.tensor_ranks, rank)
+    hidden, probs, chosen, grad = case.inputs(rank)
+    assert ranks.expert is not None
+    link = CountedLink(ranks.expert)
+    weights = shard(case.weights(), case, rank, 0)
+    leaves = [x.requires_grad_() for x in (hidden, probs, *weights)]
+    call = Call(plan_exchange(chosen, case.groups, ranks), Links(link, None), OneByOne(), case.recompute)
+    if again:
+        output = checkpoint(expert_layer, hidden, probs, weights, call, use_reentrant=False)
+    else:
+        output = expert_layer(hidden, probs, weights, call)
+    torch.autograd.grad(output, leaves, grad)
+    return link.sent, int(chosen.sum()) * case.hidden
+
+
+@pytest.mark.parametrize(("recompute", "again", "times"), [(False, False, 4), (True, False, 5), (False, True, 6)])
+def test_how_often_tokens_travel(recompute: bool, again: bool, times: int, workers: WorkerPool) -> None:
+    """There, and back with results; gradients the same way. Recomputed experts want the token once more; a layer that
+    is run again, its result as well.
+    """
+    case = Case(2, 1, 2, (13, 11), recompute=recompute)
+    found = workers.run(partial(travelled, again=again), case, world_size=2)
+    assert sum(sent for sent, _ in found) == times * sum(once for _, once in found)
