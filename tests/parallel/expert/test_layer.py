@@ -103,7 +103,7 @@ def with_frozen(case: Case, frozen: set[int]) -> tuple[list[Tensor | None], Coun
         leaf.requires_grad_(index - 2 not in frozen)
     plan = plan_exchange(chosen, case.groups, Ranks(None, None, None))
     with Products() as products:
-        output = expert_layer(*leaves[:2], leaves[2:], Call(plan, Links(None, None), OneByOne(), case.recompute))
+        output = expert_layer(hidden, probs, leaves[2:], Call(plan, Links(None, None), OneByOne(), case.recompute))
         output.backward(grad)
     return [leaf.grad for leaf in leaves], products.shapes
 
