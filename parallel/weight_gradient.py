@@ -23,6 +23,8 @@ def mark_added(weights: Sequence[Tensor]) -> list[Tensor]:
     found = []
     for weight in weights:
         weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        blank = blanks.setdefault((weight.shape, weight.dtype), torch.empty_like(weight))
-        found.append(blank.view(weight.shape))
+        key = weight.shape, weight.dtype
+        if key not in blanks:
+            blanks[key] = torch.empty_like(weight)
+        found.append(blanks[key].view(weight.shape))
     return found
