@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_m1.config import Config
+from megatron_m1.config.schedules import DEFAULT_STEPS
 from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.data.corpora.prefix import check_prefix
 from megatron_m1.data.demo.corpus import find_corpus
@@ -137,7 +138,7 @@ def _of_config(config: Config, split: Literal["train", "validation"], place: Pla
         place = place if data.tokenizer else Place(place.folder, corpus.tokenizer, config)
     if not blends[split]:
         raise ValueError(f"data.{split} of {place.folder} is empty: give a run that has it, or the prefix of a corpus")
-    samples = data.train_samples or train.max_steps * train.global_batch_size
+    samples = (train.max_steps or DEFAULT_STEPS) * train.global_batch_size
     # A folder of someone else's, or of a run that was moved, has nothing to do with ours.
     is_writable = data.cache_folder is not None and os.access(data.cache_folder, os.W_OK)
     return _Source(

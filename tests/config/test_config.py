@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.config import Config
+from megatron_m1.config.fields import field_types, path_fields
 from megatron_m1.config.help import tree_help
-from megatron_m1.config.io import field_types, load_config, parse_config, path_fields
+from megatron_m1.config.io import load_config, parse_config
 from megatron_m1.config.presets import PRESETS, preset
 from megatron_m1.config.written import config_text, write_config
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.commands.pretrain import command_parser
+from megatron_m1.config.fields import field_types
 from megatron_m1.config.foreign.answer import TABLES, answer, find_meaning
 from megatron_m1.config.foreign.meaning import Meaning, Unit, normal_name
-from megatron_m1.config.io import field_types, parse_config
+from megatron_m1.config.io import parse_config
 from tests.config.test_config import message_of
 
 ROWS = [row for rows in TABLES.values() for row in rows]
