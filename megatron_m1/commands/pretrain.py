@@ -13,7 +13,7 @@ from megatron_m1.config import Config, ResolvedConfig
 from megatron_m1.config.help import tree_help
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
-from megatron_m1.config.resolve import fitting_world, resolve
+from megatron_m1.config.resolve import fitting_world, resolve_stages
 from megatron_m1.config.schedules import Position, schedules_at
 from megatron_m1.config.written import CONFIG
 from megatron_m1.launch import (
@@ -130,12 +130,12 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
     keep_output()
     _check_gpus(gpus, launch)
     world_size = launch.world_size if launch else workers or 1
-    resolved = resolve(config, world_size, has_gpu=gpus > 0, at=at)
-    if _has_ended(resolved):
+    stages = resolve_stages(config, world_size, has_gpu=gpus > 0, at=at)
+    if _has_ended(stages[0]):
         return 0
     starts_workers = launch is not None and launch.world_size > 1
     # Workers of ours check again, and one of them says what was found.
-    resolved = _prepare(resolved, (lambda line: None) if starts_workers or not _is_first_rank() else _say, notes)
+    resolved = _prepare(stages, (lambda line: None) if starts_workers or not _is_first_rank() else _say, notes)
     if launch is not None and starts_workers:
         started = counted(launch.processes_per_node, "process", "processes")
         _say(f"starting {started} on this node; importing megatron-core takes seconds")
@@ -218,19 +218,25 @@ def _has_ended(config: ResolvedConfig) -> bool:
     return True
 
 
-def _prepare(config: ResolvedConfig, note: Callable[[str], None], notes: Sequence[str]) -> ResolvedConfig:
-    """Check the run folder and the data (the embedded corpus is built if it is missing) and return the final config.
+def _prepare(stages: Sequence[ResolvedConfig], note: Callable[[str], None], notes: Sequence[str]) -> ResolvedConfig:
+    """Check the run folder and the data of all stages (the embedded corpus is built if it is missing).
 
-    ``note`` gets the ``notes`` and what else is worth a line.
+    Returns:
+        The final configuration of the first of them. ``note`` gets the ``notes`` and what else is worth a line.
     """
     from megatron_m1.training.preflight import build_embedded_corpus, check_data, check_folders, with_own_tokenizer
+    from megatron_m1.training.stage_checks import check_epochs, check_later_stages
 
-    check_folders(config)
+    check_folders(stages[0])
     for line in notes:
         note(line)
-    config = with_own_tokenizer(build_embedded_corpus(config, note=_say), note=note)
-    for line in check_data(config).notes:
+    config = with_own_tokenizer(build_embedded_corpus(stages[0], note=_say), note=note)
+    later = [
+        with_own_tokenizer(build_embedded_corpus(stage, note=_say), note=lambda line: None) for stage in stages[1:]
+    ]
+    for line in (*check_data(config).notes, *check_later_stages([config, *later])):
         note(line)
+    check_epochs(config)
     return config
 
 
@@ -304,10 +310,9 @@ def _dry_run(
     if options.world_size is None:
         _check_gpus(gpus, launch)
     source = "--world-size" if options.world_size else where_from(launch)
-    resolved = resolve(config, world_size, has_gpu=on_gpu, at=at)
-    lines = describe_plan(resolved, world_size, at=at, source=source, on_gpu=on_gpu)
+    stages, columns = resolve_stages(config, world_size, has_gpu=on_gpu, at=at), terminal_columns()
+    lines = describe_plan(stages, world_size, at=at, source=source, on_gpu=on_gpu, columns=columns)
     if _is_first_rank():
-        columns = terminal_columns()
         # The words of a line stand in columns of their own.
         print("\n".join(part for line in [*notes, *lines] for part in folded(line, columns, indent=12)))
     return 0

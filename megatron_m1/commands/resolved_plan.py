@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_m1.checkpoint.contents import complete_checkpoints
 from megatron_m1.checkpoint.folder import step_of
+from megatron_m1.commands.stage_table import stage_table
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.config.pipeline import StageLayers, plan_stages
@@ -35,6 +36,7 @@ from megatron_m1.training.preflight import (
     with_own_tokenizer,
 )
 from megatron_m1.training.run_folder import IMPORTED
+from megatron_m1.training.stage_checks import check_epochs, check_later_stages
 
 BYTES = {"fp32": 4, "bf16": 2}
 
@@ -46,24 +48,37 @@ def where_from(launch: Launch | None) -> str:
     return f"{counted(launch.nodes, 'node')} x {launch.processes_per_node}"
 
 
-def describe_plan(config: ResolvedConfig, world_size: int, *, at: Position, source: str, on_gpu: bool) -> list[str]:
+def describe_plan(
+    stages: Sequence[ResolvedConfig],
+    world_size: int,
+    *,
+    at: Position,
+    source: str,
+    on_gpu: bool,
+    columns: int | None,
+) -> list[str]:
     """Check the files of a resolved configuration and describe the run, line by line.
 
     Args:
-        config: resolved for ``world_size``.
+        stages: what is left of the run, resolved; the first one for ``world_size``.
         world_size: processes over all nodes.
         at: how far the run is.
         source: where the world size comes from, in words.
         on_gpu: whether the plan is for GPUs.
+        columns: of the terminal; None lets lines have any length.
 
     Raises:
         ValueError: the run folder or the data are not as the configuration says.
     """
-    check_folders(config)
+    check_folders(stages[0])
     notes: list[str] = []
-    found = find_embedded_corpus(config)
-    config = with_own_tokenizer(found or config, note=notes.append)
-    data_lines = _data_lines(config, notes) if found else _lines_of_what_is_built(config)
+    found = find_embedded_corpus(stages[0])
+    config = with_own_tokenizer(found or stages[0], note=notes.append)
+    if found:
+        later = [with_own_tokenizer(find_embedded_corpus(stage) or stage, note=lambda _: None) for stage in stages[1:]]
+        data_lines = _data_lines([config, *later], notes)
+    else:
+        data_lines = _lines_of_what_is_built(config)
     model, parallel, train = config.model, config.parallel, config.train
     device = "gpu" if on_gpu else "cpu"
     return [
@@ -75,6 +90,7 @@ def describe_plan(config: ResolvedConfig, world_size: int, *, at: Position, sour
         *data_lines,
         *lines_of([*batch_facts(config, world_size, schedules_at(config.recipe, at), tokens=at.tokens)]),
         *lines_of(_start_facts(config, at)),
+        *(stage_table(stages, world_size, course(config.recipe, at), columns) if config.stages else []),
         "dry run: nothing was started",
     ]
 
@@ -109,14 +125,18 @@ def _lines_of_what_is_built(config: ResolvedConfig) -> list[str]:
     return [f"data        embedded corpus, to be built in {data.embedded_corpus}", *notes]
 
 
-def _data_lines(config: ResolvedConfig, notes: Sequence[str]) -> list[str]:
+def _data_lines(stages: Sequence[ResolvedConfig], notes: Sequence[str]) -> list[str]:
+    config = stages[0]
     summary = check_data(config, only_plan=True)
+    later = check_later_stages(stages, only_plan=True)
+    check_epochs(config)
     return [
         f"tokenizer   {config.data.tokenizer}, {summary.tokenizer_vocab_size:,} tokens",
         *lines_of(blend_facts("train", config.data.train, summary.train, tokens=whole_tokens(config))),
         *lines_of(blend_facts("validation", config.data.validation, summary.validation)),
         *notes,
         *summary.notes,
+        *later,
     ]
 
 

@@ -45,6 +45,11 @@ def resolve(config: Config, world_size: int, *, has_gpu: bool, at: Position = ST
     Raises:
         ValueError: with one line that names the value and the fix.
     """
+    return resolve_stages(config, world_size, has_gpu=has_gpu, at=at)[0]
+
+
+def resolve_stages(config: Config, world_size: int, *, has_gpu: bool, at: Position = START) -> list[ResolvedConfig]:
+    """Return what ``resolve`` does for the stage in which a run goes on, and the same of all that follow it."""
     stages = stages_of(config)
     index, _ = stage_at(stages, at.begun, at.tokens)
     resolved = []
@@ -54,9 +59,12 @@ def resolve(config: Config, world_size: int, *, has_gpu: bool, at: Position = ST
     check_rates(config)
     spans = course(config, at)
     steps = spans[-1].last_step if spans else min(last_step_of(config), at.step)
-    return dataclasses.replace(
-        resolved[0], train=dataclasses.replace(resolved[0].train, max_steps=int(steps)), recipe=config, stage=index
-    )
+    return [
+        dataclasses.replace(
+            each, train=dataclasses.replace(each.train, max_steps=int(steps)), recipe=config, stage=index + number
+        )
+        for number, each in enumerate(resolved)
+    ]
 
 
 def _resolved_stage(recipe: Config, stage: Stage, world_size: int, *, has_gpu: bool) -> ResolvedConfig:

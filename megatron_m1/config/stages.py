@@ -32,6 +32,8 @@ FORMS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     *((names[:1], names[1:]) for name, names in SCHEDULES.items() if name in (BATCH, CLIP, AUX)),
 )
 """Two ways to say the same: a stage that names one of them does not inherit the other."""
+WARM_UP = ("optimizer.lr_warmup_tokens", "optimizer.lr_warmup_steps")
+"""A stage that begins a schedule of the learning rate has no other warm-up than its own."""
 NOT_INHERITED = "optimizer.lr_may_jump"
 """Every stage says it for its own beginning."""
 
@@ -87,6 +89,9 @@ def _laid_over(before: Config, stage: StageConfig, may_jump: bool) -> Config:
             if any(path in stage.settings for path in own) and not any(path in stage.settings for path in other):
                 for path in other:
                     _set(tree, path, value_at(Config(), path))
+    if any(path in stage.settings for path in SCHEDULES[LR]):
+        for path in WARM_UP:
+            _set(tree, path, 0)
     for path, value in stage.settings.items():
         _set(tree, path, copy.deepcopy(value))
     return tree

@@ -63,20 +63,29 @@ def open_trainer(
         ValueError: the newest checkpoint that can be read is in a stage of another mesh.
     """
 
-    def record(config: ResolvedConfig, step: int) -> MetricsLog | None:
-        return _open_record(config, mesh, step, console, held)
-
-    return _trainer_of_stage(config, mesh, record, _note_on(console, mesh), heartbeat)
+    trainer = _trainer_of_stage(config, mesh, _note_on(console, mesh), heartbeat, goes_on=False)
+    if trainer is not None:
+        trainer.log = _open_record(trainer.config, mesh, trainer.progress.step, console, held)
+    return trainer
 
 
 def _trainer_of_stage(
     config: ResolvedConfig,
     mesh: rank_grid.Mesh,
-    record: Callable[[ResolvedConfig, int], MetricsLog | None],
     note: Callable[[str], None],
     heartbeat: Callable[[], None],
+    *,
+    goes_on: bool,
 ) -> Trainer | None:
-    """Build what trains in the stage in which the run is; ``record`` gives rank 0's record after so many steps."""
+    """Build what trains in the stage in which the run is, without its record; None if nothing is left to train.
+
+    Args:
+        config: of that stage, or of another one.
+        mesh: the processes.
+        note: shows a line on rank 0.
+        heartbeat: as of ``open_trainer``.
+        goes_on: the stage before it was trained by the same processes.
+    """
     config, trained, checkpoints, progress = _load(config, mesh, note, heartbeat)
     spans = course(config.recipe, progress.position)
     if not spans:
@@ -84,7 +93,11 @@ def _trainer_of_stage(
         return None
     config = replace(config, train=replace(config.train, max_steps=spans[-1].last_step))
     if mesh.rank == 0:
-        for line in (*opening_lines(config, mesh, progress, spans), *resume_lines(config, progress)):
+        opening, resuming = (
+            opening_lines(config, mesh, progress, spans, goes_on=goes_on),
+            resume_lines(config, progress),
+        )
+        for line in (*resuming, *opening) if goes_on else (*opening, *resuming):
             note(line)
     tokenizer = str(own_copy(Path(config.data.tokenizer), Path(config.run.folder)))
     checkpoints.config = replace(config, data=replace(config.data, tokenizer=tokenizer))
@@ -92,8 +105,7 @@ def _trainer_of_stage(
     # The run's folder has the whole recipe, a checkpoint that of its stage.
     saved = replace(checkpoints.config, asked=config.recipe)
     _write_configuration(config, saved, progress.step, note)
-    log = record(config, progress.step)
-    return Trainer(config, trained, checkpoints, feed, progress, spans[0], log, note)
+    return Trainer(config, trained, checkpoints, feed, progress, spans[0], note)
 
 
 def _load(
@@ -276,8 +288,9 @@ def _run_to_the_end(
                 trainer = None
                 gc.collect()
                 config = resolved_at(config, mesh, progress.position, note)
-                trainer = _trainer_of_stage(config, mesh, lambda *_, log=log: log, note, watchdog.progress)
+                trainer = _trainer_of_stage(config, mesh, note, watchdog.progress, goes_on=True)
             assert trainer is not None, "the run is not at its end"
+            trainer.log = log
         with watchdog.step(trainer.progress.step):
             validation_loss = None if interrupted or restart else trainer.validate()
             summary = summarise(config, trainer.feed, asdict(progress), validation_loss, interrupted)

@@ -28,7 +28,9 @@ from megatron_m1.training.description import (
 from megatron_m1.training.progress import Progress
 
 
-def opening_lines(config: ResolvedConfig, mesh: Mesh, progress: Progress, spans: Sequence[Span]) -> list[str]:
+def opening_lines(
+    config: ResolvedConfig, mesh: Mesh, progress: Progress, spans: Sequence[Span], *, goes_on: bool = False
+) -> list[str]:
     """Describe a run that is about to train, in lines of 80 columns.
 
     Args:
@@ -36,17 +38,21 @@ def opening_lines(config: ResolvedConfig, mesh: Mesh, progress: Progress, spans:
         mesh: its processes.
         progress: where it goes on.
         spans: what is left of it, the present stage first.
+        goes_on: after the stage before, with the same processes: no word of these.
     """
     corpora = [check_prefix(prefix) for prefix in parse_blend(config.data.train)[0]]
-    facts: list[Fact] = [
+    processes: list[Fact] = [
         ("versions", _versions()),
         *mesh_facts(config.parallel, mesh.world_size),
         ("devices", _devices(config, mesh)),
         model_fact(config),
+    ]
+    facts: list[Fact] = [
+        *([] if goes_on else processes),
         *corpora_facts(config, corpora, whole_tokens(config)),
         *batch_facts(config, mesh.world_size, spans[0].schedules, tokens=progress.tokens),
         *schedule_facts(config, spans),
-        ("folder", str(Path(config.run.folder))),
+        *([] if goes_on else [("folder", str(Path(config.run.folder)))]),
     ]
     return lines_of(facts, width=LINE_WIDTH)
 

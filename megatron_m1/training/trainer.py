@@ -54,10 +54,10 @@ class Trainer:
     progress: Progress
     span: Span
     """What is left of the stage."""
-    log: MetricsLog | None
-    """Rank 0's."""
     note: Callable[[str], None]
     """Shows a line on rank 0's console."""
+    log: MetricsLog | None = None
+    """Rank 0's."""
     guard: StepsGuard = field(init=False)
     last_save: float = field(init=False)
     """By the monotonic clock; the start counts as one."""
