@@ -12,10 +12,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -23,7 +25,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_m1.data.corpora.blend import check_blend, parse_blend
 from megatron_m1.data.corpora.ids import check_token_ids
-from megatron_m1.data.corpora.prefix import fingerprint
+from megatron_m1.data.corpora.loss_mask import open_loss_mask
+from megatron_m1.data.corpora.prefix import check_prefix, fingerprint
 from megatron_m1.data.packed.sample import DocumentPiece, PackedSample
 from megatron_m1.files import file_lock
 
@@ -73,7 +76,30 @@ class _DocumentPacks(GPTDataset):
         sample = super().__getitem__(idx)
         _, offset_of_label = self.sample_index[int(self.shuffle_index[idx]) + 1]
         sample["label_opens_document"] = torch.tensor(int(offset_of_label) == 0)
+        if self._learnt is not None:
+            sample["label_is_learnt"] = torch.from_numpy(self._labels_learnt(idx, self._learnt) != 0)
         return sample
+
+    @cached_property
+    def _learnt(self) -> npt.NDArray[np.uint8] | None:
+        """A byte a token of the corpus, 0 for what is no label; None where all are."""
+        prefix = self.dataset.path_prefix
+        return open_loss_mask(prefix, check_prefix(prefix).tokens)
+
+    def _labels_learnt(self, idx: int, learnt: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """What ``learnt`` says of each label of pack ``idx`` [n]."""
+        index = self.dataset.index
+        item = index.dtype_size
+        parts = []
+        for piece in self.pieces(idx):
+            start = int(index.sequence_pointers[piece.document]) // item + piece.offset
+            parts.append(learnt[start : start + piece.end - piece.start])
+        place, offset = self.sample_index[int(self.shuffle_index[idx]) + 1].tolist()
+        # An empty document has no token to be a label.
+        while index.sequence_lengths[self.document_index[place]] == offset:
+            place, offset = place + 1, 0
+        last = int(index.sequence_pointers[self.document_index[place]]) // item + offset
+        return np.concatenate([*parts, learnt[last : last + 1]])[1:]
 
     def pieces(self, idx: int) -> list[DocumentPiece]:
         """What pack ``idx`` is made of, in its order; it must have been read before, which opens the indices."""
@@ -106,6 +132,8 @@ class PackedDataset:
         tokens, labels = raw["tokens"], raw["labels"]
         # GPTDataset hands out its cached mask itself the first time: changing that one would spoil all later packs.
         loss_mask = raw["loss_mask"].clone()
+        if "label_is_learnt" in raw:
+            loss_mask[~raw["label_is_learnt"]] = 0.0
         if not self.reset_at_documents:
             whole_pack = torch.tensor([0, self.sequence_length], dtype=torch.int32)
             return PackedSample(tokens, labels, loss_mask, whole_pack)
@@ -162,7 +190,8 @@ def build_packed_dataset(
     """
     _check_arguments(sequence_length, num_samples, tokenizer)
     relative_prefixes, weights = parse_blend(blend)
-    check_blend(blend, tokenizer_digest=tokenizer.digest())
+    for summary in check_blend(blend, tokenizer_digest=tokenizer.digest()):
+        open_loss_mask(summary.prefix, summary.tokens)
     prefixes = [os.path.abspath(prefix) for prefix in relative_prefixes]
     with _one_line(Path(cache_folder)):
         check_token_ids(prefixes, vocab_size=tokenizer.vocab_size, cache_folder=Path(cache_folder))

@@ -17,7 +17,7 @@ class PackedSample:
     labels: torch.Tensor
     """int64 [n], the token after each."""
     loss_mask: torch.Tensor
-    """float32 [n]: 0 where the label is the first token of another document, else 1."""
+    """float32 [n]: 0 where the label is the first token of another document, pads, or is not learnt; else 1."""
     cu_seqlens: torch.Tensor
     """int32 [documents + 1], strictly rising from 0 to n: where documents start and end."""
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
