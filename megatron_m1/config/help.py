@@ -16,7 +16,7 @@ stages:
     stages:
       - {name: short, tokens: 7.2T}
       - {name: long, tokens: 300B, data: {seq_length: 131072}, model: {rotary_base: 5.0e+6}}
-  --stages.NAME.GROUP.FIELD VALUE and --stages.NAME.tokens N change one of them."""
+  On the command line, --stages.NAME.GROUP.FIELD VALUE and --stages.NAME.tokens N change one of them."""
 
 
 def tree_help(base: Config) -> str:

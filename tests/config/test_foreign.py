@@ -64,7 +64,7 @@ def test_values_that_flags_give_are_values_of_their_fields() -> None:
         ("--bf16", ["here it is --train.precision bf16"]),
         ("--lr-warmup-fraction .01", ["--optimizer.lr_warmup_tokens, in tokens"]),
         ("--lr-warmup-iters 500", ["--optimizer.lr_warmup_tokens", "iterations x train.global_batch_size"]),
-        ("--rampup-batch-size 16 16 5859375", ["the batch size is constant"]),
+        ("--rampup-batch-size 16 16 5859375", ["train.global_batch_size_schedule has points"]),
         ("--exit-duration-in-mins 230", ["USR1"]),
         ("--recompute-activations", ["--train.recompute_granularity selective"]),
         ("--distributed-timeout-minutes=30", ["--parallel.distributed_timeout_seconds 1800"]),

@@ -30,8 +30,6 @@ from megatron_m1.training.steps_guard import NonFiniteError
 from megatron_m1.training.trainer import Trainer
 
 STEPS = 12
-PACKS_IN_A_PASS = 16
-"""Four steps: a run of ``STEPS`` goes through the data three times, each time in another order."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": dict(
         num_layers=4,
@@ -44,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         num_moe_experts=4,
         vocab_size=504,
     ),
-    "data": dict(seq_length=64, train_samples=PACKS_IN_A_PASS),
+    "data": dict(seq_length=64),
     "optimizer": dict(lr=3e-3, lr_warmup_tokens=512),
     "train": dict(max_steps=STEPS, global_batch_size=4, eval_interval=2, eval_samples=4),
     "run": dict(save_interval=3, keep_checkpoints=0, tensorboard=False),
