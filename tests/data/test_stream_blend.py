@@ -75,7 +75,7 @@ def test_a_source_that_is_used_up_hands_its_weight_to_the_others(tmp_path: Path,
     times = Counter(token for token in given_tokens(plans) if token[0] == short)
     assert set(times.values()) == {3} and len(times) == 55
     own = [number for number, plan in enumerate(plans) if plan.source == 0]
-    assert own[:10] == list(range(0, 20, 2))
+    assert sum(number < 20 for number in own) == 10
     after = Counter(plan.source for plan in plans[own[-1] + 1 : own[-1] + 401])
     assert after == {1: 300, 2: 100}
     assert stream.counts().epochs[short] == 3.0
@@ -129,7 +129,7 @@ def test_what_cannot_be_a_stream_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             opened(config)
-    with pytest.raises(FileNotFoundError, match="nothing.bin does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.bin does not exist"):
         opened(StreamConfig([str(tmp_path / "nothing")], 8))
     state = opened(StreamConfig([prefix], 8)).state()
     (record,) = state["sources"].values()
@@ -145,8 +145,8 @@ def test_a_source_of_another_stage_keeps_its_place(tmp_path: Path) -> None:
     plans, state, tokens = [], None, 0
     for names, packing in ((prefixes, "chop"), (prefixes[1:], "chop"), (prefixes, "best_fit")):
         stream = opened(StreamConfig(names, 30, packing), state=state)  # type: ignore[arg-type]
-        plans += stream.take(8, tokens=tokens)
-        state, tokens = json.loads(json.dumps(stream.state())), tokens + 240
+        plans += stream.take(6, tokens=tokens)
+        state, tokens = json.loads(json.dumps(stream.state())), tokens + 180
     assert set(Counter(given_tokens(plans)).values()) == {1}
-    assert stream.counts().packs == 24
-    assert sum(stream.counts().tokens.values()) == 24 * 30 - stream.counts().padding
+    assert stream.counts().packs == 18
+    assert sum(stream.counts().tokens.values()) == 18 * 30 - stream.counts().padding

@@ -116,7 +116,9 @@ def test_packs_of_a_corpus_with_their_documents(tiny_corpus: Corpus) -> None:
     first = max(data, key=lambda pack: len(pack.documents))
     assert repr(data) == f"<PackedData: {len(data)} packs of 100 tokens>"
     assert repr(first) == f"<Pack: 100 tokens, {len(first.documents)} documents>"
-    assert re.fullmatch(r"<PackedDocument \d+ of .*: \d+ tokens from 0>", repr(first.documents[1]))
+    piece = first.documents[1]
+    size = piece.end - piece.start
+    assert re.fullmatch(rf"<PackedDocument \d+ of .*: {size} tokens from {piece.offset}>", repr(piece))
     assert first in (data[0], first), "packs are compared by identity"
     assert torch.equal(data[-len(data)].tokens, data[0].tokens)
     for index in (len(data), -len(data) - 1):
