@@ -47,7 +47,8 @@ class DocumentOrder:
         return found.astype(np.int64)
 
     def _permuted(self, places: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        side = np.uint64(math.isqrt(self.documents - 1) + 1)
+        # Even: with an odd side no round would change a permutation's sign, and a few documents had half of the orders.
+        side = np.uint64((math.isqrt(self.documents - 1) + 2) // 2 * 2)
         left, right = places // side, places % side
         for key in self._keys:
             left, right = right, (left + _mixed(right ^ key) % side) % side

@@ -93,7 +93,7 @@ def content(plans: list[PackPlan]) -> list[tuple[object, ...]]:
     return [(plan.corpus, plan.length, plan.filling.following, tuple(plan.pieces)) for plan in plans]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(recipe=st.lists(stages(), min_size=1, max_size=4))
 def test_every_token_comes_once_an_epoch_whatever_the_stages(folder: Path, recipe: list[Stage]) -> None:
     """Nothing comes twice before its source's epoch has ended, and a document is cut only where it must be."""
@@ -109,7 +109,7 @@ def test_every_token_comes_once_an_epoch_whatever_the_stages(folder: Path, recip
             assert sum(epoch.values()) == total or start + total > len(tokens)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(recipe=st.lists(stages(), min_size=1, max_size=3))
 def test_restarts_steps_and_stages_split_in_two_change_nothing(folder: Path, recipe: list[Stage]) -> None:
     right = content(run(folder, recipe, restart=False))
@@ -134,11 +134,10 @@ def test_best_fit_cuts_no_document_that_a_pack_can_hold(
     documents = [list(range(2, 2 + size)) for size in lengths]
     prefix = write_corpus(tmp_path_factory.mktemp("c") / "c", documents)
     stream = opened(StreamConfig([prefix], length, "best_fit", seed, max_epochs={prefix: 2}))
-    given = []
-    # Two documents that fit nowhere together are half a pack each at least, but the last.
-    while sum(plan.tokens for plan in given) < 2 * sum(lengths):
-        given += stream.take(1, tokens=0)
-    pieces = [(plan, piece) for plan in given for piece in plan.pieces]
+    taken: list[PackPlan] = []
+    while sum(plan.tokens for plan in taken) < 2 * sum(lengths):
+        taken += stream.take(1, tokens=0)
+    pieces = [(plan, piece) for plan in taken for piece in plan.pieces]
     for plan, piece in pieces:
         size = piece.end - piece.start
         if lengths[piece.document] <= length:
@@ -146,13 +145,13 @@ def test_best_fit_cuts_no_document_that_a_pack_can_hold(
         else:
             assert size == length or piece.offset + size == lengths[piece.document]
         assert plan.tokens <= length
-    assert Counter(document for _, document, _ in given_tokens(given)) == {
+    assert Counter(document for _, document, _ in given_tokens(taken)) == {
         number: 2 * size for number, size in enumerate(lengths) if size
     }
     counts = stream.counts()
     long = sum(size > length for size in lengths)
     assert (counts.cut_documents, counts.documents) == (2 * long, 2 * sum(size > 0 for size in lengths))
-    assert counts.padding == length * len(given) - 2 * sum(lengths)
+    assert counts.padding == length * len(taken) - 2 * sum(lengths)
     with pytest.raises(ValueError, match=r"no corpus with a weight has a document left .*c after 2 epochs"):
         stream.take(1, tokens=0)
 
@@ -165,7 +164,7 @@ def test_ranks_of_any_number_share_out_the_same_packs(folder: Path) -> None:
     state = opened(config).state()
     for size in (1, 2, 3, 6):
         ranks = [opened(config, state=state) for _ in range(size)]
-        found = {}
+        found: dict[int, list[int]] = {}
         for step in range(4):
             for rank, stream in enumerate(ranks):
                 plans = stream.take(6, tokens=48 * step)

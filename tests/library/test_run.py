@@ -113,12 +113,14 @@ def test_packs_of_a_corpus_with_their_documents(tiny_corpus: Corpus) -> None:
             assert document.text == data.tokenizer.decode(document.tokens.tolist())
         seen += len(pack.tokens)
     assert seen == 100 * len(data)
-    first = data[0]
+    first = max(data, key=lambda pack: len(pack.documents))
     assert repr(data) == f"<PackedData: {len(data)} packs of 100 tokens>"
     assert repr(first) == f"<Pack: 100 tokens, {len(first.documents)} documents>"
-    assert re.fullmatch(r"<PackedDocument \d+ of .*: \d+ tokens from 0>", repr(first.documents[1]))
-    assert first in (data[1], first), "packs are compared by identity"
-    assert torch.equal(data[-len(data)].tokens, first.tokens)
+    piece = first.documents[1]
+    size = piece.end - piece.start
+    assert re.fullmatch(rf"<PackedDocument \d+ of .*: {size} tokens from {piece.offset}>", repr(piece))
+    assert first in (data[0], first), "packs are compared by identity"
+    assert torch.equal(data[-len(data)].tokens, data[0].tokens)
     for index in (len(data), -len(data) - 1):
         with pytest.raises(IndexError, match=f"pack {index} of {len(data)}: give one from -"):
             data[index]
