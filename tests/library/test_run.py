@@ -89,7 +89,7 @@ def test_packs_of_a_run_are_those_of_its_stream(trained: TrainedRun, tiny_corpus
         for ours, plan in zip(data[4 * step : 4 * step + 4], plans, strict=True):
             for name in ("tokens", "labels", "loss_mask", "cu_seqlens"):
                 assert torch.equal(getattr(ours, name), getattr(stream.read(plan), name))
-    assert (len(data), data.seq_length) == (loop_runs.PACKS_IN_A_PASS, 64)
+    assert (len(data), data.seq_length) == (4 * STEPS, 64)
     assert torch.equal(data[-1].tokens, data[len(data) - 1].tokens)
     with pytest.raises(IndexError):
         data[len(data)]
