@@ -49,4 +49,7 @@ def open_corpus(prefix: str) -> Corpus:
     ids, lengths = open_tokens(prefix)
     place = INDEX_HEADER_BYTES + 4 * documents
     offsets = np.memmap(idx_path(prefix), np.int64, "r", place, (documents,))
-    return Corpus(prefix, sampled_content(prefix), ids, lengths, offsets, open_loss_mask(prefix, len(ids)))
+    learnt = open_loss_mask(prefix, len(ids))
+    # Plain views of the mappings: a slice of a np.memmap costs several times as much.
+    views = (np.asarray(ids), np.asarray(lengths), np.asarray(offsets), None if learnt is None else np.asarray(learnt))
+    return Corpus(prefix, sampled_content(prefix), *views)

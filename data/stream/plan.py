@@ -48,6 +48,11 @@ class Filling:
     following: tuple[int, int] | None
     """Document and offset of the token after the last piece's last, which is its label; None if there is none."""
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the last piece's document goes on."""
+        return self.following == (int(self.pieces.documents[-1]), int(self.pieces.ends[-1]))
+
 
 @dataclass(frozen=True, eq=False)
 class PackPlan:

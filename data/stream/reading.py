@@ -38,8 +38,7 @@ def read_pack(plan: PackPlan, corpus: Corpus, *, reset_at_documents: bool) -> Pa
         learnt = _gathered(corpus.learnt, starts, ends, after)[1:]
         mask = torch.from_numpy((learnt != 0).astype(np.float32))
     bounds = np.concatenate(([0], np.cumsum(ends - starts)))
-    goes_on = following == (int(pieces.documents[-1]), int(pieces.ends[-1]))
-    if following is None or (reset_at_documents and not goes_on):
+    if following is None or (reset_at_documents and not plan.filling.is_cut):
         mask[-1] = 0.0
     if reset_at_documents:
         mask[torch.from_numpy(bounds[1:-1] - 1)] = 0.0

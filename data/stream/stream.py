@@ -220,10 +220,7 @@ class Stream:
         self._packs += 1
         self._padding += plan.length - tokens
         self._documents += int(np.count_nonzero(pieces.starts == 0))
-        # No other piece than the last is cut.
-        lengths = self._sources[plan.source].corpus.lengths
-        if pieces.starts[-1] == 0 and pieces.ends[-1] < lengths[pieces.documents[-1]]:
-            self._cut += 1
+        self._cut += int(plan.filling.is_cut and pieces.starts[-1] == 0)
 
 
 def counted_epochs(source: _Source) -> str:

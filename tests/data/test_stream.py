@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -116,3 +117,28 @@ def test_what_a_mask_says_is_not_learnt(tmp_path: Path) -> None:
     Path(f"{prefix}.loss").write_bytes(bytes(TOTAL - 1))
     with pytest.raises(ValueError, match=rf"c\.loss has {TOTAL - 1} bytes, its corpus {TOTAL} tokens"):
         opened(StreamConfig([prefix], 12))
+
+
+@pytest.mark.parametrize("packing", ["chop", "best_fit"])
+def test_neither_state_nor_start_grow_with_what_was_seen(tmp_path: Path, packing: str) -> None:
+    """Bytes of the state, and calls from opening to the first pack, after 1,500 packs and ten times as many."""
+    rng = np.random.default_rng(0)
+    documents = [[2] * length for length in rng.integers(0, 40, 6000).tolist()]
+    prefix = write_corpus(tmp_path / "c", documents)
+    config = StreamConfig([prefix], 16, packing)  # type: ignore[arg-type]
+    stream = opened(config)
+    calls, sizes = [], []
+    for packs in (1500, 13_500):
+        stream.take(packs, tokens=0)
+        state = stream.state()
+        sizes.append(len(json.dumps(state)))
+        counter = Counter[str]()
+        sys.setprofile(lambda frame, event, arg, counter=counter: counter.update([event]))  # type: ignore[misc]
+        try:
+            opened(config, state=state).take(1, tokens=0)
+        finally:
+            sys.setprofile(None)
+        calls.append(counter["call"] + counter["c_call"])
+    assert stream.counts().epochs[prefix] > 1.5
+    assert max(sizes) < 25_000 and sizes[1] < 1.1 * sizes[0]
+    assert calls[1] < 1.1 * calls[0]
