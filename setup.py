@@ -41,6 +41,7 @@ PACKAGES = [
     "megatron_m1.data.corpora",
     "megatron_m1.data.demo",
     "megatron_m1.data.packed",
+    "megatron_m1.data.stream",
     "megatron_m1.data.tokenize",
     "megatron_m1.data.tokenizers",
 ]

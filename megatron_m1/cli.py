@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import megatron_m1
-from megatron_m1.config.io import unknown
+from megatron_m1.config.fields import unknown
 from megatron_m1.launch import report_error
 from megatron_m1.library.quiet import silence_libraries
 from megatron_m1.printing import guard_streams, keep_output

@@ -15,9 +15,11 @@ from typing import Any
 
 import yaml
 
+from megatron_m1.config.fields import STAGES
 from megatron_m1.config.io import load_config
 from megatron_m1.config.portable import located, portable
 from megatron_m1.config.resolved import ResolvedConfig
+from megatron_m1.config.stage_list import stage_entry
 from megatron_m1.config.tree import Config
 from megatron_m1.files import write_atomically
 
@@ -36,8 +38,10 @@ class SavedConfig:
 
 def tree_values(config: Config) -> dict[str, Any]:
     """Return the tree as plain values, also of a resolved configuration."""
-    groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
-    return {name: dataclasses.asdict(group) if name != "preset" else group for name, group in groups.items()}
+    groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config) if field.name != STAGES}
+    values = {name: dataclasses.asdict(group) if name != "preset" else group for name, group in groups.items()}
+    # Only where there are some: then the files of a run without stages are those of older versions, too.
+    return values | ({STAGES: [stage_entry(stage) for stage in config.stages]} if config.stages else {})
 
 
 def config_text(config: Config) -> str:

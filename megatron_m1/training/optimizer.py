@@ -77,6 +77,12 @@ def build_optimizer(
     return optimizer
 
 
+def set_clip_grad(optimizer: ChainedOptimizer, norm: float) -> None:
+    """Scale gradients down to ``norm`` from now on; 0 turns clipping off."""
+    for part in optimizer.chained_optimizers:
+        part.config.clip_grad = norm
+
+
 def step_if_finite(optimizer: ChainedOptimizer, lr: float) -> tuple[bool, float]:
     """Clip and apply the gradients, unless their norm is not finite.
 

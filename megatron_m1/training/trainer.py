@@ -12,19 +12,22 @@ import torch
 from megatron_m1.checkpoint.folder import folder_name
 from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import ResolvedConfig
+from megatron_m1.config.schedules import Span
 from megatron_m1.plan.flops import peak_bf16_flops
 from megatron_m1.runtime.interrupt import any_rank
-from megatron_m1.training.aux_coefficient import aux_loss_coefficient, set_aux_loss_coefficient
+from megatron_m1.training.aux_coefficient import set_aux_loss_coefficient
 from megatron_m1.training.feed import Feed, useful_flops
 from megatron_m1.training.figures import Figure
-from megatron_m1.training.lr import learning_rate
 from megatron_m1.training.metrics import MetricsLog
+from megatron_m1.training.optimizer import set_clip_grad
+from megatron_m1.training.progress import Progress
 from megatron_m1.training.resources import FORWARD_BACKWARD_SECONDS, OPTIMIZER_SECONDS, SAVE_SECONDS, Taken, share
-from megatron_m1.training.resume import Progress
 from megatron_m1.training.step import GRAD_NORM, StepResult, evaluate, train_step
 from megatron_m1.training.steps_guard import StepsGuard
 from megatron_m1.training.trained_model import TrainedModel
 
+STAGE = Figure("stage", "stage {}", importance=1)
+"""Number of the stage, from 1; only in runs with stages."""
 TOKENS = Figure("tokens", "tokens {}", is_count=True, short="{} tok", importance=2)
 """Of the run so far."""
 LR = Figure("lr", "lr {:.2e}", short="lr {:.1e}", importance=5)
@@ -44,18 +47,22 @@ class Trainer:
     """One process's share of a run, between the start (or resume) and the end."""
 
     config: ResolvedConfig
-    """What the run uses, not what was asked for: its number of packs in a pass is that of ``progress``."""
+    """Of the stage."""
     trained: TrainedModel
     checkpoints: Checkpoints
     feed: Feed
     progress: Progress
-    log: MetricsLog | None
-    """Rank 0's."""
+    span: Span
+    """What is left of the stage."""
     note: Callable[[str], None]
     """Shows a line on rank 0's console."""
+    log: MetricsLog | None = None
+    """Rank 0's."""
     guard: StepsGuard = field(init=False)
     last_save: float = field(init=False)
     """By the monotonic clock; the start counts as one."""
+    step_tokens: int = field(init=False, default=0)
+    """Of the last step, without what pads the packs' ends."""
     save_seconds: float = field(init=False, default=0.0)
     """Of the checkpoints since the last record."""
     memory_peaks: list[float] = field(init=False, default_factory=list)
@@ -83,15 +90,19 @@ class Trainer:
         """
         config, progress = self.config, self.progress
         began = time.perf_counter()
-        samples = self.feed.training.microbatches(progress.consumed_samples)
+        schedules = self.span.schedules
+        packs = schedules.packs(progress.tokens)
+        samples = self.feed.microbatches(packs, tokens=progress.tokens)
         data_seconds = time.perf_counter() - began
-        reached = progress.tokens + config.tokens_per_step
-        lr = learning_rate(reached, config.optimizer)
-        set_aux_loss_coefficient(self.trained, aux_loss_coefficient(reached, config))
+        self.step_tokens = packs * config.data.seq_length
+        reached = progress.tokens + self.step_tokens
+        lr = schedules.learning_rate(reached)
+        set_aux_loss_coefficient(self.trained, schedules.aux_loss_coefficient(reached))
+        set_clip_grad(self.trained.optimizer, schedules.clip_grad(reached))
         result = train_step(self.trained, samples, lr)
         progress.step = number
-        progress.tokens += config.tokens_per_step
-        progress.consumed_samples += config.train.global_batch_size
+        progress.tokens = reached
+        progress.consumed_samples += packs
         # Waits for the device as well: what the optimizer has queued there is done then.
         taken = share(self.trained.mesh, useful_flops(config, samples), data_seconds)
         seconds = time.perf_counter() - began
@@ -114,10 +125,11 @@ class Trainer:
             return
         achieved = taken.flops / seconds / self.trained.mesh.world_size
         record = {
+            **({STAGE: self.span.stage.index + 1} if self.config.recipe.stages else {}),
             TOKENS: self.progress.tokens,
             **result.figures,
             LR: lr,
-            TOKENS_PER_SECOND: self.config.tokens_per_step / seconds,
+            TOKENS_PER_SECOND: self.step_tokens / seconds,
             TFLOPS: achieved / 1e12,
             **({MFU: achieved / self.peak_flops} if self.peak_flops is not None else {}),
             **result.routing,
@@ -143,6 +155,7 @@ class Trainer:
             CheckpointError: it can't be written, and training can't go on without it.
         """
         began = time.monotonic()
+        self.progress.stream = self.feed.stream.state()
         is_written = self.checkpoints.save(self.trained, asdict(self.progress), is_last=is_last)
         self.last_save = time.monotonic()
         self.save_seconds += self.last_save - began
