@@ -27,7 +27,6 @@ sys.path.insert(0, str(ROOT))  # for benchmarks.common
 
 from benchmarks.common.big_corpora import big_corpus, log_normal  # noqa: E402
 from benchmarks.common.memory import PeakMemory  # noqa: E402
-from megatron_m1.data.corpora.prefix import check_prefix  # noqa: E402
 from megatron_m1.data.stream import Stream, StreamConfig, best_fit, open_stream  # noqa: E402
 from megatron_m1.data.stream.corpus import open_corpus  # noqa: E402
 from megatron_m1.files import write_atomically  # noqa: E402
@@ -156,12 +155,16 @@ def pack_alone(folder: Path, length: int, packing: str, window: int) -> dict[str
         note=print,
     )
     lengths = open_corpus(prefix).lengths
+    tokens = int(lengths.sum(dtype=np.int64))
     given = np.zeros(len(lengths), np.int64)
     pieces: list[Any] = []
 
     def pack() -> None:
-        while stream.counts().tokens[prefix] < check_prefix(prefix).tokens:
-            pieces.extend(plan.filling.pieces for plan in stream.take(1, tokens=0))
+        left = tokens
+        while left:
+            (plan,) = stream.take(1, tokens=0)
+            left -= plan.tokens
+            pieces.append(plan.filling.pieces)
 
     cost = timed(pack)
     for part in pieces:
