@@ -353,9 +353,9 @@ def test_tokenising_imports_no_torch(tmp_path: Path, model: Path, kind: str) -> 
         "from megatron_m1.data.tokenize import tokenize_corpus\ntokenize_corpus(['a.jsonl'], 'out', path, workers=1)"
     )
     worker = (
-        "from megatron_m1.data.tokenize.encode import encode_batch_in_worker\n"
+        "from megatron_m1.data.tokenize.encode import Encoder\n"
         "from megatron_m1.data.tokenize.documents import RawBatch\n"
-        "encode_batch_in_worker(Path(path), RawBatch(Path('a'), 'text', [b'some text'], 9), 'text', True)"
+        "Encoder(Path(path), 'text', True)(RawBatch(Path('a'), 'text', [b'some text'], 9))"
     )
     for lines, refused in (
         (command, {"torch", "transformers", "megatron"}),
