@@ -88,8 +88,8 @@ def encode_conversations(batch: RawBatch, tokenizer_path: Path, options: ChatOpt
             continue
         remarks += texts.remarks
         for text in texts.texts:
-            document = encode_text(chat.tokenizer, text, texts.quotes, remarks)
-            document = _limited(document, options, skipped, remarks)
+            whole = encode_text(chat.tokenizer, text, texts.quotes, remarks)
+            document = _limited(whole, options, skipped, remarks)
             if document is not None:
                 documents.append(document)
                 # By the whole conversation, so that all its turns are held out or none.

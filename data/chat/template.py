@@ -67,8 +67,10 @@ class ChatTemplate:
         Raises:
             BadDocumentError: the template refuses it.
         """
+        # What it is annotated to return is not what it returns.
+        render: Any = render_jinja_template
         try:
-            texts, spans = render_jinja_template(
+            texts, spans = render(
                 [conversation.messages],
                 tools=conversation.tools,
                 chat_template=self.source,

@@ -1,8 +1,8 @@
 """From a conversation to the texts that are trained on, and what of them is learnt.
 
 A template that only ever adds to what it has rendered gives one text, in which every turn of the assistant is learnt.
-Some templates change the past: MiniMax-M2's and Qwen3's keep thinking between the tool calls of a turn, and drop it once
-a user asks again. Such a conversation gives a text for each turn, as the model sees it when it answers; the turns before
+Others change the past: those of MiniMax-M2 and Qwen3 keep thinking between the tool calls of a turn, and drop it once a
+user asks again. Then a conversation gives a text for each turn, as the model sees it when it answers; the turns before
 are context.
 """
 

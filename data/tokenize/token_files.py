@@ -136,7 +136,7 @@ class TokenWriter:
         """
         self._close_streams()
         self._write_index()
-        sidecar = {
+        sidecar: dict[str, object] = {
             "tokenizer_digest": self._tokenizer.digest(),
             "vocab_size": self._tokenizer.vocab_size,
             "eod": self._tokenizer.eod if self._append_eod else None,
@@ -153,7 +153,7 @@ class TokenWriter:
             # While the old sidecar names it: it is ours no longer once the new one does not.
             loss_path(prefix).unlink(missing_ok=True)
         # By the sidecar the files are known as ours, so that the command may replace them after a kill.
-        write_atomically(sidecar_path(prefix), json.dumps(sidecar | described, indent=1).encode())
+        write_atomically(sidecar_path(prefix), json.dumps({**sidecar, **described}, indent=1).encode())
         if self._loss is not None:
             put_in_place(self._loss, loss_path(prefix))
         put_in_place(self._bin, bin_path(prefix))

@@ -30,7 +30,7 @@ PREFIX_up_to_131072 and PREFIX_over_131072, each with its _validation and _test.
 
 With --chat a line is a conversation: messages, and tools if there are any. The tokenizer's chat template, or that of
 --chat-template, makes text of it, and PREFIX.loss says which tokens are the assistant's: the others are not learnt.
-Its {% generation %} marks tell; a template without them is refused (that of MiniMax-M1 is known). docs/fine_tuning.md"""
+Its {% generation %} marks tell; a template without them is refused, but MiniMax-M1's is known. docs/fine_tuning.md"""
 
 
 def command_parser() -> CommandParser:
