@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron_m1.data.chat.turns import ChatText, ChatTexts, chat_texts
 from megatron_m1.data.tokenize.documents import BadDocumentError, RawBatch, SkipReason, record_with, utf8_size
 from megatron_m1.data.tokenize.encode import EncodedBatch, token_dtype
 from megatron_m1.data.tokenize.split import text_mark
-from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_m1.data.tokenizers import Tokenizer
 from megatron_m1.data.tokenizers.token_ids import PlacedIds
 
 CUT = "documents cut to --max-length"
@@ -35,15 +34,18 @@ class Chat:
     options: ChatOptions
 
 
-@functools.cache
-def loaded_chat(tokenizer_path: Path, options: ChatOptions) -> Chat:
-    """Load tokenizer and template, once in a process.
+def open_chat(tokenizer: Tokenizer, tokenizer_path: Path, options: ChatOptions) -> Chat:
+    """Load the template of a tokenizer.
+
+    Args:
+        tokenizer: that encodes.
+        tokenizer_path: where it was loaded from.
+        options: of the user.
 
     Raises:
         OSError: a file can't be read.
         ValueError: the template can't be used, or the tokenizer can't tell where its ids are from; one line.
     """
-    tokenizer = load_tokenizer(tokenizer_path)
     template = load_template(tokenizer, tokenizer_path, options.template)
     # A tokenizer that can't do it says so here and not in a worker.
     tokenizer.ids.encode_placed("", with_marks=True)
@@ -60,16 +62,14 @@ class ChatDocument:
     """1 where a token is learnt [n]."""
 
 
-def encode_conversations(batch: RawBatch, tokenizer_path: Path, options: ChatOptions, *, key: str) -> EncodedBatch:
+def encode_conversations(chat: Chat, batch: RawBatch, *, key: str) -> EncodedBatch:
     """Parse, render and tokenise the conversations of a batch; bad ones are counted, not raised.
 
     Args:
+        chat: from ``open_chat``.
         batch: of JSON lines.
-        tokenizer_path: of the tokenizer.
-        options: how conversations become documents.
         key: of the messages.
     """
-    chat = loaded_chat(tokenizer_path, options)
     documents: list[ChatDocument] = []
     skipped: Counter[str] = Counter()
     remarks: Counter[str] = Counter()
@@ -89,7 +89,7 @@ def encode_conversations(batch: RawBatch, tokenizer_path: Path, options: ChatOpt
         remarks += texts.remarks
         for text in texts.texts:
             whole = encode_text(chat.tokenizer, text, texts.quotes, remarks)
-            document = _limited(whole, options, skipped, remarks)
+            document = _limited(whole, chat.options, skipped, remarks)
             if document is not None:
                 documents.append(document)
                 # By the whole conversation, so that all its turns are held out or none.

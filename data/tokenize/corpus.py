@@ -14,8 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from megatron_m1.cores import usable_cores
 from megatron_m1.data.chat.options import MESSAGES_KEY, ChatOptions
 from megatron_m1.data.tokenize.buckets import NO_BUCKETS, LengthBuckets
-from megatron_m1.data.tokenize.documents import RawBatch
-from megatron_m1.data.tokenize.encode import Encoder
+from megatron_m1.data.tokenize.encode import EncodedBatch, Encoder
 from megatron_m1.data.tokenize.encode_pool import encode_in_pool
 from megatron_m1.data.tokenize.find import file_kind, find_inputs
 from megatron_m1.data.tokenize.memory import check_text_files
@@ -24,7 +23,7 @@ from megatron_m1.data.tokenize.readers import read_batches
 from megatron_m1.data.tokenize.report import TokenizeReport, reasons, report_of
 from megatron_m1.data.tokenize.split import WHOLE, Split
 from megatron_m1.data.tokenize.split_writer import Parts, SplitWriter
-from megatron_m1.data.tokenizers import load_tokenizer
+from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_m1.files import file_lock
 from megatron_m1.printing import counted
 
@@ -84,12 +83,12 @@ def tokenize_corpus(
     tokenizer = load_tokenizer(tokenizer_path)
     for each in prefixes:
         check_outputs(each, found.files, Path(tokenizer_path))
-    described, chat_notes = _chat_facts(Path(tokenizer_path), chat, found.files, text_suffixes)
+    key = text_key or ("text" if chat is None else MESSAGES_KEY)
+    encoder = Encoder(Path(tokenizer_path), key, append_eod and chat is None, chat)
+    described, chat_notes = _chat_facts(encoder, tokenizer, found.files, text_suffixes)
     for line in (*tokenizer.notes, *chat_notes, *stale_notes(prefix, prefixes)):
         note(line)
     Path(prefix).parent.mkdir(parents=True, exist_ok=True)
-    key = text_key or ("text" if chat is None else MESSAGES_KEY)
-    encoder = Encoder(Path(tokenizer_path), key, append_eod and chat is None, chat)
     with ExitStack() as stack:
         folders = [stack.enter_context(_sole_writer(each)) for each in prefixes]
         files = SplitWriter(folders, tokenizer, parts, append_eod=encoder.append_eod, masked=chat is not None)
@@ -100,7 +99,12 @@ def tokenize_corpus(
             check_text_files(found.files, text_suffixes)
         batches = read_batches(found.files, text_key=key, cut=cut, text_suffixes=text_suffixes)
         stack.enter_context(closing(batches))
-        _write_all(writer, batches, encoder, found.files, workers, folders[0], show_progress)
+        if workers == 1:
+            encode = encoder.opened(tokenizer)
+            encoded = ((batch.file_bytes, encode(batch)) for batch in batches)
+        else:
+            encoded = encode_in_pool(batches, encoder, workers=workers, folder=folders[0])
+        _write_all(writer, stack.enter_context(closing(encoded)), found.files, show_progress)
         _check_any(writer, found.files, chat)
         writer.check_parts()
         writer.commit(prefix, described=described)
@@ -108,44 +112,34 @@ def tokenize_corpus(
 
 
 def _chat_facts(
-    tokenizer: Path, chat: ChatOptions | None, files: Sequence[Path], text_suffixes: Collection[str]
+    encoder: Encoder, tokenizer: Tokenizer, files: Sequence[Path], text_suffixes: Collection[str]
 ) -> tuple[dict[str, object], tuple[str, ...]]:
     """What sidecars say of conversations, and what is to be noted."""
+    chat = encoder.chat
     if chat is None:
         return {}, ()
     for file in files:
         if file_kind(file, text_suffixes) != "json":
             raise ValueError(f"{file} holds no conversations: --chat reads .jsonl, .json and .ndjson, one a line")
     # It imports a part of transformers, which only conversations need.
-    from megatron_m1.data.chat.encode import loaded_chat
+    from megatron_m1.data.chat.encode import open_chat
 
-    template = loaded_chat(tokenizer, chat).template
+    template = open_chat(tokenizer, encoder.tokenizer_path, chat).template
     facts = {"template_sha256": template.digest, "max_length": chat.max_length, "too_long": chat.too_long}
     return {"chat": facts}, template.notes
 
 
 def _write_all(
-    writer: SplitWriter,
-    batches: Iterator[RawBatch],
-    encoder: Encoder,
-    files: Sequence[Path],
-    workers: int,
-    folder: Path,
-    show_progress: bool,
+    writer: SplitWriter, encoded: Iterator[tuple[int, EncodedBatch]], files: Sequence[Path], show_progress: bool
 ) -> None:
     total_bytes = sum(file.stat().st_size for file in files)
     with _progress(total_bytes, show_progress) as progress:
         # A process that is killed could not show it again.
         progress.console.show_cursor(True)
         task = progress.add_task(f"tokenising {counted(len(files), 'file')}", total=total_bytes, documents=0)
-        if workers == 1:
-            encoded = ((batch.file_bytes, encoder(batch)) for batch in batches)
-        else:
-            encoded = encode_in_pool(batches, encoder, workers=workers, folder=folder)
-        with closing(encoded):
-            for file_bytes, result in encoded:
-                writer.add(result)
-                progress.update(task, advance=file_bytes, documents=writer.documents)
+        for file_bytes, result in encoded:
+            writer.add(result)
+            progress.update(task, advance=file_bytes, documents=writer.documents)
 
 
 def _check_any(writer: SplitWriter, files: Sequence[Path], chat: ChatOptions | None) -> None:

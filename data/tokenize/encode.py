@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,20 +108,24 @@ class Encoder:
     chat: ChatOptions | None = None
     """How conversations become text; None takes documents for text."""
 
-    def __call__(self, batch: RawBatch) -> EncodedBatch:
-        """Encode a batch; what that takes is loaded for the first one in a process and kept."""
+    def opened(self, tokenizer: Tokenizer) -> Callable[[RawBatch], EncodedBatch]:
+        """What encodes a batch with ``tokenizer``, that of ``tokenizer_path``; errors as of ``chat.encode.open_chat``."""
         if self.chat is None:
-            tokenizer = _loaded(self.tokenizer_path)
-            return encode_batch(tokenizer, batch, text_key=self.text_key, append_eod=self.append_eod)
+            return partial(encode_batch, tokenizer, text_key=self.text_key, append_eod=self.append_eod)
         # It imports a part of transformers, which only conversations need.
-        from megatron_m1.data.chat.encode import encode_conversations
+        from megatron_m1.data.chat.encode import encode_conversations, open_chat
 
-        return encode_conversations(batch, self.tokenizer_path, self.chat, key=self.text_key)
+        return partial(encode_conversations, open_chat(tokenizer, self.tokenizer_path, self.chat), key=self.text_key)
+
+
+def encode_batch_in_worker(encoder: Encoder, batch: RawBatch) -> EncodedBatch:
+    """Encode in a worker process, which loads what that takes at its first batch and keeps it."""
+    return _opened(encoder)(batch)
 
 
 @functools.cache
-def _loaded(path: Path) -> Tokenizer:
-    return load_tokenizer(path)
+def _opened(encoder: Encoder) -> Callable[[RawBatch], EncodedBatch]:
+    return encoder.opened(load_tokenizer(encoder.tokenizer_path))
 
 
 def prepare_worker() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_m1.data.tokenize.documents import RawBatch
-from megatron_m1.data.tokenize.encode import EncodedBatch, Encoder, prepare_worker
+from megatron_m1.data.tokenize.encode import EncodedBatch, Encoder, encode_batch_in_worker, prepare_worker
 
 _BATCHES_AHEAD = 4
 """Batches in flight per worker: bounds the memory however large the input is."""
@@ -58,7 +58,7 @@ def encode_in_pool(
         with _Shelf(folder) as shelf:
             while True:
                 while _has_room(running.values(), workers) and (batch := next(batches, None)) is not None:
-                    future = pool.submit(encoder, batch)
+                    future = pool.submit(encode_batch_in_worker, encoder, batch)
                     running[future] = _Waiting(batch.file, batch.size, batch.file_bytes)
                     waiting.append(running[future])
                 if not waiting:

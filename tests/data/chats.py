@@ -71,8 +71,8 @@ M2_LIKE = """\
 {%- endif -%}
 {%- endfor -%}
 """
-"""Built as MiniMax-M2's is: thinking before the last question is dropped, and kept between the tool calls that follow it;
-a prompt ends behind ``<think>``, so what the model writes begins there."""
+"""Built as MiniMax-M2's is: thinking before the last question is dropped, and kept between the tool calls behind it; a
+prompt ends behind ``<think>``, so what the model writes begins there."""
 
 
 def m1_hub_template() -> str:

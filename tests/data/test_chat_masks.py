@@ -65,8 +65,8 @@ AGENT_M1 = [
     (
         0,
         "\n<beginning_of_sentence>user name=user\nAnd then?<end_of_sentence>\n"
-        "<beginning_of_sentence>ai name=assistant\n<end_of_sentence>\n<beginning_of_sentence>user name=user\nStill?<end_of_sentence>\n"
-        "<beginning_of_sentence>ai name=assistant\n",
+        "<beginning_of_sentence>ai name=assistant\n<end_of_sentence>\n"
+        "<beginning_of_sentence>user name=user\nStill?<end_of_sentence>\n<beginning_of_sentence>ai name=assistant\n",
     ),
     (1, "No.<end_of_sentence>"),
     (0, "\n"),

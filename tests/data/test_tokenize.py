@@ -358,9 +358,9 @@ def test_tokenising_imports_no_torch(tmp_path: Path, model: Path, kind: str) -> 
         "from megatron_m1.data.tokenize import tokenize_corpus\ntokenize_corpus(['a.jsonl'], 'out', path, workers=1)"
     )
     worker = (
-        "from megatron_m1.data.tokenize.encode import Encoder\n"
+        "from megatron_m1.data.tokenize.encode import Encoder, encode_batch_in_worker\n"
         "from megatron_m1.data.tokenize.documents import RawBatch\n"
-        "Encoder(Path(path), 'text', True)(RawBatch(Path('a'), 'text', [b'some text'], 9))"
+        "encode_batch_in_worker(Encoder(Path(path), 'text', True), RawBatch(Path('a'), 'text', [b'some text'], 9))"
     )
     for lines, refused in (
         (command, {"torch", "transformers", "megatron"}),
