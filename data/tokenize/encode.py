@@ -109,7 +109,7 @@ class Encoder:
     """How conversations become text; None takes documents for text."""
 
     def opened(self, tokenizer: Tokenizer) -> Callable[[RawBatch], EncodedBatch]:
-        """What encodes a batch with ``tokenizer``, that of ``tokenizer_path``; errors as of ``chat.encode.open_chat``."""
+        """What encodes a batch with ``tokenizer``, that of the path; errors as of ``chat.encode.open_chat``."""
         if self.chat is None:
             return partial(encode_batch, tokenizer, text_key=self.text_key, append_eod=self.append_eod)
         # It imports a part of transformers, which only conversations need.

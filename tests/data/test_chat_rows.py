@@ -103,7 +103,7 @@ def test_what_a_template_would_leave_out_is_said(tmp_path: Path, plain: Path, ro
 
 
 def test_a_template_that_drops_or_refuses_messages(tmp_path: Path) -> None:
-    """MiniMax-M1's knows no developers and prints the names of tools; another raises, or reaches for what it may not."""
+    """MiniMax-M1's knows no developers and prints tools' names; another raises, or reaches for what it may not."""
     rows = [
         GOOD,
         {"messages": [said("developer", "Obey"), *GOOD["messages"]]},
@@ -112,7 +112,8 @@ def test_a_template_that_drops_or_refuses_messages(tmp_path: Path) -> None:
     report = run(tmp_path, m1_folder(tmp_path / "m1"), rows)
     assert report.details == {
         "left out in part by the chat template": "message 1, of the developer: 'Obey'",
-        "not a conversation": "message 3 is a tool's result without its name: give name, or the tool_call_id of its call",
+        "not a conversation": "message 3 is a tool's result without its name: give name, or the tool_call_id of its "
+        "call",
     }
     for expression, why in (
         ("raise_exception('roles must alternate')", "roles must alternate"),
@@ -128,7 +129,7 @@ def test_a_template_that_drops_or_refuses_messages(tmp_path: Path) -> None:
 
 
 def test_a_conversation_longer_than_a_pack(tmp_path: Path, plain: Path) -> None:
-    """Whole unless a length is given; cut or left out as is said, both counted; cut before its answer it teaches nothing."""
+    """Whole unless a length is given; cut or left out as is said, and counted; cut before its answer it is useless."""
     long = {
         "messages": [said("user", "Q" * 40), said("assistant", "A" * 60), said("user", "q"), said("assistant", "a")]
     }
@@ -152,7 +153,7 @@ def test_a_conversation_longer_than_a_pack(tmp_path: Path, plain: Path) -> None:
 
 
 def test_files_by_split_and_length_have_their_masks(tmp_path: Path) -> None:
-    """All documents of a conversation, here one a turn, are on one side of the split; two processes write what one does."""
+    """The documents of a conversation, here one a turn, are on one side of the split, whoever tokenises."""
     tokenizer = m2_folder(tmp_path / "m2")
     rows = [
         {
