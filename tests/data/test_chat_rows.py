@@ -137,12 +137,12 @@ def test_a_conversation_longer_than_a_pack(tmp_path: Path, plain: Path) -> None:
     rows = [GOOD, long, late]
     run(tmp_path, plain, rows)
     whole = documents(tmp_path / "out")
-    assert [len(ids) for ids, _ in whole] == [32, 150, 111]
+    assert [len(ids) for ids, _ in whole] == [24, 142, 111]
     assert sum(whole[1][1]) == 63, "60 letters and one, two end marks"
 
     report = run(tmp_path, plain, rows, ChatOptions(max_length=64, too_long="cut"))
     assert documents(tmp_path / "out") == [whole[0], (whole[1][0][:64], whole[1][1][:64])]
-    assert report.remarks == {"documents cut to --max-length": 2, "tokens of them that are left out": 86 + 47}
+    assert report.remarks == {"documents cut to --max-length": 2, "tokens of them that are left out": 78 + 47}
     assert report.skipped == {"without anything to learn": 1}
 
     report = run(tmp_path, plain, rows, ChatOptions(max_length=111, too_long="drop"))
@@ -194,14 +194,14 @@ def test_a_mask_belongs_to_its_corpus(tmp_path: Path, plain: Path) -> None:
     run(tmp_path, plain, [GOOD])
     prefix = str(tmp_path / "out")
     assert json.loads((tmp_path / "out.json").read_text())["loss_mask"] == "out.loss"
-    loss = open_loss_mask(prefix, 32)
+    loss = open_loss_mask(prefix, 24)
     assert isinstance(loss, np.memmap)
     assert loss.dtype == np.uint8
-    with pytest.raises(ValueError, match=r"out\.loss has 32 bytes, its corpus 33 tokens, and needs a byte for each"):
-        open_loss_mask(prefix, 33)
+    with pytest.raises(ValueError, match=r"out\.loss has 24 bytes, its corpus 25 tokens, and needs a byte for each"):
+        open_loss_mask(prefix, 25)
     loss_path(prefix).rename(tmp_path / "away")
     with pytest.raises(ValueError, match=r"out\.loss is missing, and .*out\.json names it"):
-        open_loss_mask(prefix, 32)
+        open_loss_mask(prefix, 24)
     (tmp_path / "away").rename(loss_path(prefix))
     # Text of which all is learnt takes its place, mask and all.
     (tmp_path / "a.txt").write_text("text")
@@ -240,7 +240,7 @@ def test_the_command(tmp_path: Path, plain: Path, capsys: pytest.CaptureFixture[
     words = ["tokenize", str(path), "--tokenizer", str(plain), "--output", str(tmp_path / "out"), "--workers", "1"]
     good = [*words, "--chat", "--text-key", "turns", "--max-length", "99", "--too-long", "drop"]
     assert cli.exit_status(partial(cli.run, good)) == 0
-    assert "1 document, 32 tokens, 2 of them learnt" in capsys.readouterr().out
+    assert "1 document, 24 tokens, 2 of them learnt" in capsys.readouterr().out
     for wrong, why in (
         (["--max-length", "9", "--too-long", "cut"], "--max-length is for conversations: say --chat as well"),
         (["--chat-template", "x"], "--chat-template is for conversations: say --chat as well"),
