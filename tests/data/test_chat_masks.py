@@ -134,7 +134,8 @@ def test_the_marked_template_of_minimax_m1_renders_what_the_hubs_does() -> None:
             said("assistant", part("")),
         ],
     ]
-    for tools in (None, [{"name": "f"}]):
+    given: list[Any] = [None, [{"name": "f"}]]
+    for tools in given:
         for prompt in (False, True):
             texts = [
                 render_jinja_template(chats, tools=tools, chat_template=source, add_generation_prompt=prompt)[0]
@@ -232,7 +233,7 @@ def test_ids_and_mask_are_transformers_own(tmp_path: Path, kind: str) -> None:
         said("assistant", [{"type": "text", "text": "  y  "}]),
     ]
     out = tokenised(tmp_path, tokenizer, [{"messages": messages}])
-    theirs = AutoTokenizer.from_pretrained(str(tokenizer))
+    theirs: Any = AutoTokenizer.from_pretrained(str(tokenizer))
     if kind == "m1":
         theirs.chat_template = M1_MARKED.read_text(encoding="utf-8")
     expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
