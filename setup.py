@@ -38,6 +38,7 @@ PACKAGES = [
     "megatron_m1.kernels.matmul",
     "megatron_m1.kernels.rmsnorm",
     "megatron_m1.parallel.expert",
+    "megatron_m1.data.chat",
     "megatron_m1.data.corpora",
     "megatron_m1.data.demo",
     "megatron_m1.data.packed",
@@ -54,12 +55,13 @@ setup(
     python_requires=">=3.12",
     packages=PACKAGES,
     package_dir=ROOMS,
-    package_data={"megatron_m1": ["py.typed"]},
+    package_data={"megatron_m1": ["py.typed"], "megatron_m1.data.chat": ["templates/*.jinja"]},
     install_requires=[
         "torch>=2.11",  # tensors, autograd, process groups, torchrun
         "triton>=3.6; platform_system == 'Linux'",  # GPU kernels
         "megatron-core>=0.19.2,<0.20",  # TP, PP, EP, distributed optimizer, dist_checkpointing, datasets
         "transformers>=5.10",  # tokenizer folders without tokenizer.json, and the native MiniMax model
+        "jinja2>=3.1.6",  # chat templates, which transformers renders with it
         "numpy>=2.0",  # token files
         "safetensors>=0.5",  # weights of Hugging Face folders
         "tokenizers>=0.21",  # Hugging Face tokenizers

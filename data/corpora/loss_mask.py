@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_m1.data.corpora.prefix import names_loss_mask, sidecar_path
+
 
 def loss_path(prefix: str) -> Path:
     """The file of ``prefix`` that tells which of its tokens are learnt."""
@@ -27,12 +29,18 @@ def open_loss_mask(prefix: str, tokens: int) -> npt.NDArray[np.uint8] | None:
         A byte for each token [tokens]: 0 where it is no label, 1 where it is one; None if the corpus has no mask.
 
     Raises:
-        ValueError: the file has another number of bytes, or can't be read.
+        ValueError: the file has another number of bytes, can't be read, or is missing although the sidecar names it:
+            without it everything would be learnt.
     """
     path = loss_path(prefix)
     try:
         size = path.stat().st_size
     except FileNotFoundError:
+        if names_loss_mask(prefix):
+            raise ValueError(
+                f"{path} is missing, and {sidecar_path(prefix)} names it: put it beside its corpus, or tokenise the"
+                " corpus again"
+            ) from None
         return None
     except OSError as error:
         raise ValueError(f"{path} can't be read: {error.strerror or error}") from error

@@ -211,6 +211,9 @@ class TrainConfig:
     """Parameters and matrix products; auto is bf16 on a GPU and fp32 on a CPU."""
     seed: int = 1234
     """Seed of the initial weights and of the data order."""
+    loss_normalization: Literal["token", "sample"] = "token"
+    """token weighs every learnt token of a global batch the same, sample every document (a conversation), whose tokens
+    share its weight."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """full recomputes whole layers, selective the modules of recompute_modules; none keeps all activations."""
     recompute_num_layers: int = 1
