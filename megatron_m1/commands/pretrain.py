@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_m1.commands.launching import check_gpus, fitting, is_first_rank, without_launch_options
 from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.commands.resolved_plan import describe_plan, where_from
-from megatron_m1.config import Config, ParallelConfig, ResolvedConfig
+from megatron_m1.config import Config, ResolvedConfig
 from megatron_m1.config.help import tree_help
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
@@ -112,7 +112,7 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
     gpus = count_gpus()
     if notes:
         # A run that goes on with nothing else said.
-        default_processes = _fitting(default_processes, config.parallel)
+        default_processes = fitting(default_processes, config.parallel)
     launch = None
     if workers is None and (options.world_size is None or not options.dry_run):
         launch = launch_from_environment(
@@ -126,14 +126,14 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
     if options.dry_run:
         return _dry_run(config, options, launch, gpus, notes)
     keep_output()
-    _check_gpus(gpus, launch)
+    check_gpus(gpus, launch)
     world_size = launch.world_size if launch else workers or 1
     resolved = resolve(config, world_size, has_gpu=gpus > 0)
     if _has_ended(resolved):
         return 0
     starts_workers = launch is not None and launch.world_size > 1
     # Workers of ours check again, and one of them says what was found.
-    resolved = _prepare(resolved, (lambda line: None) if starts_workers or not _is_first_rank() else _say, notes)
+    resolved = _prepare(resolved, (lambda line: None) if starts_workers or not is_first_rank() else _say, notes)
     if launch is not None and starts_workers:
         started = counted(launch.processes_per_node, "process", "processes")
         _say(f"starting {started} on this node; importing megatron-core takes seconds")
@@ -202,17 +202,6 @@ def _files_and_base(files: Sequence[Path]) -> tuple[Sequence[Path], Config | Non
     return rest, base
 
 
-def _fitting(processes: int, parallel: ParallelConfig) -> int:
-    """As many processes as are given if a mesh divides them, else the fewest that it needs."""
-    stages, experts = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
-    least = math.lcm(
-        stages * parallel.tensor_model_parallel_size * parallel.context_parallel_size,
-        stages * experts * (parallel.expert_tensor_parallel_size or 1),
-    )
-    # No mesh has a size of 0, which is said later.
-    return processes if least == 0 or processes % least == 0 else least
-
-
 def _has_ended(config: ResolvedConfig) -> bool:
     """Whether there is nothing to train, which is said; nothing is written then."""
     from megatron_m1.training.preflight import finished_at
@@ -220,7 +209,7 @@ def _has_ended(config: ResolvedConfig) -> bool:
     step = finished_at(config)
     if step is None:
         return False
-    if _is_first_rank():
+    if is_first_rank():
         from megatron_m1.training.changes import nothing_to_train
 
         _say(nothing_to_train(step, config.train.max_steps))
@@ -241,10 +230,6 @@ def _prepare(config: ResolvedConfig, note: Callable[[str], None], notes: Sequenc
     for line in check_data(config).notes:
         note(line)
     return config
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(line: str) -> None:
@@ -273,31 +258,10 @@ def _train(config: ResolvedConfig) -> int:
         return 0
     if summary["interrupted"]:
         ignore_requests_to_stop()
-    if _is_first_rank():
+    if is_first_rank():
         show_summary(summary)
         print("\n".join(where_to_look(Path(config.run.folder))), flush=True)
     return 0
-
-
-def _check_gpus(gpus: int, launch: Launch | None) -> None:
-    local = launch.processes_per_node if launch else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if 0 < gpus < local:
-        raise ValueError(
-            f"{local} processes on this node, but it has {counted(gpus, 'GPU')}: start at most {gpus} (GPUS_PER_NODE)"
-        )
-
-
-def without_launch_options(arguments: Sequence[str]) -> list[str]:
-    """Drop ``--nproc-per-node``: the workers must not see it."""
-    kept: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word == "--nproc-per-node":
-            rest.pop(0)
-        elif not word.startswith("--nproc-per-node="):
-            kept.append(word)
-    return kept
 
 
 def _dry_run(
@@ -306,10 +270,10 @@ def _dry_run(
     on_gpu = gpus > 0 if options.device == "auto" else options.device == "gpu"
     world_size = options.world_size or (launch.world_size if launch else worker_world_size(os.environ) or 1)
     if options.world_size is None:
-        _check_gpus(gpus, launch)
+        check_gpus(gpus, launch)
     source = "--world-size" if options.world_size else where_from(launch)
     lines = describe_plan(resolve(config, world_size, has_gpu=on_gpu), world_size, source=source, on_gpu=on_gpu)
-    if _is_first_rank():
+    if is_first_rank():
         columns = terminal_columns()
         # The words of a line stand in columns of their own.
         print("\n".join(part for line in [*notes, *lines] for part in folded(line, columns, indent=12)))
