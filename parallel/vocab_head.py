@@ -79,9 +79,7 @@ def vocab_parallel_choice(
     labels = labels.reshape(group.size(), -1)  # [T] -> [tp, T / tp]
     chunks = _chunks(hidden.shape[0], group.size(), weight, chunk_bytes)
     choice = torch.empty_like(labels, dtype=torch.int64)
-    top, total, target, _ = _statistics(
-        hidden, weight, labels, chunks, group, ieee_fp32=ieee_fp32, choice=choice
-    )
+    top, total, target, _ = _statistics(hidden, weight, labels, chunks, group, ieee_fp32=ieee_fp32, choice=choice)
     if group.size() > 1:
         own_top = top.clone()
         _combine(top, total, target, group)

@@ -63,7 +63,6 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
             logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
         return logits, None
 
-
     def choices(self, input_: Tensor, labels: Tensor) -> Tensor:
         """Loss of every token's label and the most likely token, without gradients.
 

@@ -109,9 +109,7 @@ def _forward_step(
     share.heartbeat()
     batch = next(batches)
     mask = _padding_mask(batch, model, share.mesh)
-    output = token_losses(
-        model, batch.tokens, batch.labels, batch.params, padding_mask=mask, with_choices=with_choices
-    )
+    output = token_losses(model, batch.tokens, batch.labels, batch.params, padding_mask=mask, with_choices=with_choices)
     return output, lambda result: add_up(result, batch)
 
 
