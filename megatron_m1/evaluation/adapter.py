@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -11,13 +10,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import distributed as dist
 
 from megatron_m1.data.tokenizers import Tokenizer
+from megatron_m1.evaluation.following import lead, leading
 from megatron_m1.evaluation.model import EvaluatedModel
 from megatron_m1.evaluation.plan import TasksPlan
 from megatron_m1.evaluation.scores import Sums
-from megatron_m1.evaluation.sequences import Scored, score
+from megatron_m1.evaluation.sequences import Scored
 from megatron_m1.evaluation.tasks import task_manager
 from megatron_m1.generate.sampler import generate
 from megatron_m1.generate.sampling import Sampling
@@ -68,6 +67,11 @@ class TaskModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
         """Ids of a text; there are no special tokens."""
         return self._text.encode(string)
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood of continuations, and whether greedy generation would give them."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False
@@ -172,8 +176,7 @@ class TaskModel(TemplateLM):
             yield tokens
 
     def _score(self, scored: list[Scored], what: str | None = None) -> Sums:
-        dist.broadcast_object_list([scored], src=0)
-        return score(self._model, scored, self._progress(what, len(scored)) if what else lambda done: None)
+        return lead(self._model, scored, self._progress(what, len(scored)) if what else lambda done: None)
 
 
 class _Prompt:
@@ -210,47 +213,22 @@ class _Answer:
         self.is_whole = bool(ends) or len(self._ids) == self._prompt.sampling.max_tokens
 
 
-def follow(model: EvaluatedModel) -> None:
-    """Compute on a rank other than 0 what its lm-eval asks for, until it has what it wants.
-
-    Raises:
-        ValueError: rank 0 has failed.
-    """
-    while True:
-        asked: list[Any] = [None]
-        dist.broadcast_object_list(asked, src=0)
-        if asked[0] is None:
-            return
-        if isinstance(asked[0], ValueError):
-            raise asked[0]
-        score(model, asked[0], lambda done: None)
-
-
-@contextmanager
-def leading() -> Iterator[None]:
-    """Let the ranks in ``follow`` go at the end of the block, with the block's error if it is one."""
-    try:
-        yield
-    except ValueError as error:
-        dist.broadcast_object_list([ValueError(str(error))], src=0)
-        raise
-    else:
-        dist.broadcast_object_list([None], src=0)
-
-
 def run_tasks(model: EvaluatedModel, tokenizer: Tokenizer, plan: TasksPlan, progress: Progress) -> dict[str, Any]:
-    """Run tasks. Collective.
+    """Run tasks on rank 0, while the other ranks are in ``follow``.
+
+    Args:
+        model: on any mesh.
+        tokenizer: its.
+        plan: which tasks.
+        progress: shows how far it is.
 
     Returns:
-        On rank 0 a JSON-able record: for every task its version, its number of questions and examples, and its metrics
-        with their standard errors. On others nothing.
+        JSON-able record: for every task its version, its number of questions and examples, and its metrics with their
+        standard errors.
 
     Raises:
         ValueError: a task can't be run; one line.
     """
-    if model.mesh.rank != 0:
-        follow(model)
-        return {}
     with leading():
         found = _evaluated(TaskModel(model, tokenizer, progress), plan)
     return {"limit": plan.limit, "tasks": {name: _task_record(found, name) for name in found["results"]}}
@@ -263,7 +241,7 @@ def _evaluated(model: TaskModel, plan: TasksPlan) -> Mapping[str, Any]:
             tasks=list(plan.names),
             num_fewshot=plan.num_fewshot,
             limit=plan.limit,
-            task_manager=task_manager(plan.include_path),
+            task_manager=task_manager(plan),
             log_samples=False,
         )
     except (OSError, RuntimeError, KeyError) as error:

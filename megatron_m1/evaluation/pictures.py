@@ -60,7 +60,15 @@ def draw_needle(record: Mapping[str, Any], title: str) -> bytes:
     )
     for row, depth in enumerate(depths):
         for column, length in enumerate(lengths):
-            axis.text(column, row, f"{found[depth, length]:.0%}", ha="center", va="center", fontsize=8)
+            axis.text(
+                column,
+                row,
+                f"{found[depth, length]:.0%}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="black" if 0.2 < found[depth, length] < 0.9 else "white",
+            )
     axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=30, ha="right")
     axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axis.set_xlabel("tokens of the pack")

@@ -78,29 +78,30 @@ def perplexity(
     """
     positioned = PositionedPacks(packs, sources)
     sums = sums_by_cell(model, positioned, positioned.cells, advance)
-    buckets = positioned.buckets
-    by_document = slice(0, len(sources) * buckets)
-    if int(sums.tokens[by_document].sum()) == 0:
+    buckets, end = positioned.buckets, len(sources) * positioned.buckets
+
+    def by_position(first: int, stop: int) -> list[dict[str, Any]]:
+        """Rows of every octave; its cells are ``first``, and every ``buckets`` on before ``stop``."""
+        rows = []
+        for b in range(buckets):
+            row = _row(sums, slice(first + b, stop, buckets))
+            if row["tokens"]:
+                rows.append({"from": 1 << b, "to": min((1 << (b + 1)) - 1, packs.sequence_length), **row})
+        return rows
+
+    if int(sums.tokens[:end].sum()) == 0:
         raise ValueError(
             "no token is predicted in the validation packs: give corpora with documents of 2 tokens or more"
         )
+    by_source = {}
+    for number, source in enumerate(sources):
+        cells = slice(number * buckets, (number + 1) * buckets)
+        by_source[source] = _row(sums, cells) | {"by_document_position": by_position(cells.start, cells.stop)}
     return {
-        **_row(sums, by_document),
-        "by_document_position": _rows(
-            sums, buckets, [slice(b, len(sources) * buckets, buckets) for b in range(buckets)]
-        ),
-        "by_pack_position": _rows(
-            sums, buckets, [slice(len(sources) * buckets + b, len(sources) * buckets + b + 1) for b in range(buckets)]
-        ),
-        "by_source": {
-            source: _row(sums, slice(s * buckets, (s + 1) * buckets))
-            | {
-                "by_document_position": _rows(
-                    sums, buckets, [slice(s * buckets + b, s * buckets + b + 1) for b in range(buckets)]
-                )
-            }
-            for s, source in enumerate(sources)
-        },
+        **_row(sums, slice(0, end)),
+        "by_document_position": by_position(0, end),
+        "by_pack_position": by_position(end, end + buckets),
+        "by_source": by_source,
     }
 
 
@@ -108,11 +109,6 @@ def _row(sums: Sums, cells: slice) -> dict[str, Any]:
     tokens = int(sums.tokens[cells].sum())
     loss = float(sums.loss[cells].sum()) / tokens if tokens else None
     return {"tokens": tokens, "loss": loss, "perplexity": perplexity_of(loss)}
-
-
-def _rows(sums: Sums, buckets: int, cells: list[slice]) -> list[dict[str, Any]]:
-    rows = [{"from": 1 << b, "to": (1 << (b + 1)) - 1, **_row(sums, cells[b])} for b in range(buckets)]
-    return [row for row in rows if row["tokens"]]
 
 
 def perplexity_of(loss: float | None) -> float | None:

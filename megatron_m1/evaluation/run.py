@@ -16,9 +16,10 @@ from megatron_m1.config import ResolvedConfig
 from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.data.packed import build_packed_dataset
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
+from megatron_m1.evaluation.following import follow
 from megatron_m1.evaluation.model import EvaluatedModel, open_model
 from megatron_m1.evaluation.needle import Haystack, needle_retrieval
-from megatron_m1.evaluation.plan import Evaluation
+from megatron_m1.evaluation.plan import Evaluation, TasksPlan
 from megatron_m1.evaluation.positions import perplexity
 from megatron_m1.evaluation.report import NEEDLE, PERPLEXITY, TASKS, save
 from megatron_m1.runtime import mesh as rank_grid
@@ -85,9 +86,18 @@ def _records(
         cases = len(plan.lengths) * len(plan.depths) * plan.samples
         yield NEEDLE, needle_retrieval(model, plan, haystack, tokenizer, bar.start("needles", cases))
     if evaluation.tasks is not None:
-        from megatron_m1.evaluation.adapter import run_tasks
+        yield TASKS, _tasks(evaluation.tasks, model, tokenizer, bar)
 
-        yield TASKS, run_tasks(model, tokenizer, evaluation.tasks, bar.start)
+
+def _tasks(plan: TasksPlan, model: EvaluatedModel, tokenizer: Tokenizer, bar: _Bar) -> dict[str, Any]:
+    """Rank 0's record; the others' is empty."""
+    if model.mesh.rank != 0:
+        follow(model)
+        return {}
+    # lm-eval takes seconds to import, and no other rank needs it.
+    from megatron_m1.evaluation.adapter import run_tasks
+
+    return run_tasks(model, tokenizer, plan, bar.start)
 
 
 def _setting(config: ResolvedConfig, mesh: rank_grid.Mesh) -> dict[str, Any]:

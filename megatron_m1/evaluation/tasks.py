@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_m1.config.io import unknown
@@ -24,16 +23,23 @@ def check_tasks(plan: TasksPlan) -> None:
         raise ValueError("--tasks needs lm-eval, which is not installed: pip install 'megatron-m1[eval]'")
     if plan.include_path is not None and not plan.include_path.is_dir():
         raise ValueError(f"--include-path {plan.include_path} is no folder: give one with task files (.yaml)")
-    known = task_manager(plan.include_path).task_index
+    known = task_manager(plan).task_index
     for name in plan.names:
         if name not in known:
             raise unknown("task", name, list(known))
 
 
-def task_manager(include_path: Path | None) -> TaskManager:
-    """Return lm-eval's list of tasks, its own and those of a folder."""
+def task_manager(plan: TasksPlan) -> TaskManager:
+    """Return lm-eval's list of tasks: those of the plan's folder if they are all that is asked for, else its own too."""
+    from datasets import disable_progress_bars
     from lm_eval.tasks import TaskManager
 
-    # Its lines about what it reads would bury ours.
+    # What they say of what they read would bury our lines.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    return TaskManager(include_path=None if include_path is None else str(include_path))
+    disable_progress_bars()
+    if plan.include_path is None:
+        return TaskManager()
+    folder = str(plan.include_path)
+    # Its own are 14,000 files, which takes seconds; groups may be made of them.
+    own = TaskManager(include_path=folder, include_defaults=False)
+    return own if set(plan.names) <= set(own.all_subtasks) else TaskManager(include_path=folder)
