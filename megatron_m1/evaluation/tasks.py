@@ -30,7 +30,7 @@ def check_tasks(plan: TasksPlan) -> None:
 
 
 def task_manager(plan: TasksPlan) -> TaskManager:
-    """Return lm-eval's list of tasks: those of the plan's folder if they are all that is asked for, else its own too."""
+    """Return lm-eval's tasks: only those of the plan's folder if they are all that is asked for."""
     from datasets import disable_progress_bars
     from lm_eval.tasks import TaskManager
 
