@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +121,10 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError("--nproc-per-node under torchrun: torchrun has started the processes, leave it out")
     check_gpus(gpus, launch)
     evaluation = _evaluation(options, target, launch.world_size if launch else workers or 1, has_gpu=gpus > 0)
-    _check(evaluation, target, is_started=workers is not None and workers > 1)
+    is_started = workers is not None and workers > 1
+    _check(evaluation, target, is_started=is_started)
+    for note in () if is_started else target.tokenizer.notes:
+        print(f"note: {note}", file=sys.stderr)
     keep_output()
     if launch is not None and launch.world_size > 1:
         started = counted(launch.processes_per_node, "process", "processes")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from datasets.exceptions import DatasetsError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.evaluator import simple_evaluate
@@ -244,7 +245,7 @@ def _evaluated(model: TaskModel, plan: TasksPlan) -> Mapping[str, Any]:
             task_manager=task_manager(plan),
             log_samples=False,
         )
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, KeyError, DatasetsError) as error:
         raise ValueError(
             f"--tasks {','.join(plan.names)} can't be run by lm-eval: {type(error).__name__}: {error}"
         ) from error

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from megatron_m1.evaluation.model import EvaluatedModel
 from megatron_m1.evaluation.scores import Sums
 from megatron_m1.evaluation.sequences import Scored, score
+from megatron_m1.runtime.watchdog import is_collective_error
 
 
 def lead(model: EvaluatedModel, sequences: list[Scored], advance: Callable[[int], None]) -> Sums:
@@ -37,11 +38,16 @@ def follow(model: EvaluatedModel) -> None:
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """Let the ranks in ``follow`` go at the end of the block, with the block's error if it is one."""
+    """Let the ranks in ``follow`` go at the end of the block, with the block's error if there is one."""
     try:
         yield
-    except ValueError as error:
-        dist.broadcast_object_list([ValueError(str(error))], src=0)
+    except Exception as error:
+        # After a failed collective they know, and another one would not come to its end.
+        if not is_collective_error(error):
+            words = (
+                str(error) if isinstance(error, ValueError) else f"rank 0 has failed: {type(error).__name__}: {error}"
+            )
+            dist.broadcast_object_list([ValueError(words)], src=0)
         raise
     else:
         dist.broadcast_object_list([None], src=0)

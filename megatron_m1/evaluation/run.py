@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_m1.checkpoint.folder import step_of
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.data.corpora.blend import parse_blend
+from megatron_m1.data.corpora.ids import check_token_ids
 from megatron_m1.data.packed import build_packed_dataset
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
 from megatron_m1.evaluation.following import follow
@@ -82,7 +83,11 @@ def _records(
         yield PERPLEXITY, {"seq_length": config.data.seq_length, "packs": len(packs), **record}
     plan = evaluation.needle
     if plan is not None:
-        haystack = Haystack(parse_blend(config.data.validation)[0], tokenizer.eod)
+        prefixes = parse_blend(config.data.validation)[0]
+        cache = Path(config.data.cache_folder)
+        check = partial(check_token_ids, prefixes, vocab_size=config.model.vocab_size, cache_folder=cache)
+        on_rank_zero(check)
+        haystack = Haystack(prefixes, tokenizer.eod)
         cases = len(plan.lengths) * len(plan.depths) * plan.samples
         yield NEEDLE, needle_retrieval(model, plan, haystack, tokenizer, bar.start("needles", cases))
     if evaluation.tasks is not None:
