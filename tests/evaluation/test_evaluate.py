@@ -50,6 +50,8 @@ def evaluated(workers: WorkerPool, run: TrainedRun, output: Path, *words: str, w
     )
     assert status == 0 and all(other == (0, "") for other in others)
     assert str(output / "perplexity.png") in printed and "position in the document" in printed
+    for kind in ("perplexity", "needle"):
+        assert (output / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
     return {kind: runs.record(output, kind) for kind in ("perplexity", "needle")}
 
 

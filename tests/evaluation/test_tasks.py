@@ -31,7 +31,7 @@ LENGTH = 32
 NEW_TOKENS = 4
 TOLERANCE = 1e-4
 """Relative: the project's model against transformers'."""
-CHOICES = [
+CHOICES: list[dict[str, Any]] = [
     {"question": "def main", "choices": ["(self):", " import", "xyz"], "answer": 0},
     {"question": "import ", "choices": ["os", "argparse\n"], "answer": 1},
     {"question": "", "choices": ["class", "return", "    if"], "answer": 2},
