@@ -87,7 +87,9 @@ setup(
             "types-psutil",  # types
             "matplotlib>=3.9",  # plots of benchmarks
             "wandb>=0.18",  # its offline mode, as the extra below has it
+            "lm-eval>=0.4.13,<0.5",  # standard tasks, as the extra below has it
         ],
+        "eval": ["lm-eval>=0.4.13,<0.5", "matplotlib>=3.9"],  # evaluate: standard tasks, pictures
         "wandb": ["wandb>=0.18"],  # runs on Weights & Biases
         "gpu": ["transformer-engine[pytorch]>=2.5"],
     },

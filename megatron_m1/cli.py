@@ -18,6 +18,7 @@ COMMANDS = {
     "tokenize": "turn JSONL, text or Parquet files into .bin/.idx token files",
     "convert": "from our checkpoints to Hugging Face folders, and back",
     "generate": "continue prompts with a checkpoint, a run or a Hugging Face folder",
+    "evaluate": "perplexity, needle retrieval and standard tasks of a checkpoint, on any mesh",
     "inspect": "parameter counts of a preset, contents of a checkpoint or of a run folder",
     "translate": "a command line of Megatron-LM into YAML for pretrain --config",
 }

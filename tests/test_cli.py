@@ -15,7 +15,7 @@ import torch
 from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_m1 import cli
-from megatron_m1.commands import pretrain
+from megatron_m1.commands import launching
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.written import write_config
 from megatron_m1.data.demo.corpus import MAX_VOCAB_SIZE, check_own_data
@@ -352,7 +352,7 @@ def test_not_resuming_refuses_a_folder_with_checkpoints(command: Run, corpus: Pa
 
 def test_workers_do_not_see_the_launch_options() -> None:
     given = ["--nproc-per-node", "2", "--train.seed", "3", "--nproc-per-node=4", "--run.resume", "false"]
-    assert pretrain.without_launch_options(given) == ["--train.seed", "3", "--run.resume", "false"]
+    assert launching.without_launch_options(given) == ["--train.seed", "3", "--run.resume", "false"]
 
 
 @pytest.fixture

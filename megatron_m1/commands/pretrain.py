@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_m1.commands.launching import check_gpus, is_first_rank, without_launch_options
 from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.commands.resolved_plan import describe_plan, where_from
 from megatron_m1.config import Config, ResolvedConfig
@@ -128,14 +129,14 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
     if options.dry_run:
         return _dry_run(config, at, options, launch, gpus, notes)
     keep_output()
-    _check_gpus(gpus, launch)
+    check_gpus(gpus, launch)
     world_size = launch.world_size if launch else workers or 1
     stages = resolve_stages(config, world_size, has_gpu=gpus > 0, at=at)
     if _has_ended(stages[0]):
         return 0
     starts_workers = launch is not None and launch.world_size > 1
     # Workers of ours check again, and one of them says what was found.
-    resolved = _prepare(stages, (lambda line: None) if starts_workers or not _is_first_rank() else _say, notes)
+    resolved = _prepare(stages, (lambda line: None) if starts_workers or not is_first_rank() else _say, notes)
     if launch is not None and starts_workers:
         started = counted(launch.processes_per_node, "process", "processes")
         _say(f"starting {started} on this node; importing megatron-core takes seconds")
@@ -211,7 +212,7 @@ def _has_ended(config: ResolvedConfig) -> bool:
     step = finished_at(config)
     if step is None:
         return False
-    if _is_first_rank():
+    if is_first_rank():
         from megatron_m1.training.changes import nothing_to_train
 
         _say(nothing_to_train(step, config))
@@ -240,10 +241,6 @@ def _prepare(stages: Sequence[ResolvedConfig], note: Callable[[str], None], note
     return config
 
 
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(line: str) -> None:
     # A warning is prose. Other lines may have paths and commands, which can be copied only where nothing breaks them.
     parts = folded(line, terminal_columns(), indent=2) if line.startswith("warning: ") else [line]
@@ -270,31 +267,10 @@ def _train(config: ResolvedConfig) -> int:
         return 0
     if summary["interrupted"]:
         ignore_requests_to_stop()
-    if _is_first_rank():
+    if is_first_rank():
         show_summary(summary)
         print("\n".join(where_to_look(Path(config.run.folder))), flush=True)
     return 0
-
-
-def _check_gpus(gpus: int, launch: Launch | None) -> None:
-    local = launch.processes_per_node if launch else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if 0 < gpus < local:
-        raise ValueError(
-            f"{local} processes on this node, but it has {counted(gpus, 'GPU')}: start at most {gpus} (GPUS_PER_NODE)"
-        )
-
-
-def without_launch_options(arguments: Sequence[str]) -> list[str]:
-    """Drop ``--nproc-per-node``: the workers must not see it."""
-    kept: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word == "--nproc-per-node":
-            rest.pop(0)
-        elif not word.startswith("--nproc-per-node="):
-            kept.append(word)
-    return kept
 
 
 def _dry_run(
@@ -308,11 +284,11 @@ def _dry_run(
     on_gpu = gpus > 0 if options.device == "auto" else options.device == "gpu"
     world_size = options.world_size or (launch.world_size if launch else worker_world_size(os.environ) or 1)
     if options.world_size is None:
-        _check_gpus(gpus, launch)
+        check_gpus(gpus, launch)
     source = "--world-size" if options.world_size else where_from(launch)
     stages, columns = resolve_stages(config, world_size, has_gpu=on_gpu, at=at), terminal_columns()
     lines = describe_plan(stages, world_size, at=at, source=source, on_gpu=on_gpu, columns=columns)
-    if _is_first_rank():
+    if is_first_rank():
         # The words of a line stand in columns of their own.
         print("\n".join(part for line in [*notes, *lines] for part in folded(line, columns, indent=12)))
     return 0
