@@ -67,7 +67,7 @@ FLOORS = (
     "runtime layers",
     "model evaluation",
     "checkpoint",
-    "convert",
+    "convert report",
     "training generate",
     "library",
     "commands",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +64,15 @@ class History:
         return self.starts[1:]
 
 
+NO_HISTORY = History([], [], {}, [])
+
+
 def read_history(folder: Path) -> History:
     """Read the history of a run from its folder. What is missing or can't be read is left out."""
     checkpoints = complete_checkpoints(folder)[::-1]
-    kept = [(step_of(place), _settings(place)) for place in checkpoints]
-    settings = _settings(folder)
+    parse = functools.lru_cache(maxsize=2)(_parsed)
+    kept = [(step_of(place), _settings(place, parse)) for place in checkpoints]
+    settings = _settings(folder, parse)
     return History(
         checkpoints=[step for step, _ in kept],
         starts=_starts(folder),
@@ -75,14 +81,19 @@ def read_history(folder: Path) -> History:
     )
 
 
-def _settings(place: Path) -> dict[str, Any]:
+def _settings(place: Path, parse: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
     for name in (RESOLVED, CONFIG):
-        # Not load_config: a run of another version has other fields, and is worth a look all the same.
         with suppress(OSError, ValueError):
-            content = parse_yaml(regular(place / name).read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                return dict(_flat(content, ""))
+            # Hundreds of checkpoints in a row have the same text, and YAML is slow.
+            if found := parse(regular(place / name).read_text(encoding="utf-8")):
+                return found
     return {}
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    # Not load_config: a run of another version has other fields, and is worth a look all the same.
+    content = parse_yaml(text)
+    return dict(_flat(content, "")) if isinstance(content, dict) else {}
 
 
 def _flat(content: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -97,7 +108,7 @@ def _changes(kept: list[tuple[int, dict[str, Any]]], now: dict[str, Any]) -> Ite
     states: list[tuple[int | None, dict[str, Any]]] = [*kept]
     if now:
         states.append((None, now))
-    for (first, before), (last, after) in zip(states, states[1:], strict=False):
+    for (first, before), (last, after) in itertools.pairwise(states):
         assert first is not None
         for path in dict.fromkeys([*before, *after]):
             if before.get(path) != after.get(path):

@@ -54,7 +54,7 @@ class RunRecords:
         """Lines that are no record."""
         self.left_out = 0
         """Values of figures beyond the most that are kept."""
-        self._skipped_total: float | None = None
+        self._skipped_total = 0.0
         self._peak = 0.0
         self._offset = 0
         self._tail = b""
@@ -138,12 +138,10 @@ class RunRecords:
 
     def _take_events(self, step: int, record: Mapping[str, Any], values: Mapping[str, float]) -> None:
         """Of a training step: whether something began, went wrong or was saved."""
-        peak, skipped = values.get(PEAK, self._peak), values.get(SKIPPED)
+        peak, skipped = values.get(PEAK, self._peak), values.get(SKIPPED, 0.0)
         if (self.last_step and step <= self.last_step) or peak < self._peak:
             self._note(self.restarts, min(self.last_step, step - 1))
-        if skipped is not None and self._skipped_total is not None and skipped > self._skipped_total:
-            self._add(self.skipped, step, 1.0)
-        elif skipped and self._skipped_total is None:
+        if skipped > self._skipped_total:
             self._add(self.skipped, step, 1.0)
         if values.get(SAVED):
             self._add(self.saves, step - 1, values[SAVED])

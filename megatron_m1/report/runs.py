@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_m1.report.history import History, Start, read_history
+from megatron_m1.report.history import NO_HISTORY, History, Start, read_history
 from megatron_m1.report.records import RunRecords
 
 RECORDS = "metrics.jsonl"
@@ -34,11 +34,6 @@ class Run:
         """As the history has them, or else as the records show them."""
         return self.history.restarts or [Start(step, None) for step in self.records.restarts]
 
-    @property
-    def first_unsaved(self) -> int:
-        """The step after the newest checkpoint."""
-        return max(self.history.checkpoints, default=0) + 1
-
 
 def open_runs(folders: Sequence[Path]) -> list[Run]:
     """Find the runs; nothing is read yet.
@@ -55,9 +50,8 @@ def open_runs(folders: Sequence[Path]) -> list[Run]:
         if same is not folder:
             raise ValueError(f"{folder} is the same run as {same}: name it once")
     names = _names(list(seen))
-    nothing = History([], [], {}, [])
     return [
-        Run(folder, name, RunRecords(folder / RECORDS), nothing) for folder, name in zip(folders, names, strict=True)
+        Run(folder, name, RunRecords(folder / RECORDS), NO_HISTORY) for folder, name in zip(folders, names, strict=True)
     ]
 
 
@@ -96,8 +90,7 @@ def read_runs(runs: Sequence[Run]) -> bool:
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("", total=size)
         for run in runs:
-            is_new |= run.records.read(lambda read: bar.advance(task, read))
-            history = read_history(run.folder)
-            is_new |= history != run.history
-            run.history = history
+            if run.records.read(lambda read: bar.advance(task, read)) or run.history == NO_HISTORY:
+                run.history = read_history(run.folder)
+                is_new = True
     return is_new
