@@ -24,6 +24,8 @@ COLOURS = (
     "#4d7c0f",
 )
 """Each has a contrast of 3 or more with the page, light and dark."""
+GREY = "#7a8594"
+"""Of lines that are no run's; the same holds."""
 NOT_DRAWN = {"step", "tokens", "skipped_steps", "memory_peak_rank"}
 """Counts and names, which are told in words or as marks."""
 
@@ -39,11 +41,13 @@ class Family:
     is_log: bool = False
     is_plain: bool = False
     """Without noise: a trend would draw it twice."""
+    whole: str = "last"
+    """Label of the figure that the group does not match."""
 
 
 _BY = r"(?:_by)?[_/.:](.+)"
 FAMILIES = (
-    Family("loss|(validation)_loss", "Loss", "nats per token", LOSS),
+    Family("loss|(validation)_loss", "Loss", "nats per token", LOSS, whole="training"),
     Family(f"loss{_BY}", "Training loss by source", "nats per token", LOSS),
     Family(f"validation_loss{_BY}", "Validation loss by source", "nats per token", LOSS),
     Family("lr", "Learning rate", "", OPTIMIZER, is_plain=True),
@@ -60,7 +64,7 @@ FAMILIES = (
     Family("tokens_per_second", "Throughput", "tokens/s", SPEED),
     Family("mfu", "Model FLOPs utilisation (MFU)", "share of the peak", SPEED),
     Family("model_tflops_per_device", "Useful work per device", "TFLOP/s", SPEED),
-    Family("memory_peak(?:_(.+))?_gib", "Peak memory of a rank", "GiB", MEMORY, is_plain=True),
+    Family("memory_peak(?:_(.+))?_gib", "Peak memory of a rank", "GiB", MEMORY, is_plain=True, whole="most"),
     Family("(.+)_seconds", "Seconds of a step", "s", MEMORY),
 )
 
@@ -134,7 +138,7 @@ def _together(family: Family, members: dict[str, str], runs: Sequence[Run]) -> l
                     continue
                 marked = name.startswith("validation")
                 alone = len(runs) == 1
-                label = members[name] or ("training" if family is FAMILIES[0] else "all")
+                label = members[name] or family.whole
                 curves.append(
                     Curve(
                         figure=name,

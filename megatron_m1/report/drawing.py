@@ -9,19 +9,19 @@ from bokeh.embed import components
 from bokeh.models import (
     BoxZoomTool,
     ColumnDataSource,
+    CustomJSTickFormatter,
     FixedTicker,
+    GlyphRenderer,
     HoverTool,
-    NumeralTickFormatter,
     PanTool,
     Range1d,
     ResetTool,
-    TickFormatter,
     WheelZoomTool,
 )
 from bokeh.plotting import figure
 from bokeh.resources import Resources
 
-from megatron_m1.report.charts import COLOURS, Chart, Curve
+from megatron_m1.report.charts import COLOURS, GREY, Chart, Curve
 from megatron_m1.report.marks import CHECKPOINT, KINDS, RESTART, SKIPPED, STAGE, Mark
 
 HEIGHT = 230
@@ -31,6 +31,17 @@ TREND_POINTS = 160
 MOST_BUCKETS, FEWEST_BUCKETS = 1024, 16
 """Of a curve; a bucket has two points."""
 _SYMBOLS = {STAGE: "triangle", RESTART: "diamond", CHECKPOINT: "circle", SKIPPED: "x"}
+_TICK = """
+const size = Math.abs(tick);
+for (const [factor, unit] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "K"]]) {
+  if (size >= factor) return Number((tick / factor).toPrecision(10)) + unit;
+}
+const plain = Number(tick.toPrecision(10));
+return size > 0 && size < 0.01 ? plain.toExponential() : String(plain);
+"""
+"""JavaScript: 250K, 0.25, 3e-4. Bokeh's own formatters write a million as 1m, and 3e-4 as 3.000e-4."""
+_DIVIDERS = ".bk-divider { background-color: #8884; }"
+"""Of the toolbar; its own are white in the dark."""
 _EXACT_FLOAT32 = 1 << 24
 """Steps below are whole numbers in fp32."""
 
@@ -59,7 +70,7 @@ def draw(charts: Sequence[Chart], marks: Sequence[Mark], run_count: int, buckets
     steps = Range1d(first - margin, last + margin, bounds=(first - margin, last + margin), name="steps")
     drawn = {f"chart{number}": _chart(chart, steps, buckets) for number, chart in enumerate(charts)}
     for plot in drawn.values():
-        _spans(plot, marks)
+        _spans(plot, marks, run_count)
     drawn["marks"] = _marks(marks, run_count, steps)
     script, places = components(drawn)
     return script, [places[f"chart{number}"] for number in range(len(charts))], places["marks"]
@@ -78,9 +89,10 @@ def _figure(steps: Range1d, *, is_log: bool = False, height: int = HEIGHT) -> fi
     )
     plot.add_tools(ResetTool())
     plot.toolbar.logo = None
-    plot.toolbar.active_drag = plot.tools[1]
-    plot.toolbar.active_scroll = None
-    plot.xaxis.formatter = NumeralTickFormatter(format="0.[00]a")
+    # The page decides: with a mouse one drags to zoom, with a finger to scroll.
+    plot.toolbar.active_drag = plot.toolbar.active_scroll = None
+    plot.toolbar.stylesheets = [_DIVIDERS]
+    plot.xaxis.formatter = CustomJSTickFormatter(code=_TICK)
     plot.xaxis.ticker.desired_num_ticks = 5
     for axis in (*plot.xaxis, *plot.yaxis):
         axis.major_label_text_font_size = "12px"
@@ -89,52 +101,76 @@ def _figure(steps: Range1d, *, is_log: bool = False, height: int = HEIGHT) -> fi
 
 
 def _chart(chart: Chart, steps: Range1d, buckets: int) -> figure:
-    is_log = chart.is_log and all(curve.series.extremes(1)[1].min() > 0 for curve in chart.curves)
+    is_log = chart.is_log and _spans_decades(chart)
     plot = _figure(steps, is_log=is_log)
     # As much of the axis of values as the steps in sight have.
     plot.window_axis = "x"
+    plot.y_range.default_span = 0.2 * _largest(chart) or 1.0
+    lines = [
+        _points(plot, curve, number, buckets, is_faint=not chart.is_plain) for number, curve in enumerate(chart.curves)
+    ]
     for number, curve in enumerate(chart.curves):
-        _curve(plot, curve, number, buckets, has_trend=not chart.is_plain)
+        if not chart.is_plain and _is_noisy(curve):
+            _trend(plot, curve, number)
     if not is_log:
-        plot.yaxis.formatter = _formatter(chart)
-    shown = [renderer for renderer in plot.renderers if "raw" in renderer.tags]
-    label = HoverTool(renderers=shown, mode="vline", tooltips=[("step", "@x{0,0}"), ("$name", "@y{0,0.[000000]}")])
-    if all(curve.series.extremes(1)[1].max() < 0.01 for curve in chart.curves):
-        label.tooltips = [("step", "@x{0,0}"), ("$name", "@y{0.000e+0}")]
-    plot.add_tools(label)
+        plot.yaxis.formatter = CustomJSTickFormatter(code=_TICK)
+    form = "0,0.[000000]" if _largest(chart) >= 0.01 else "0.000e+0"
+    plot.add_tools(
+        HoverTool(
+            renderers=lines, mode="vline", tooltips=[("step", "@x{0,0}"), ("value", f"@y{{{form}}}"), ("of", "$name")]
+        )
+    )
     return plot
 
 
-def _formatter(chart: Chart) -> TickFormatter:
-    largest = max(float(np.abs(curve.series.extremes(1)[1]).max()) for curve in chart.curves)
-    if largest >= 1000:
-        return NumeralTickFormatter(format="0.[00]a")
-    return NumeralTickFormatter(format="0.[000]" if largest >= 0.01 else "0.[0]e+0")
+def _largest(chart: Chart) -> float:
+    return max(float(np.abs(curve.series.extremes(1)[1]).max()) for curve in chart.curves)
 
 
-def _curve(plot: figure, curve: Curve, number: int, buckets: int, *, has_trend: bool) -> None:
+def _spans_decades(chart: Chart) -> bool:
+    ends = [curve.series.extremes(1)[1] for curve in chart.curves]
+    least, greatest = min(values.min() for values in ends), max(values.max() for values in ends)
+    # Over less, the ticks of a logarithmic axis run into each other.
+    return bool(least > 0 and greatest > 30 * least)
+
+
+def _is_noisy(curve: Curve) -> bool:
+    return not curve.is_marked and curve.series.total() > 2 * TREND_POINTS
+
+
+def _points(plot: figure, curve: Curve, number: int, buckets: int, *, is_faint: bool) -> GlyphRenderer:
     x, y = curve.series.extremes(buckets)
-    precise = np.float64 if len(x) and x[-1] >= _EXACT_FLOAT32 else np.float32
-    source = ColumnDataSource({"x": x.astype(precise), "y": y.astype(np.float32)})
-    is_noisy = has_trend and not curve.is_marked and curve.series.total() > 2 * TREND_POINTS
-    tags = [f"curve{number}", "raw"]
-    style = {"line_color": curve.colour, "line_alpha": 0.35 if is_noisy else 1.0, "line_width": 1 if is_noisy else 2}
-    plot.line("x", "y", source=source, name=curve.label, tags=tags, **style)
+    source = ColumnDataSource({"x": x.astype(_precision(x)), "y": y.astype(np.float32)})
+    alpha, width = (0.3, 1) if is_faint and _is_noisy(curve) else (1.0, 2)
+    style = {"line_color": curve.colour, "line_alpha": alpha, "line_width": width}
+    line = plot.line("x", "y", source=source, name=curve.label, **style)
+    line.tags = [f"curve{number}"]
     if len(x) == 1 or (curve.is_marked and len(x) <= TREND_POINTS):
-        plot.scatter("x", "y", source=source, size=5, color=curve.colour, tags=[f"curve{number}"])
-    if is_noisy:
-        mean_x, mean_y = curve.series.means(TREND_POINTS)
-        means = ColumnDataSource({"x": mean_x.astype(precise), "y": mean_y.astype(np.float32)})
-        plot.line("x", "y", source=means, line_color=curve.colour, line_width=2, tags=[f"curve{number}"])
+        points = plot.scatter("x", "y", source=source, size=7, color=curve.colour)
+        points.tags = line.tags
+    return line
 
 
-def _spans(plot: figure, marks: Sequence[Mark]) -> None:
-    for kind, dash in ((STAGE, "dashed"), (RESTART, "dotted")):
-        at = [mark.step for mark in marks if mark.kind == kind]
-        # The first stage begins where everything does.
-        at = [step for step in at if step > 1]
-        if at:
-            plot.vspan(x=at, line_dash=dash, line_width=1, line_alpha=0.7, tags=["span"])
+def _trend(plot: figure, curve: Curve, number: int) -> None:
+    x, y = curve.series.means(TREND_POINTS)
+    source = ColumnDataSource({"x": x.astype(_precision(x)), "y": y.astype(np.float32)})
+    line = plot.line("x", "y", source=source, line_color=curve.colour, line_width=2)
+    line.tags = [f"curve{number}"]
+
+
+def _precision(steps: np.ndarray) -> type[np.floating]:
+    return np.float64 if len(steps) and steps[-1] >= _EXACT_FLOAT32 else np.float32
+
+
+def _spans(plot: figure, marks: Sequence[Mark], run_count: int) -> None:
+    for kind, dash in ((STAGE, [8, 4]), (RESTART, [2, 5])):
+        for number in range(run_count):
+            at = [mark.step for mark in marks if (mark.kind, mark.run) == (kind, number)]
+            # The first stage begins where everything does.
+            at = [step for step in at if step > 1]
+            if at:
+                colour = COLOURS[number] if run_count > 1 else GREY
+                plot.vspan(x=at, line_dash=dash, line_width=1.5, line_alpha=0.9, line_color=colour)
 
 
 def _marks(marks: Sequence[Mark], run_count: int, steps: Range1d) -> figure:
@@ -169,5 +205,5 @@ def _marks(marks: Sequence[Mark], run_count: int, steps: Range1d) -> figure:
             line_width=2 if kind == SKIPPED else 1,
             name=kind,
         )
-    plot.add_tools(HoverTool(tooltips=[("$name", "step @x{0,0}"), ("", "@text")]))
+    plot.add_tools(HoverTool(tooltips=[("step", "@x{0,0}"), ("what", "$name"), ("more", "@text")]))
     return plot

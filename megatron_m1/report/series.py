@@ -111,7 +111,13 @@ class Series:
         """Return the trend: mean step and mean value, both ``[n]``, of at most so many buckets, 1 or more."""
         few = self._at_most(buckets)
         used = np.flatnonzero(few.count)
-        return few._step_sum[used] / few.count[used], few._sum[used] / few.count[used]
+        count, step_sum, value_sum = few.count[used], few._step_sum[used], few._sum[used]
+        if len(used) > 1 and 2 * count[-1] < count[-2]:
+            # The last bucket has just begun: a few steps are no trend.
+            for part in (count, step_sum, value_sum):
+                part[-2] += part[-1]
+            count, step_sum, value_sum = count[:-1], step_sum[:-1], value_sum[:-1]
+        return step_sum / count, value_sum / count
 
     def total(self) -> int:
         """Return how many values came."""
