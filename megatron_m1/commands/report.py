@@ -85,20 +85,19 @@ def _once(runs: Sequence[Run], output: Path) -> int:
 def _watch(runs: Sequence[Run], output: Path, seconds: int) -> int:
     from megatron_m1.report.runs import read_runs
 
+    print(f"watching, Ctrl-C ends: {output}", flush=True)
     is_written = False
     try:
         while True:
             if read_runs(runs) and any(not run.records.is_empty for run in runs):
                 _write(runs, output, reload_seconds=seconds)
-                if not is_written:
-                    print(f"{_line(runs, output)}; watching, Ctrl-C ends", flush=True)
                 is_written = True
+                print(_line(runs, output), flush=True)
             time.sleep(seconds)
     except KeyboardInterrupt:
         if is_written:
             # The last page stands still.
             _write(runs, output, reload_seconds=None)
-            print(_line(runs, output))
         return 0
 
 

@@ -123,12 +123,17 @@ class Browser:
     def settle(self) -> None:
         """Wait until Bokeh has drawn everything, and the page has set its colours."""
         self.wait_for("Page.loadEventFired")
+        self.idle()
+
+    def idle(self) -> None:
+        """Wait until nothing is left to be drawn."""
         self.value(
             """new Promise((done) => {
+                let quiet = 0;
                 const look = () => {
                     const ready = document.documentElement.dataset.drawn && Bokeh.documents[0].is_idle;
-                    ready ? requestAnimationFrame(() => requestAnimationFrame(() => done(true)))
-                        : requestAnimationFrame(look);
+                    quiet = ready ? quiet + 1 : 0;
+                    quiet > 10 ? done(true) : requestAnimationFrame(look);
                 };
                 look();
             })"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +91,17 @@ def write_long_run(folder: Path, steps: int, *, seed: int = 0) -> Path:
     return folder
 
 
-def write_million(path: Path, spike: int, line: Callable[[int, float], str]) -> None:
-    """A metrics.jsonl of a million steps, quickly: ``line`` spells one record."""
+SPIKE, SPIKE_LOSS = 654_321, 12.0
+
+
+def write_million(folder: Path) -> Path:
+    """A run of a million steps, the loss of one of which is far above the others'."""
+    folder.mkdir(parents=True)
     noise = np.random.default_rng(1).normal(scale=0.05, size=1_000_001)
-    with path.open("w") as file:
-        file.writelines(line(step, 12.0 if step == spike else 2.0 + noise[step]) for step in range(1, 1_000_001))
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, 1_000_001):
+            loss = SPIKE_LOSS if step == SPIKE else 2 + noise[step]
+            file.write(
+                f'{{"step": {step}, "tokens": {step}, "loss": {loss:.5f}, "grad_norm": {1 + noise[-step]:.5f}}}\n'
+            )
+    return folder
