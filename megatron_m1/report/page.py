@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_m1.files import regular
+from megatron_m1.printing import counted
 from megatron_m1.report.charts import COLOURS, SECTIONS, Chart, charts_of
 from megatron_m1.report.marks import RESTART, STAGE, marks_of
 from megatron_m1.report.runs import Run
@@ -16,6 +17,8 @@ from megatron_m1.report.words import differences, told
 MARK = "<!doctype html>\n<!-- megatron-m1 report -->\n"
 """First lines of every page, by which one is known that may be written over."""
 MOST_BYTES = 3_000_000
+CHART_BYTES, CURVE_BYTES = 7000, 3000
+"""Without points."""
 TEMPLATE = "page.html"
 
 
@@ -23,13 +26,15 @@ def check_output(path: Path) -> None:
     """Check that nothing but an older page would be written over.
 
     Raises:
-        ValueError: something else is there; one line.
+        ValueError: something else is there, or no folder for it; one line.
     """
     try:
         with regular(path).open("rb") as file:
             if file.read(len(MARK)) == MARK.encode():
                 return
     except FileNotFoundError:
+        if not path.absolute().parent.is_dir():
+            raise ValueError(f"{path} can't be written: {path.parent} is no folder; choose another --output") from None
         return
     except OSError as error:
         raise ValueError(f"{path} can't be written: {error.strerror or error}; choose another --output") from error
@@ -53,8 +58,8 @@ def page_of(runs: Sequence[Run], *, reload_seconds: int | None = None) -> str:
 
     charts, marks = charts_of(runs), marks_of(runs)
     library = Markup(drawing.scripts())
-    buckets = drawing.MOST_BUCKETS
-    while True:
+    buckets = _buckets(charts, len(library))
+    while buckets >= drawing.FEWEST_BUCKETS:
         script, places, timeline = drawing.draw(charts, marks, len(runs), buckets)
         text = MARK + _template().render(
             title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
@@ -73,8 +78,17 @@ def page_of(runs: Sequence[Run], *, reload_seconds: int | None = None) -> str:
         if len(text.encode()) <= MOST_BYTES:
             return text
         buckets //= 2
-        if buckets < drawing.FEWEST_BUCKETS:
-            raise ValueError(f"a page of {len(runs)} runs with {len(charts)} charts is too large: name fewer runs")
+    raise ValueError(f"a page of {counted(len(runs), 'run')} with {len(charts)} charts is too large: name fewer runs")
+
+
+def _buckets(charts: Sequence[Chart], library: int) -> int:
+    """Return how many buckets each curve may have, as far as that can be told before they are drawn."""
+    from megatron_m1.report import drawing
+
+    curves = sum(len(chart.curves) for chart in charts)
+    room = MOST_BYTES - library - CHART_BYTES * len(charts) - CURVE_BYTES * curves
+    # Of a bucket two points of two numbers in fp32, as base64.
+    return min(drawing.MOST_BUCKETS, room // (22 * max(curves, 1)))
 
 
 def _template() -> Any:

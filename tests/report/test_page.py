@@ -64,13 +64,13 @@ def test_names_and_values_from_files_stay_text(tmp_path: Path) -> None:
 
 def test_many_runs_and_figures_stay_within_the_size(tmp_path: Path) -> None:
     """Fewer points each; the page of one run has as many as it can."""
-    folders = [write_run(tmp_path / f"run{n}", long_records(3000, seed=n)) for n in range(4)]
+    folders = [write_run(tmp_path / f"run{n}", long_records(1500, seed=n)) for n in range(4)]
     alone, together = page_of(opened(folders[0])), page_of(opened(*folders))
     assert len(alone) < len(together) <= MOST_BYTES
 
 
 def test_a_page_that_is_too_large_with_the_fewest_points_is_refused(tmp_path: Path) -> None:
-    records = [{"step": step} | {f"figure {n}": step for n in range(500)} for step in range(40)]
+    records = [{"step": step} | {f"figure {n}": step for n in range(500)} for step in range(2)]
     runs = opened(*(write_run(tmp_path / f"run{n}", records) for n in range(3)))
     with pytest.raises(ValueError, match="a page of 3 runs with 500 charts is too large: name fewer runs"):
         page_of(runs)
