@@ -93,7 +93,7 @@ def test_everything_is_drawn_and_nothing_fails(browser: Browser, page: Path, siz
         assert min(drawn) > 60, (title, drawn)
         ground = ",".join(map(str, CARDS[dark]))
         assert found.get(ground, 0) > sum(found.values()) / 3, (title, "the ground is the page's")
-    assert counts[-1].get(rgb(COLOURS[0]), 0) > 100, "marks"
+    assert counts[-1].get(rgb(COLOURS[0]), 0) > 50, "marks"
 
 
 def test_colours_follow_the_system_while_the_page_is_open(browser: Browser, page: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_spike_of_one_step_among_a_million_is_on_the_page(browser: Browser, tm
     points: dict[str, Any] = browser.value(
         """(() => {
             const plot = [...Bokeh.documents[0].roots()][0];
-            const {x, y} = Object.fromEntries(plot.renderers[0].data_source.data);
+            const {x, y} = plot.renderers[0].data_source.data;
             const at = y.reduce((best, value, index) => value > y[best] ? index : best, 0);
             return {count: x.length, step: x[at], loss: y[at], last: x[x.length - 1], top: plot.y_range.end};
         })()"""
@@ -180,12 +180,8 @@ def test_a_watched_page_loads_itself_again_where_one_looks(browser: Browser, pag
     """As ``--watch`` writes it, of a run that has gone on meanwhile."""
     watched = tmp_path / "watched.html"
     text = page.read_text()
-    watched.write_text(
-        text.replace(
-            "document.documentElement.dataset.drawn",
-            "again(doc, 1);\n    $&".replace("$&", "document.documentElement.dataset.drawn"),
-        )
-    )
+    drawn = "document.documentElement.dataset.drawn = "
+    watched.write_text(text.replace(drawn, f"again(doc, 1);\n{drawn}"))
     browser.open(watched, WIDE)
     browser.value("Bokeh.documents[0].get_model_by_name('steps').setv({start: 300, end: 500})")
     watched.write_text(watched.read_text().replace("<h1>", "<h1>Later: "))
