@@ -181,10 +181,10 @@ def test_a_watched_page_loads_itself_again_where_one_looks(browser: Browser, pag
     watched = tmp_path / "watched.html"
     text = page.read_text()
     drawn = "document.documentElement.dataset.drawn = "
-    watched.write_text(text.replace(drawn, f"again(doc, 1);\n{drawn}"))
+    watched.write_text(text.replace(drawn, f"again(doc, 2);\n{drawn}"))
     browser.open(watched, WIDE)
-    browser.value("Bokeh.documents[0].get_model_by_name('steps').setv({start: 300, end: 500})")
     watched.write_text(watched.read_text().replace("<h1>", "<h1>Later: "))
+    browser.value("Bokeh.documents[0].get_model_by_name('steps').setv({start: 300, end: 500})")
     browser.settle()
     assert browser.value("document.querySelector('h1').innerText").startswith("Later: ")
     assert browser.value(RANGES)[0] == [300, 500]
