@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_m1.files import regular
 from megatron_m1.printing import counted
@@ -13,6 +13,9 @@ from megatron_m1.report.charts import COLOURS, SECTIONS, Chart, charts_of
 from megatron_m1.report.marks import RESTART, STAGE, marks_of
 from megatron_m1.report.runs import Run
 from megatron_m1.report.words import differences, told
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 MARK = "<!doctype html>\n<!-- megatron-m1 report -->\n"
 """First lines of every page, by which one is known that may be written over."""
@@ -91,7 +94,7 @@ def _buckets(charts: Sequence[Chart], library: int) -> int:
     return min(drawing.MOST_BUCKETS, room // (22 * max(curves, 1)))
 
 
-def _template() -> Any:
+def _template() -> Template:
     from jinja2 import Environment, StrictUndefined
 
     source = Path(__file__).with_name(TEMPLATE).read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from megatron_m1 import cli
 from megatron_m1.report.page import MARK
+from tests.harness.terminal import Terminal
 from tests.report.made_runs import long_records, write_run
 
 CLI = [sys.executable, "-m", "megatron_m1.cli", "report"]
@@ -69,6 +71,17 @@ def test_without_bokeh_it_says_what_to_install(
     monkeypatch.setitem(sys.modules, "bokeh", None)
     assert cli.exit_status(lambda: cli.run(["report", "run"])) == 2
     assert "a report needs bokeh, which is not installed: pip install 'megatron-m1[report]'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_long_reading_has_a_bar_that_leaves_nothing_behind(here: Path) -> None:
+    write_run(here / "run", [{"step": n, "loss": 1.0, "words": "x" * 900} for n in range(1, 5001)])
+    terminal = Terminal([*CLI, "run"], columns=80, environ=os.environ, cwd=here)
+    assert terminal.ends() == 0
+    assert re.search(r"reading records.*4\.\d/4\.\d MB", terminal.raw())
+    screen = terminal.screen()
+    terminal.close()
+    assert [text[:27] for text in screen.lines if text] == ["report.html: run to step 5,"] and screen.cursor_is_shown
 
 
 def line(stream: IO[str] | None) -> str:
