@@ -62,12 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     for name in NEEDED:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"a report needs {name}, which is not installed: pip install 'megatron-m1[report]'")
-    try:
-        return _watch(runs, options.output, options.interval) if options.watch else _once(runs, options.output)
-    except OSError as error:
-        raise ValueError(
-            f"{options.output} can't be written: {refusal(error, options.output.absolute().parent)}"
-        ) from error
+    return _watch(runs, options.output, options.interval) if options.watch else _once(runs, options.output)
 
 
 def _once(runs: Sequence[Run], output: Path) -> int:
@@ -104,7 +99,11 @@ def _watch(runs: Sequence[Run], output: Path, seconds: int) -> int:
 def _write(runs: Sequence[Run], output: Path, *, reload_seconds: int | None) -> None:
     from megatron_m1.report.page import page_of
 
-    write_atomically(output, page_of(runs, reload_seconds=reload_seconds).encode())
+    page = page_of(runs, reload_seconds=reload_seconds).encode()
+    try:
+        write_atomically(output, page)
+    except OSError as error:
+        raise ValueError(f"{output} can't be written: {refusal(error, output.absolute().parent)}") from error
 
 
 def _line(runs: Sequence[Run], output: Path) -> str:

@@ -84,6 +84,10 @@ def test_a_long_reading_has_a_bar_that_leaves_nothing_behind(here: Path) -> None
     assert [text[:27] for text in screen.lines if text] == ["report.html: run to step 5,"] and screen.cursor_is_shown
 
 
+def heed_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def line(stream: IO[str] | None) -> str:
     assert stream is not None
     return stream.readline()
@@ -93,7 +97,9 @@ def line(stream: IO[str] | None) -> str:
 def test_a_run_that_goes_on_is_watched(here: Path) -> None:
     """From before its first step; a reader at any time sees a whole page."""
     run = write_run(here / "run", [])
-    with subprocess.Popen([*CLI, "run", "--watch", "--interval", "1"], stdout=subprocess.PIPE, text=True) as watch:
+    command = [*CLI, "run", "--watch", "--interval", "1"]
+    # Whoever runs the tests in the background ignores Ctrl-C.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c) as watch:
         assert line(watch.stdout) == "watching, Ctrl-C ends: report.html\n"
         first = here / "first.html"
         for steps in (5, 9):
