@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from bokeh.document import Document
 from bokeh.embed import components
 from bokeh.models import (
     BoxZoomTool,
     ColumnDataSource,
     CustomJSTickFormatter,
     FixedTicker,
+    Glyph,
     GlyphRenderer,
     HoverTool,
+    Line,
     PanTool,
     Range1d,
     ResetTool,
+    Scatter,
+    VSpan,
     WheelZoomTool,
 )
 from bokeh.plotting import figure
@@ -72,6 +77,11 @@ def draw(charts: Sequence[Chart], marks: Sequence[Mark], run_count: int, buckets
     for plot in drawn.values():
         _spans(plot, marks, run_count)
     drawn["marks"] = _marks(marks, run_count, steps)
+    document = Document()
+    # One by one, each would walk through all before it.
+    with document.models.freeze():
+        for plot in drawn.values():
+            document.add_root(plot)
     script, places = components(drawn)
     return script, [places[f"chart{number}"] for number in range(len(charts))], places["marks"]
 
@@ -143,19 +153,26 @@ def _points(plot: figure, curve: Curve, number: int, buckets: int, *, is_faint: 
     source = ColumnDataSource({"x": x.astype(_precision(x)), "y": y.astype(np.float32)})
     alpha, width = (0.3, 1) if is_faint and _is_noisy(curve) else (1.0, 2)
     style = {"line_color": curve.colour, "line_alpha": alpha, "line_width": width}
-    line = plot.line("x", "y", source=source, name=curve.label, **style)
-    line.tags = [f"curve{number}"]
+    line = _glyph(plot, source, Line(x="x", y="y", **style), number)
+    line.name = curve.label
     if len(x) == 1 or (curve.is_marked and len(x) <= TREND_POINTS):
-        points = plot.scatter("x", "y", source=source, size=7, color=curve.colour)
-        points.tags = line.tags
+        points = Scatter(x="x", y="y", size=7, fill_color=curve.colour, line_color=curve.colour)
+        _glyph(plot, source, points, number)
     return line
 
 
 def _trend(plot: figure, curve: Curve, number: int) -> None:
     x, y = curve.series.means(TREND_POINTS)
     source = ColumnDataSource({"x": x.astype(_precision(x)), "y": y.astype(np.float32)})
-    line = plot.line("x", "y", source=source, line_color=curve.colour, line_width=2)
-    line.tags = [f"curve{number}"]
+    _glyph(plot, source, Line(x="x", y="y", line_color=curve.colour, line_width=2), number)
+
+
+def _glyph(plot: figure, source: ColumnDataSource, glyph: Glyph, number: int) -> GlyphRenderer:
+    # Not plot.line and the like, which make three more of each, for curves that are selected.
+    renderer = plot.add_glyph(source, glyph)
+    # By which the page's keys know it.
+    renderer.tags = [f"curve{number}"]
+    return renderer
 
 
 def _precision(steps: np.ndarray) -> type[np.floating]:
@@ -170,7 +187,8 @@ def _spans(plot: figure, marks: Sequence[Mark], run_count: int) -> None:
             at = [step for step in at if step > 1]
             if at:
                 colour = COLOURS[number] if run_count > 1 else GREY
-                plot.vspan(x=at, line_dash=dash, line_width=1.5, line_alpha=0.9, line_color=colour)
+                span = VSpan(x="x", line_dash=dash, line_width=1.5, line_alpha=0.9, line_color=colour)
+                plot.add_glyph(ColumnDataSource({"x": at}), span)
 
 
 def _marks(marks: Sequence[Mark], run_count: int, steps: Range1d) -> figure:
