@@ -73,7 +73,8 @@ FAMILIES = (
 class Curve:
     """One figure of one run."""
 
-    figure: str
+    name: str
+    """Said at a point of it: the figure of one run, or the run."""
     label: str
     colour: str
     series: Series
@@ -141,7 +142,7 @@ def _together(family: Family, members: dict[str, str], runs: Sequence[Run]) -> l
                 label = members[name] or family.whole
                 curves.append(
                     Curve(
-                        figure=name,
+                        name=name if alone else f"{run.name}: {name}",
                         label=label if alone else f"{run.name}: {label}",
                         colour=COLOURS[number] if alone else run_colour,
                         series=series,
@@ -154,7 +155,7 @@ def _together(family: Family, members: dict[str, str], runs: Sequence[Run]) -> l
 
 def _of_one(family: Family, name: str, label: str, runs: Sequence[Run]) -> Chart:
     curves = [
-        Curve(name, run.name, colour, run.records.figures[name], is_marked=name.startswith("validation"))
+        Curve(run.name, run.name, colour, run.records.figures[name], is_marked=name.startswith("validation"))
         for run, colour in zip(runs, COLOURS, strict=False)
         if name in run.records.figures
     ]

@@ -154,7 +154,7 @@ def _points(plot: figure, curve: Curve, number: int, buckets: int, *, is_faint: 
     alpha, width = (0.3, 1) if is_faint and _is_noisy(curve) else (1.0, 2)
     style = {"line_color": curve.colour, "line_alpha": alpha, "line_width": width}
     line = _glyph(plot, source, Line(x="x", y="y", **style), number)
-    line.name = curve.label
+    line.name = curve.name
     if len(x) == 1 or (curve.is_marked and len(x) <= TREND_POINTS):
         points = Scatter(x="x", y="y", size=7, fill_color=curve.colour, line_color=curve.colour)
         _glyph(plot, source, points, number)

@@ -39,7 +39,7 @@ def test_it_says_what_happened(tmp_path: Path) -> None:
         "<dt>skipped steps</dt><dd>6</dd>",
         "<dt>checkpoints</dt><dd>5 kept, 19 written</dd>",
         "<li>after step 50, 20",
-        '<td class="path">optimizer.lr</td><td>0.0003</td><td>0.0001</td><td>restart after step 120</td>',
+        '<code>optimizer.lr</code> 0.0003 &rarr; 0.0001<span class="unit">, restart after step 120</span>',
         "run: 6 fields",
     ):
         assert words in text, words
