@@ -19,14 +19,18 @@ from tests.training import loop_runs
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: dict[str, Any], workers: WorkerPool) -> Path:
-    """A run of four steps that went on to six, with another learning rate and other dropout of tokens."""
+    """A run of four steps that went on to six, with another learning rate and another clipping."""
     work = tmp_path_factory.mktemp("trained")
-    always = [("run.tensorboard", True), ("run.save_interval", 2), ("optimizer.lr_decay_tokens", 1536)]
-    for number, changes in enumerate(
-        [[("train.max_steps", 4)], [("train.max_steps", 6), ("optimizer.lr", 1e-3), ("optimizer.clip_grad", 0.5)]]
-    ):
-        settings = loop_runs.write_settings(work / f"{number}.yaml", tiny_corpus, work / "run", *always, *changes)
-        workers.run(loop_runs.train, settings, world_size=1)
+    always: list[loop_runs.Setting] = [
+        ("run.tensorboard", True),
+        ("run.save_interval", 2),
+        ("optimizer.lr_decay_tokens", 1536),
+    ]
+    changes: list[loop_runs.Setting] = [("optimizer.lr", 1e-3), ("optimizer.clip_grad", 0.5)]
+    for steps, also in ((4, []), (6, changes)):
+        settings = [*always, ("train.max_steps", steps), *also]
+        file = loop_runs.write_settings(work / f"{steps}.yaml", tiny_corpus, work / "run", *settings)
+        workers.run(loop_runs.train, file, world_size=1)
     return work / "run"
 
 
