@@ -68,7 +68,7 @@ FLOORS = (
     "model",
     "evaluation.ngrams",
     "checkpoint",
-    "convert",
+    "convert report",
     "training generate",
     "library",
     "evaluation",
