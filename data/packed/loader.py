@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from megatron_m1.data.packed.dataset import PackedSample
+from megatron_m1.data.packed.dataset import DocumentPiece, PackedSample
 
 
 class Packs(Protocol):
@@ -16,6 +16,9 @@ class Packs(Protocol):
 
     def __getitem__(self, index: int) -> PackedSample:
         """Pack ``index``."""
+
+    def pieces(self, index: int) -> list[DocumentPiece]:
+        """What pack ``index`` is made of."""
 
 
 class PackedLoader:
@@ -72,11 +75,18 @@ class PackedLoader:
         Raises:
             ValueError: ``consumed_samples`` is negative, or the step goes past the only pass.
         """
+        return [packs[index] for packs, index in self._mine(consumed_samples)]
+
+    def pieces(self, consumed_samples: int) -> list[list[DocumentPiece]]:
+        """Where the tokens of each of ``microbatches`` are from; called and raising as that."""
+        return [packs.pieces(index) for packs, index in self._mine(consumed_samples)]
+
+    def _mine(self, consumed_samples: int) -> list[tuple[Packs, int]]:
         if consumed_samples < 0:
             raise ValueError(f"consumed_samples is {consumed_samples}; it counts from 0")
         self._open_passes(consumed_samples, consumed_samples + self.global_batch_size)
         mine = range(consumed_samples + self._rank, consumed_samples + self.global_batch_size, self._size)
-        return [self._passes[i // self._samples_per_pass][i % self._samples_per_pass] for i in mine]
+        return [(self._passes[i // self._samples_per_pass], i % self._samples_per_pass) for i in mine]
 
     def _open_passes(self, start: int, stop: int) -> None:
         """Have the passes of packs start to stop - 1 ready, also those only other ranks read, and drop the rest."""

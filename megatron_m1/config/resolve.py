@@ -287,6 +287,7 @@ def _check_train(config: Config) -> None:
     _check_not_negative("train", train, ["seed", "eval_interval", "eval_samples"])
     _check_positive("data", data, ["train_samples"])
     _check_points(config)
+    _check_spike_guard(train)
     if data.seq_length < 2:
         raise ValueError(f"data.seq_length = {data.seq_length}: a pack needs at least 2 tokens")
     _check_positive("run", run, ["log_interval", "max_failed_saves"])
@@ -302,6 +303,16 @@ def _check_train(config: Config) -> None:
     if data.cache_folder == "":
         raise ValueError("data.cache_folder is empty: give a folder, or null for the run's own")
     check_tracking(run)
+
+
+def _check_spike_guard(train: TrainConfig) -> None:
+    _check_not_negative("train", train, ["grad_norm_interval", "max_spikes"])
+    if not (train.spike_factor > 1 and math.isfinite(train.spike_factor)):
+        raise ValueError(f"train.spike_factor = {train.spike_factor}: it must be a finite number above 1")
+    if train.spike_window < 2:
+        raise ValueError(f"train.spike_window = {train.spike_window}: a median needs at least 2 steps")
+    if train.spike_guard == "rollback" and not train.max_spikes:
+        raise ValueError("train.max_spikes = 0 with train.spike_guard rollback might go back for ever: give 1 or more")
 
 
 def _check_points(config: Config) -> None:

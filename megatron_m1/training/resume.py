@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from megatron_m1.config import ResolvedConfig
 from megatron_m1.printing import shown
 from megatron_m1.training.changes import changes_since, stream_lines
 from megatron_m1.training.init_from import load_initial
+from megatron_m1.training.rollback import with_record
+from megatron_m1.training.spike_guard import checked_state
 from megatron_m1.training.trained_model import TrainedModel
 
 
@@ -27,6 +29,8 @@ class Progress:
     """Packs in one pass, as the run began: their order depends on it."""
     skipped_total: int = 0
     skipped_in_row: int = 0
+    spike_guard: dict[str, Any] = field(default_factory=dict)
+    """``SpikeGuard.state_dict``."""
 
 
 def stored_progress(state: Mapping[str, Any]) -> Progress:
@@ -35,12 +39,18 @@ def stored_progress(state: Mapping[str, Any]) -> Progress:
     Raises:
         ValueError: it has other names than a run's, or a value that is no count.
     """
-    names = {field.name for field in fields(Progress)}
+    # Checkpoints of before there were guards have none.
+    state = {"spike_guard": {}} | dict(state)
+    names = {known.name for known in fields(Progress)}
     if state.keys() != names:
         odd = ", ".join(shown(name) for name in sorted(state.keys() ^ names)[:4])
         raise ValueError(f"{STATE} of the checkpoint lacks, or has besides what a run has: {odd}")
+    try:
+        checked_state(state["spike_guard"])
+    except ValueError as error:
+        raise ValueError(f"{STATE} of the checkpoint has spike_guard = {error}") from error
     for name, value in state.items():
-        if type(value) is not int or not 0 <= value < 1 << 63:
+        if name != "spike_guard" and (type(value) is not int or not 0 <= value < 1 << 63):
             raise ValueError(f"{STATE} of the checkpoint has {name} = {shown(value)}, which is no count")
     return Progress(**state)
 
@@ -62,7 +72,7 @@ def start_or_resume(
         if config.run.init_from is not None:
             note(f"starting from the weights of {load_initial(trained, config, config.run.init_from)}")
         return Progress(train_samples=config.data.train_samples)
-    return stored_progress(state)
+    return stored_progress(with_record(Path(config.run.folder) / "checkpoints", state))
 
 
 def resume_lines(config: ResolvedConfig, progress: Progress) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
+from megatron_m1.data.packed import DocumentPiece, PackedDataset, PackedSample, build_packed_dataset
 from megatron_m1.data.packed.loader import PackedLoader
 from tests.data.corpora import FakeTokenizer, unique_documents, write_corpus
 
@@ -25,6 +25,9 @@ class NumberedPacks:
         assert 0 <= index < self.length
         number = torch.tensor([1000 * self.index + index])
         return PackedSample(number, number, torch.ones(1), torch.tensor([0, 1], dtype=torch.int32))
+
+    def pieces(self, index: int) -> list[DocumentPiece]:
+        return [DocumentPiece(f"pass {self.index}", index, 0, 0, 1)]
 
 
 def numbers(loader: PackedLoader, consumed: int) -> list[int]:
