@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.data.packed import DocumentPiece, PackedSample
 from megatron_m1.data.tokenizers import load_tokenizer
-from megatron_m1.files import refusal
+from megatron_m1.files import refusal, write_atomically
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.gradient_norms import gradient_norms
 from megatron_m1.training.spike_documents import batch_documents, documents_path, write_documents
@@ -72,10 +73,16 @@ class GradientWatch:
         what = "applied" if self.guard.applies_spikes else "not applied"
         try:
             write_documents(path, records)
+            write_atomically(path.with_suffix(".json"), (json.dumps(self._facts(self.spike), indent=2) + "\n").encode())
         except OSError as error:
             self._note(f"{self.spike}: {what}; {path} can't be written: {refusal(error, path.parent)}")
         else:
             self._note(f"{self.spike}: {what}; its documents by loss: {path}")
+
+    def _facts(self, spike: Spike) -> dict[str, int | float]:
+        """What is known of the step besides its documents: going back drops its record."""
+        facts = {"step": spike.step, "spike": spike.number, "grad_norm": spike.norm, "median": spike.median}
+        return facts | {figure.name: value for figure, value in self.norms.items()}
 
     def check(self) -> None:
         """End the run if the last step's spike is one too many.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -122,8 +123,10 @@ def _gathered(records: list[dict[str, Any]], mesh: Mesh) -> list[dict[str, Any]]
 
 def _order(record: dict[str, Any]) -> tuple[Any, ...]:
     loss = record["loss"]
-    # Not a number is above all.
-    rank = (2,) if loss is None else (0,) if loss != loss else (1, -loss)
+    if loss is None:
+        rank: tuple[float, ...] = (2,)
+    else:
+        rank = (1, -loss) if math.isfinite(loss) else (0,)
     return (*rank, record["corpus"], record["document"], record["offset"])
 
 
@@ -139,11 +142,10 @@ def write_documents(path: Path, records: list[dict[str, Any]]) -> None:
         OSError: the disk refuses.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    finite = [
-        {
-            name: None if isinstance(value, float) and not -torch.inf < value < torch.inf else value
-            for name, value in r.items()
-        }
-        for r in records
-    ]
-    write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in finite).encode())
+    lines = (json.dumps({name: _finite(value) for name, value in r.items()}, ensure_ascii=False) for r in records)
+    # A tokenizer may give halves of characters.
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode("utf-8", "replace"))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
