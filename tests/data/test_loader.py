@@ -151,3 +151,17 @@ def test_past_the_only_pass() -> None:
         loader.microbatches(3)
     with pytest.raises(ValueError, match="consumed_samples is -1"):
         loader.microbatches(-1)
+
+
+def test_pieces_are_those_of_the_micro_batches() -> None:
+    """Also where a batch goes from one pass into the next."""
+    for rank in range(2):
+        loader = PackedLoader(
+            NumberedPacks(6, 0),
+            global_batch_size=4,
+            data_parallel_rank=rank,
+            data_parallel_size=2,
+            next_pass=lambda index: NumberedPacks(6, index),
+        )
+        named = [(piece.corpus, piece.document) for (piece,) in loader.pieces(4)]
+        assert named == [(f"pass {number // 1000}", number % 1000) for number in numbers(loader, 4)]

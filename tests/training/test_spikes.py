@@ -21,6 +21,7 @@ from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.runtime import mesh
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.loop import open_trainer
+from megatron_m1.training.rollback import with_record
 from megatron_m1.training.spike_guard import SpikeError
 from tests.data.corpora import write_corpus
 from tests.training import loop_runs as runs
@@ -259,16 +260,28 @@ def test_a_run_that_is_resumed_before_a_spike_goes_back_as_well(
     assert steps_of(folder, "spikes") == steps_of(straight, "spikes")
 
 
-@pytest.mark.parametrize("content", ["[]", '{"step": 6}', '{"step": 6, "consumed_samples": -1, "spike_guard": {}}'])
-def test_a_record_of_nothing_is_one_line(
-    content: str, back: tuple[Path, str], workers: WorkerPool, settings: Callable[..., Path]
-) -> None:
-    path = settings("rollback")
-    checkpoints = path.parent / "run" / "checkpoints"
-    shutil.copytree(back[0].parent / "run" / "checkpoints" / "step_00000006", checkpoints / "step_00000006")
-    (checkpoints / "went_back.json").write_text(content)
-    (message,) = workers.run(runs.train_in_a_taken_folder, path, world_size=1, process_group=False)
-    assert message.startswith(str(checkpoints / "went_back.json")) and "\n" not in message
+def what_is_refused(rank: int, world_size: int, folder: Path, contents: list[str]) -> list[str]:
+    """What is said of each content of the file that tells of a way back."""
+    said = []
+    for content in contents:
+        (folder / "went_back.json").write_text(content)
+        with pytest.raises(ValueError, match="went_back") as refused:
+            with_record(folder, {"step": 6})
+        said.append(str(refused.value))
+    return said
+
+
+def test_a_record_of_no_way_back_is_one_line(workers: WorkerPool, tmp_path: Path) -> None:
+    contents = [
+        *["", "[]", '{"step": 6}', '{"step": 6, "consumed_samples": -1, "spike_guard": {}}'],
+        *['{"step": 6, "consumed_samples": true, "spike_guard": {}}', '{"step": 6, "consumed_samples": 1, "more": 1}'],
+        '{"step": 6, "consumed_samples": 1, "spike_guard": {"total": 1}}',
+    ]
+    (said,) = workers.run(what_is_refused, tmp_path, contents, world_size=1)
+    assert len(said) == len(contents) and not any("\n" in line for line in said)
+    assert said[2] == f"{tmp_path / 'went_back.json'} is no record of a run that went back: " + (
+        "remove it to go on from the checkpoint alone"
+    )
 
 
 def test_data_parallel_ranks_go_back_together(
