@@ -154,8 +154,8 @@ class Trainer:
         """
         if not self.watch.goes_back:
             return False
-        self.trained.heartbeat()
         self.checkpoints.wait()
+        self.trained.heartbeat()
         state, now = self.checkpoints.load_newest(self.trained), asdict(self.progress)
         if state is None:
             self.note(f"step {self.progress.step}: there is no checkpoint to go back to; the step is skipped")
