@@ -253,12 +253,13 @@ def _train(config: ResolvedConfig) -> int:
     from megatron_m1.convert.work import ConversionError
     from megatron_m1.runtime.watchdog import CollectiveError
     from megatron_m1.training.loop import pretrain
+    from megatron_m1.training.spike_guard import SpikeError
     from megatron_m1.training.steps_guard import NonFiniteError
     from megatron_m1.training.summary import show_summary, where_to_look
 
     try:
         summary = pretrain(config)
-    except (CheckpointError, CollectiveError, ConversionError, NonFiniteError) as error:
+    except (CheckpointError, CollectiveError, ConversionError, NonFiniteError, SpikeError) as error:
         hung = isinstance(error, CollectiveError)
         # Ranks that wait for the same one give up at about the same time; it will never come.
         report_once(error, name_silent_ranks=hung, patience=5.0 if hung else 10.0)

@@ -12,7 +12,7 @@ from megatron_m1.config.points import check_points
 from megatron_m1.config.schedules import Schedules
 from megatron_m1.config.stages import LR, Stage, stages_of
 from megatron_m1.config.tracking import check_tracking
-from megatron_m1.config.tree import Config, OptimizerConfig
+from megatron_m1.config.tree import Config, OptimizerConfig, TrainConfig
 
 ALIKE = 1e-6
 """Relative difference up to which two learning rates are the same: people round what they write."""
@@ -72,6 +72,7 @@ def check_run(config: Config) -> None:
     check_not_negative("data", data, ["train_transition_tokens"])
     epoch_caps(data)
     _check_schedules(config)
+    _check_spike_guard(train)
     if data.seq_length < 2:
         raise ValueError(f"data.seq_length = {data.seq_length}: a pack needs at least 2 tokens")
     check_positive("run", run, ["log_interval", "max_failed_saves"])
@@ -87,6 +88,16 @@ def check_run(config: Config) -> None:
     if data.cache_folder == "":
         raise ValueError("data.cache_folder is empty: give a folder, or null for the run's own")
     check_tracking(run)
+
+
+def _check_spike_guard(train: TrainConfig) -> None:
+    check_not_negative("train", train, ["grad_norm_interval", "max_spikes"])
+    if not (train.spike_factor > 1 and math.isfinite(train.spike_factor)):
+        raise ValueError(f"train.spike_factor = {train.spike_factor}: it must be a finite number above 1")
+    if train.spike_window < 2:
+        raise ValueError(f"train.spike_window = {train.spike_window}: a median needs at least 2 steps")
+    if train.spike_guard == "rollback" and not train.max_spikes:
+        raise ValueError("train.max_spikes = 0 with train.spike_guard rollback might go back for ever: give 1 or more")
 
 
 def _check_schedules(config: Config) -> None:

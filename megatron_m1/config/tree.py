@@ -229,6 +229,19 @@ class TrainConfig:
     """Packs per validation."""
     max_skipped_steps: int = 5
     """Steps in a row with a non-finite loss or gradient (each is skipped) after which the run stops."""
+    spike_guard: Literal["off", "count", "skip", "stop", "rollback"] = "off"
+    """What is done with a step whose gradient norm is a spike. count: it is applied, clipped as ever. skip: it is not
+    applied. stop: it is not applied, and the run ends. rollback: the newest checkpoint is loaded, and the data go on
+    behind the step's batch. All but off count it, and write the losses of its documents to <run.folder>/spikes."""
+    spike_factor: float = 5.0
+    """A spike is a gradient norm above so many times the median of the last ones. Our default: M1 publishes none."""
+    spike_window: int = 128
+    """Steps that the median is of, spikes left out; nothing is judged before half of them are there."""
+    max_spikes: int = 10
+    """Spikes with no more than spike_window steps between the last and the first of them, with which the run ends; 0
+    never ends it, which rollback does not allow."""
+    grad_norm_interval: int = 0
+    """Steps between records of the gradient norms by kind and depth of the layers; 0 records them at spikes only."""
     profile_step_start: int | None = None
     """First step of the profiler window; none profiles nothing."""
     profile_step_end: int | None = None

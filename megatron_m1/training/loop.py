@@ -33,6 +33,7 @@ from megatron_m1.training.progress import Progress
 from megatron_m1.training.resume import resume_lines, start_or_resume
 from megatron_m1.training.run_folder import SUMMARY, check_run_folder, sole_writer
 from megatron_m1.training.run_tokenizer import own_copy, store_tokenizer
+from megatron_m1.training.spike_guard import SpikeError
 from megatron_m1.training.stage_change import Restart, next_stage, resolved_at, restart_for
 from megatron_m1.training.steps_guard import NonFiniteError
 from megatron_m1.training.summary import summarise
@@ -193,18 +194,22 @@ def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | 
     )
     with ExitStack() as stack:
         stack.callback(window.close)
-        for number in range(progress.step + 1, trainer.span.last_step + 1):
+        while trainer.progress.step < trainer.span.last_step:
+            number = trainer.progress.step + 1
             with watchdog.step(number):
                 with window.step(number):
                     trainer.step(number)
+                went_back = trainer.go_back()
+                number = trainer.progress.step
                 save_again = trainer.checkpoints.poll()
-                if train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps:
+                is_due = train.eval_interval and number % train.eval_interval == 0 and number < train.max_steps
+                if is_due and not went_back:
                     trainer.validate()
                 stop = interrupt.should_stop(promise=_promise(number + 1, train.max_steps))
                 if stop:
                     trainer.note(f"{stop}: saving step {number}, then leaving")
                 is_last = bool(stop) or number == trainer.span.last_step
-                if trainer.save_is_due() or is_last or save_again:
+                if is_last or save_again or (not went_back and trainer.save_is_due()):
                     watchdog.progress()
                     trainer.save(is_last=is_last)
             if stop:
@@ -250,7 +255,7 @@ def _train_and_wait(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) 
     """``_train``; if it fails, a checkpoint that is still being written is finished first."""
     try:
         return _train(trainer, watchdog, interrupt)
-    except NonFiniteError:
+    except (NonFiniteError, SpikeError):
         # All ranks are here: a checkpoint of a good step that is still being written is worth waiting for.
         try:
             trainer.checkpoints.wait()
@@ -318,6 +323,7 @@ def pretrain(config: ResolvedConfig) -> dict[str, Any] | None:
         CollectiveError: a collective failed or timed out.
         ConversionError: the weights to start from could not be written as a checkpoint.
         NonFiniteError: too many steps in a row were not finite.
+        SpikeError: the gradient norm had a spike with which the run ends.
         ValueError: another process trains in the run folder, it can't be written or has files that no run wrote, or its
             checkpoint does not fit the configuration.
     """

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from megatron_m1.config.tree import RunConfig
-from megatron_m1.files import write_atomically
+from megatron_m1.files import refusal, write_atomically
 from megatron_m1.training.figures import Record, alarms, shown
 from megatron_m1.training.record_file import RecordFile
 from megatron_m1.training.tracking import Tracker
@@ -75,9 +75,9 @@ class MetricsLog:
         self._started = time.monotonic()
         self._open = ExitStack()
         self._console = Console() if console is None else console
-        path = folder / "metrics.jsonl"
-        rewind(path, start_step)
-        self._file = RecordFile(path, self.note)
+        self._path = folder / "metrics.jsonl"
+        rewind(self._path, start_step)
+        self._file = RecordFile(self._path, self.note)
         self._open.callback(self._file.close)
         self._tensorboard = _event_file(folder, start_step, self.note) if run.tensorboard else None
         if self._tensorboard is not None:
@@ -123,6 +123,20 @@ class MetricsLog:
     def note(self, line: str) -> None:
         """Print a line of text on the console, above the live status line if there is one."""
         print_line(self._console, line)
+
+    def go_back(self, step: int) -> None:
+        """Drop the records after ``step``, which the run will come to once more. W&B draws over what it has.
+
+        A disk that refuses is said: then some steps stand in a file twice.
+        """
+        # It opens again with the next record, and finds its end.
+        self._file.close()
+        try:
+            rewind(self._path, step)
+        except OSError as error:
+            self.note(f"{self._path} keeps the records after step {step}: {refusal(error, self._path.parent)}")
+        if self._tensorboard is not None:
+            self._tensorboard.start_after(step)
 
     def _write(self, step: int, record: Record) -> None:
         values = {figure.name: value for figure, value in record.items()}

@@ -12,6 +12,7 @@ from megatron_m1.checkpoint.folder import STATE, read_state, step_of
 from megatron_m1.config import Config
 from megatron_m1.config.schedules import START, Position
 from megatron_m1.printing import shown
+from megatron_m1.training.spike_guard import checked_state
 
 
 @dataclass
@@ -27,6 +28,8 @@ class Progress:
     """Tokens at which each stage up to this one began, by name and in order."""
     stream: dict[str, Any] | None = None
     """Where the data go on, as their stream says; None where it has not begun."""
+    spike_guard: dict[str, Any] = field(default_factory=dict)
+    """``SpikeGuard.state_dict``."""
 
     @property
     def position(self) -> Position:
@@ -40,7 +43,7 @@ class Progress:
 
 
 COUNTS = tuple(entry.name for entry in fields(Progress) if entry.type == "int")
-LATER = ("stages", "stream")
+LATER = ("stages", "stream", "spike_guard")
 """What checkpoints of older versions lack."""
 EARLIER = ("train_samples",)
 """What they have besides."""
@@ -61,7 +64,12 @@ def stored_progress(state: Mapping[str, Any]) -> Progress:
     stream = state.get("stream")
     if not isinstance(stream, dict | None):
         raise ValueError(f"{STATE} of the checkpoint has stream = {shown(stream)}, which is no state of a stream")
-    return Progress(**{name: state[name] for name in COUNTS}, stages=_stored_stages(state), stream=stream)
+    try:
+        spike_guard = checked_state(state.get("spike_guard", {}))
+    except ValueError as error:
+        raise ValueError(f"{STATE} of the checkpoint has spike_guard = {error}") from error
+    counts = {name: state[name] for name in COUNTS}
+    return Progress(**counts, stages=_stored_stages(state), stream=stream, spike_guard=spike_guard)
 
 
 def _stored_stages(state: Mapping[str, Any]) -> dict[str, int]:

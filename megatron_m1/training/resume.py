@@ -11,6 +11,7 @@ from megatron_m1.config import ResolvedConfig
 from megatron_m1.training.changes import changes_since, stream_lines
 from megatron_m1.training.init_from import load_initial
 from megatron_m1.training.progress import Progress, stored_progress
+from megatron_m1.training.rollback import with_record
 from megatron_m1.training.trained_model import TrainedModel
 
 
@@ -31,7 +32,7 @@ def start_or_resume(
         if config.run.init_from is not None:
             note(f"starting from the weights of {load_initial(trained, config, config.run.init_from)}")
         return Progress()
-    progress = stored_progress(state)
+    progress = stored_progress(with_record(Path(config.run.folder) / "checkpoints", state))
     if progress.stream is None:
         note("its checkpoint is of an older version, which knew no stream of data: the data are begun anew")
     return progress

@@ -47,7 +47,7 @@ class StepResult:
     """What a step reports, the same on every rank."""
 
     updated: bool
-    """False when the loss or the gradient norm is not finite: nothing was changed."""
+    """False when the loss or the gradient norm is not finite, or not admitted: nothing was changed."""
     weight: float
     """What the sum over the global batch was divided by; of next tokens the number of predicted ones."""
     figures: dict[Figure, float]
@@ -251,17 +251,20 @@ def compute_gradients(trained: TrainedModel, samples: list[PackedSample]) -> tup
     return reports, weight
 
 
-def train_step(trained: TrainedModel, samples: list[PackedSample], lr: float) -> StepResult:
+def train_step(
+    trained: TrainedModel, samples: list[PackedSample], lr: float, admits: Callable[[float], bool] = lambda norm: True
+) -> StepResult:
     """One optimizer step on a global batch.
 
     Args:
         trained: what is trained.
         samples: this rank's packs of the batch.
         lr: learning rate.
+        admits: as of ``step_if_finite``.
 
     Returns:
         The batch's figures; ``updated`` is False, and no parameter or bias changed, when loss or
-        gradient are not finite.
+        gradient are not finite, or not admitted.
     """
     began = time.perf_counter()
     buffers = [buffer for _, router in _routers(trained) for buffer in router.named_buffers()]
@@ -272,7 +275,7 @@ def train_step(trained: TrainedModel, samples: list[PackedSample], lr: float) ->
     seconds = time.perf_counter() - began
     means = {figure: value / _divisor(weight) for figure, value in sums.items()}
     is_finite = math.isfinite(means[LOSS])
-    updated, norm = step_if_finite(trained.optimizer, lr) if is_finite else (False, math.nan)
+    updated, norm = step_if_finite(trained.optimizer, lr, admits) if is_finite else (False, math.nan)
     if not updated:
         # The library moves them along with the gradients' reduction.
         for bias, before in biases:

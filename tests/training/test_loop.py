@@ -85,7 +85,7 @@ def test_every_step_leaves_its_record(straight: Path) -> None:
         [name for name in line if "_quarter_" not in name]
         == [
             *["step", "tokens", "loss", "aux_loss", "grad_norm", "lr", "tokens_per_second", "model_tflops_per_device"],
-            *["expert_load_max_over_mean", "expert_load_entropy", "dropped_share", "skipped_steps"],
+            *["expert_load_max_over_mean", "expert_load_entropy", "dropped_share", "skipped_steps", "spikes"],
             *["memory_peak_gib", "memory_peak_rank", "memory_peak_least_gib"],
             *["data_seconds", "forward_backward_seconds", "optimizer_seconds", "save_seconds"],
         ]

@@ -156,3 +156,20 @@ def test_a_line_of_text_is_shown_as_it_is(tmp_path: Path) -> None:
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="log_interval is 0"):
         open_log(tmp_path, log_interval=0)
+
+
+def test_a_run_that_goes_back_has_every_step_once(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with MetricsLog(tmp_path, RunConfig(), start_step=0, total_steps=9, console=console) as log:
+        for number, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)):
+            log.log_step(number, {**RECORD, LOSS: loss})
+        log.log_validation(2, {VALIDATION_LOSS: 2.5})
+        log.go_back(2)
+        for number, loss in ((3, 30.0), (4, 40.0)):
+            log.log_step(number, {**RECORD, LOSS: loss})
+    expected = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert [(line["step"], line["loss"]) for line in records(tmp_path) if "loss" in line] == expected
+    assert [line["step"] for line in records(tmp_path) if "validation_loss" in line] == [2]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+    assert [event.step for event in events.Scalars("validation_loss")] == [2]
