@@ -201,18 +201,20 @@ def settle(target: Target, world_size: int, *, has_gpu: bool) -> ResolvedConfig:
             data=replace(
                 config.data,
                 embedded_corpus=None,
-                train_samples=batch,
                 cache_folder=cache if is_ours else str(target.output / "data_cache"),
             ),
             train=replace(
                 config.train,
                 global_batch_size=batch,
+                global_batch_size_schedule=[],
                 eval_samples=batch,
                 recompute_granularity=None,
                 profile_step_start=None,
                 profile_step_end=None,
             ),
             run=replace(config.run, folder=str(target.output), init_from=None, wandb_project=None),
+            # A checkpoint has its own stage's configuration.
+            stages=[],
         ),
         world_size,
         has_gpu=has_gpu,

@@ -6,7 +6,7 @@ import importlib.util
 import logging
 from typing import TYPE_CHECKING
 
-from megatron_m1.config.io import unknown
+from megatron_m1.config.fields import unknown
 from megatron_m1.evaluation.plan import TasksPlan
 
 if TYPE_CHECKING:

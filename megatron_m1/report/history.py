@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_m1.checkpoint.contents import complete_checkpoints
 from megatron_m1.checkpoint.folder import step_of
-from megatron_m1.config.io import parse_yaml
 from megatron_m1.config.written import CONFIG, RESOLVED
+from megatron_m1.config.yaml_text import parse_yaml
 from megatron_m1.files import regular
 
 EVENT_FILES = "tensorboard/events.out.tfevents.*"

@@ -32,7 +32,7 @@ def start_or_resume(
         if config.run.init_from is not None:
             note(f"starting from the weights of {load_initial(trained, config, config.run.init_from)}")
         return Progress()
-    progress = stored_progress(with_record(Path(config.run.folder) / "checkpoints", state))
+    progress = with_record(Path(config.run.folder) / "checkpoints", stored_progress(state))
     if progress.stream is None:
         note("its checkpoint is of an older version, which knew no stream of data: the data are begun anew")
     return progress

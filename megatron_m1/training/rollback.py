@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from megatron_m1.files import read_json_object, refusal, write_atomically
 from megatron_m1.runtime.ranks import on_rank_zero
+from megatron_m1.training.progress import Progress, stored_progress
 
 RECORD = "went_back.json"
 """File beside the checkpoints."""
@@ -34,13 +36,12 @@ def write_record(checkpoints: Path, progress: Mapping[str, Any], note: Callable[
         note(f"{path} can't be written: {refusal(error, checkpoints)}: training goes on")
 
 
-def with_record(checkpoints: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's ``state``, with what is kept of the last time that the run went back if it was to this one.
-
-    Collective.
+def with_record(checkpoints: Path, progress: Progress) -> Progress:
+    """Return a checkpoint's ``progress``, with what is kept of the last time that the run went back if it was to this
+    one. Collective.
 
     Raises:
-        ValueError: the file is no such record; one line. Its values are for ``stored_progress`` to check.
+        ValueError: the file is no such record; one line.
     """
     path = checkpoints / RECORD
 
@@ -48,8 +49,13 @@ def with_record(checkpoints: Path, state: Mapping[str, Any]) -> dict[str, Any]:
         return read_json_object(path) if path.exists() else {}
 
     record = on_rank_zero(read)
-    if record.get("step") != state["step"]:
-        return dict(state)
-    if record.keys() != {"step", *STAYS}:
-        raise ValueError(f"{path} is no record of a run that went back: remove it to go on from the checkpoint alone")
-    return {**state, **record}
+    if record.get("step", progress.step) != progress.step or not record:
+        return progress
+    try:
+        if record.keys() != {"step", *STAYS}:
+            raise ValueError("it has other names")
+        return stored_progress(asdict(progress) | record)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no record of a run that went back ({error}): remove it to go on from the checkpoint alone"
+        ) from error

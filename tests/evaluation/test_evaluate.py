@@ -14,7 +14,7 @@ import torch
 import megatron_m1
 from megatron_m1 import cli
 from megatron_m1.commands.evaluate import command_parser
-from megatron_m1.config.io import field_types
+from megatron_m1.config.fields import field_types
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.evaluation.needle import Haystack, NeedlePacks
 from megatron_m1.evaluation.plan import NeedlePlan

@@ -13,7 +13,7 @@ import pytest
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.resolve import resolve
 from megatron_m1.config.tree import TrainConfig
-from megatron_m1.training.resume import stored_progress
+from megatron_m1.training.progress import stored_progress
 from megatron_m1.training.spike_guard import Spike, SpikeGuard, checked_state
 
 STATE = {"step": 9, "tokens": 4, "consumed_samples": 4, "train_samples": 9, "skipped_total": 0, "skipped_in_row": 0}

@@ -23,6 +23,7 @@ from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.runtime import mesh
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.loop import open_trainer
+from megatron_m1.training.progress import Progress
 from megatron_m1.training.rollback import with_record
 from megatron_m1.training.spike_guard import SpikeError
 from tests.data.corpora import write_corpus
@@ -86,7 +87,7 @@ def the_error(rank: int, world_size: int, path: Path) -> str:
 
 def what_changes(rank: int, world_size: int, path: Path) -> list[tuple[bool, bool]]:
     """Of the spiking step and the one before it: whether it says that it was applied, and whether it was."""
-    config = runs._config(path, world_size)
+    config = runs.config_of(path, world_size)
     grid = mesh.initialise(config.parallel, seed=config.train.seed)
     found = []
     with ExitStack() as held:
@@ -275,20 +276,24 @@ def what_is_refused(rank: int, world_size: int, folder: Path, contents: list[str
     for content in contents:
         (folder / "went_back.json").write_text(content)
         with pytest.raises(ValueError, match="went_back") as refused:
-            with_record(folder, {"step": 6})
+            with_record(folder, Progress(step=6))
         said.append(str(refused.value))
     return said
 
 
 def test_a_record_of_no_way_back_is_one_line(workers: WorkerPool, tmp_path: Path) -> None:
+    rest = '"stages": {}, "stream": null'
     contents = [
-        *["", "[]", '{"step": 6}', '{"step": 6, "consumed_samples": -1, "spike_guard": {}}'],
-        *['{"step": 6, "consumed_samples": true, "spike_guard": {}}', '{"step": 6, "consumed_samples": 1, "more": 1}'],
-        '{"step": 6, "consumed_samples": 1, "spike_guard": {"total": 1}}',
+        *["", "[]", '{"step": 6}', f'{{"step": 6, "consumed_samples": -1, "spike_guard": {{}}, {rest}}}'],
+        f'{{"step": 6, "consumed_samples": true, "spike_guard": {{}}, {rest}}}',
+        f'{{"step": 6, "consumed_samples": 1, "more": 1, {rest}}}',
+        f'{{"step": 6, "consumed_samples": 1, "spike_guard": {{"total": 1}}, {rest}}}',
+        '{"step": 6, "consumed_samples": 1, "spike_guard": {}, "stages": [], "stream": null}',
+        '{"step": 6, "consumed_samples": 1, "spike_guard": {}, "stages": {}, "stream": 3}',
     ]
     (said,) = workers.run(what_is_refused, tmp_path, contents, world_size=1)
     assert len(said) == len(contents) and not any("\n" in line for line in said)
-    assert said[2] == f"{tmp_path / 'went_back.json'} is no record of a run that went back: " + (
+    assert said[2] == f"{tmp_path / 'went_back.json'} is no record of a run that went back (it has other names): " + (
         "remove it to go on from the checkpoint alone"
     )
 
