@@ -299,7 +299,7 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     places = np.arange(len(bars))
     for shift, key, label in ((-0.2, "padding", "padding, of tokens"), (0.2, "cut", "cut, of documents")):
         shares = [100 * found[f"pack {bar}"][key] for bar in bars]
-        right.bar_label(right.bar(places + shift, shares, 0.4, label=label), fmt="%.2g", fontsize=8)
+        right.bar_label(right.bar(places + shift, shares, 0.4, label=label), fmt="%.2g", fontsize=7)
     right.set_xticks(places, [bar.rsplit(" ", 1)[0] if bar[-1].isdigit() else bar for bar in bars])
     right.set(ylabel="%", title="A million documents")
     right.legend(fontsize=8)
