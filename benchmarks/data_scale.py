@@ -27,7 +27,6 @@ sys.path.insert(0, str(ROOT))  # for benchmarks.common
 
 from benchmarks.common.big_corpora import big_corpus, log_normal  # noqa: E402
 from benchmarks.common.memory import PeakMemory  # noqa: E402
-from megatron_m1.data.corpora.prefix import check_prefix  # noqa: E402
 from megatron_m1.data.stream import Stream, StreamConfig, best_fit, open_stream  # noqa: E402
 from megatron_m1.data.stream.corpus import open_corpus  # noqa: E402
 from megatron_m1.files import write_atomically  # noqa: E402
@@ -156,12 +155,16 @@ def pack_alone(folder: Path, length: int, packing: str, window: int) -> dict[str
         note=print,
     )
     lengths = open_corpus(prefix).lengths
+    tokens = int(lengths.sum(dtype=np.int64))
     given = np.zeros(len(lengths), np.int64)
     pieces: list[Any] = []
 
     def pack() -> None:
-        while stream.counts().tokens[prefix] < check_prefix(prefix).tokens:
-            pieces.extend(plan.filling.pieces for plan in stream.take(1, tokens=0))
+        left = tokens
+        while left:
+            (plan,) = stream.take(1, tokens=0)
+            left -= plan.tokens
+            pieces.append(plan.filling.pieces)
 
     cost = timed(pack)
     for part in pieces:
@@ -296,7 +299,7 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     places = np.arange(len(bars))
     for shift, key, label in ((-0.2, "padding", "padding, of tokens"), (0.2, "cut", "cut, of documents")):
         shares = [100 * found[f"pack {bar}"][key] for bar in bars]
-        right.bar_label(right.bar(places + shift, shares, 0.4, label=label), fmt="%.2g", fontsize=8)
+        right.bar_label(right.bar(places + shift, shares, 0.4, label=label), fmt="%.2g", fontsize=7)
     right.set_xticks(places, [bar.rsplit(" ", 1)[0] if bar[-1].isdigit() else bar for bar in bars])
     right.set(ylabel="%", title="A million documents")
     right.legend(fontsize=8)

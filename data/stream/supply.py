@@ -50,7 +50,8 @@ class Supply:
             state: as :meth:`state` gave it; None is the start of the first epoch.
         """
         self._corpus, self._seed, self.limit = corpus, seed, limit
-        record = {"epoch": 0, "seed": seed, "index": 0, "drawn": 0, "left": []} if state is None else state
+        start: dict[str, Any] = {"epoch": 0, "seed": seed, "index": 0, "drawn": 0, "left": []}
+        record = start if state is None else state
         self._epoch, self._epoch_seed = int(record["epoch"]), int(record["seed"])
         self._next_block = int(record["index"])
         self.drawn = int(record["drawn"])

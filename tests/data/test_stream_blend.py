@@ -133,7 +133,8 @@ def test_what_cannot_be_a_stream_is_refused(tmp_path: Path) -> None:
         opened(StreamConfig([str(tmp_path / "nothing")], 8))
     state = opened(StreamConfig([prefix], 8)).state()
     (record,) = state["sources"].values()
-    for damage in ({"supply": {}}, {"held": [[77, 0]]}, {"held": [1]}, {"given": None}):
+    damages: list[dict[str, object]] = [{"supply": {}}, {"held": [[77, 0]]}, {"held": [1]}, {"given": None}]
+    for damage in damages:
         broken = {**state, "sources": {name: {**record, **damage} for name in state["sources"]}}
         with pytest.raises(ValueError, match="the state of the data's stream is damaged"):
             opened(StreamConfig([prefix], 8), state=broken)

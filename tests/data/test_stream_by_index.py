@@ -24,13 +24,13 @@ def test_pack_i_is_the_ith_that_was_taken(tmp_path: Path) -> None:
         (StreamConfig([prefix], 12), 3 * CHUNK),
     ]
     right, state, tokens = [], None, 0
-    for config, packs in stages:
+    for config, count in stages:
         stream = opened(config, state=state)
-        right += [fields(stream.read(plan)) for plan in stream.take(packs, tokens=tokens)]
-        state, tokens = stream.state(), tokens + packs * config.sequence_length
+        right += [fields(stream.read(plan)) for plan in stream.take(count, tokens=tokens)]
+        state, tokens = stream.state(), tokens + count * config.sequence_length
 
-    def stretch(config: StreamConfig, packs: int) -> Stretch:
-        return Stretch(packs, lambda state: opened(config, state=state))
+    def stretch(config: StreamConfig, count: int) -> Stretch:
+        return Stretch(count, lambda state: opened(config, state=state))
 
     packs = IndexedPacks([stretch(*stage) for stage in stages])
     order = [*range(len(right)), *reversed(range(len(right)))]
