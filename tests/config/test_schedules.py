@@ -157,7 +157,7 @@ def test_a_stage_split_in_two_has_the_schedules_of_one() -> None:
     split.stages = [StageConfig("a", 4000), StageConfig("b", 777, {"optimizer.lr": 1e-4}), StageConfig("c", 5223)]
 
     def trace(config: Config) -> list[tuple[float, ...]]:
-        steps = []
+        steps: list[tuple[float, ...]] = []
         for span in course(config):
             tokens = span.tokens
             for number in range(span.first_step, span.last_step + 1):

@@ -199,12 +199,15 @@ def test_a_damaged_checkpoint_of_a_stage_falls_back_to_the_one_before(
 def test_the_tiny_recipe_runs_through(workers: WorkerPool, tiny_corpus: dict[str, Any], tmp_path: Path) -> None:
     """All of it, with a model of two narrow layers on a smaller corpus."""
     model = dict(runs.SETTINGS["model"], num_layers=2)
-    words = [f"--model.{name}={value}" for name, value in model.items()]
-    data = {**tiny_corpus, "embedded_corpus": "none"}
-    words += [f"--data.{name}={','.join(value) if isinstance(value, list) else value}" for name, value in data.items()]
+    groups = {"model": model, "data": {**tiny_corpus, "embedded_corpus": "none"}}
+    words = [
+        f"--{group}.{name}={','.join(value) if isinstance(value, list) else value}"
+        for group, values in groups.items()
+        for name, value in values.items()
+    ]
     words += [f"--run.folder={tmp_path}/run", "--parallel.expert_model_parallel_size=1", "--run.save_interval=0"]
     words = ["pretrain", "--config", str(RECIPE), *words]
-    ((status, said),) = workers.run(runs.command, words, world_size=1, process_group=False)
+    ((status, _),) = workers.run(runs.command, words, world_size=1, process_group=False)
     assert status == 0
     steps = steps_of(tmp_path / "run")
     stages = load_config(RECIPE).stages
