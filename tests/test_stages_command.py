@@ -11,10 +11,11 @@ from megatron_m1.commands.stage_table import stage_table
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.resolve import resolve_stages
 from megatron_m1.config.schedules import course
-from tests.test_cli import CONFIGS, Run, assert_refused, command, corpus, dry_run, tokenizer  # noqa: F401
+from tests.test_cli import CONFIGS, Run, assert_refused, command, corpus, tokenizer  # noqa: F401
 
 STAGES = """\
-data: {{seq_length: 8}}
+data: {{seq_length: 8, train: [{corpus}], tokenizer: {tokenizer}}}
+run: {{folder: {folder}}}
 train: {{global_batch_size_schedule: [0, 2, 100, 4], eval_samples: 2}}
 stages:
   - {{name: short, tokens: 200}}
@@ -27,7 +28,7 @@ stages:
 
 
 @pytest.fixture
-def recipe(corpus: Path) -> Path:  # noqa: F811
+def recipe(corpus: Path, tokenizer: Path) -> Path:  # noqa: F811
     """A run of two stages on two corpora."""
     more = corpus.parent / "more"
     for suffix in (".bin", ".idx"):
@@ -37,7 +38,7 @@ def recipe(corpus: Path) -> Path:  # noqa: F811
     content[0] = 9
     Path(f"{more}.bin").write_bytes(content)
     file = corpus.parent / "recipe.yaml"
-    file.write_text(STAGES.format(corpus=corpus, more=more))
+    file.write_text(STAGES.format(corpus=corpus, more=more, tokenizer=tokenizer, folder=corpus.parent / "run"))
     return file
 
 
@@ -45,9 +46,8 @@ def test_the_plan_has_a_table_of_stages(
     command: Run,  # noqa: F811
     recipe: Path,
     corpus: Path,  # noqa: F811
-    tokenizer: Path,  # noqa: F811
 ) -> None:
-    status, out, err = command(*dry_run(corpus, tokenizer, "--config", recipe))
+    status, out, err = command("pretrain", "--dry-run", "--config", recipe)
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert "stage       short, 1 of 2, to step 10 = 208 tokens" in lines
@@ -74,13 +74,11 @@ def test_data_of_all_stages_are_checked_before_the_first_starts(
     command: Run,  # noqa: F811
     recipe: Path,
     corpus: Path,  # noqa: F811
-    tokenizer: Path,  # noqa: F811
 ) -> None:
-    plan = dry_run(corpus, tokenizer, "--config", recipe)
-    train = [word for word in plan if word != "--dry-run"]
+    train = ["pretrain", "--config", recipe]
     missing = ["--stages.long.data.train", f"[0.5, {corpus}, 0.5, {corpus.parent}/nowhere]"]
-    for words in (plan, train):
-        assert_refused(command(*words, *missing), "stage long: data.train: ", "nowhere.idx")
+    for words in ([*train, "--dry-run"], train):
+        assert_refused(command(*words, *missing), "stage long: data.train: ", "nowhere.bin does not exist")
         caps = ["--stages.long.data.max_epochs", 3]
         assert_refused(command(*words, *caps), "stage long: data.max_epochs lets data.train give ", "of 400 tokens")
         assert_refused(command(*words, "--stages.long.optimizer.lr", 1e-3), "begins with the learning rate 0.001")

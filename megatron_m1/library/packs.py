@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -120,11 +120,14 @@ def build_packed_data(
     tokenizer: Tokenizer,
     cache_folder: str | None,
     reset_at_documents: bool,
+    packing: Literal["chop", "best_fit"],
+    max_epochs: Mapping[str, float],
 ) -> PackedData:
     """Build what ``data.packed_data`` has worked out; without a cache folder, in one that is gone at once.
 
     Args:
-        is_trained_on: packs as training takes them, of a stream; else those of the held-out split.
+        is_trained_on: packs as training takes them, of a stream; else those of the held-out split, which has neither
+            ``packing`` nor ``max_epochs``.
 
     Raises:
         ValueError: as of ``build_packed_dataset`` or ``open_stream``, or a file is missing.
@@ -135,7 +138,9 @@ def build_packed_data(
             cache_folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="megatron-m1-"))
         try:
             if is_trained_on:
-                packs = _stream_packs(blend, seq_length, num_samples, seed, tokenizer, cache_folder, reset_at_documents)
+                prefixes, weights = parse_blend(blend)
+                config = StreamConfig(prefixes, seq_length, packing, seed, reset_at_documents, max_epochs)
+                packs = _stream_packs(config, weights, num_samples, tokenizer, cache_folder)
                 return PackedData(packs, tokenizer, seq_length)
             held_out = build_packed_dataset(
                 blend,
@@ -152,17 +157,8 @@ def build_packed_data(
 
 
 def _stream_packs(
-    blend: Sequence[str],
-    seq_length: int,
-    num_samples: int,
-    seed: int,
-    tokenizer: Tokenizer,
-    cache_folder: str,
-    reset_at_documents: bool,
+    config: StreamConfig, weights: Sequence[float], num_samples: int, tokenizer: Tokenizer, cache_folder: str
 ) -> IndexedPacks:
-    prefixes, weights = parse_blend(blend)
-    config = StreamConfig(prefixes, seq_length, seed=seed, reset_at_documents=reset_at_documents)
-
     def open_at(state: Mapping[str, Any] | None) -> Stream:
         return open_stream(
             config,
