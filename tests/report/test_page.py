@@ -68,6 +68,7 @@ def test_a_run_to_which_nothing_has_happened_yet_has_a_page(tmp_path: Path, capl
     assert caplog.records == [], "Bokeh has nothing to say of it"
 
 
+@pytest.mark.slow
 def test_many_runs_and_figures_stay_within_the_size(tmp_path: Path) -> None:
     """Fewer points each; the page of one run has as many as it can."""
     folders = [write_run(tmp_path / f"run{n}", long_records(1500, seed=n)) for n in range(4)]
