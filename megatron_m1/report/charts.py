@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from megatron_m1.report.records import COUNTS
 from megatron_m1.report.runs import Run
 from megatron_m1.report.series import Series
 
@@ -26,8 +27,6 @@ COLOURS = (
 """Each has a contrast of 3 or more with the page, light and dark."""
 GREY = "#7a8594"
 """Of lines that are no run's; the same holds."""
-NOT_DRAWN = {"step", "tokens", "skipped_steps", "memory_peak_rank"}
-"""Counts and names, which are told in words or as marks."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def charts_of(runs: Sequence[Run]) -> list[Chart]:
     """Arrange what runs have recorded. One run's figures of a family share a chart; of several runs each has its own,
     in which a run has its colour.
     """
-    names = [name for name in dict.fromkeys(n for run in runs for n in run.records.figures) if name not in NOT_DRAWN]
+    names = [name for name in dict.fromkeys(n for run in runs for n in run.records.figures) if name not in COUNTS]
     groups: dict[Family, dict[str, str]] = {}
     for name in names:
         family, label = family_of(name)

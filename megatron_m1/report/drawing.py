@@ -66,7 +66,7 @@ def draw(charts: Sequence[Chart], marks: Sequence[Mark], run_count: int, buckets
         buckets: of each curve.
 
     Returns:
-        A script element, and the elements in which the charts appear, and the marks.
+        A script element, and the elements in which the charts appear, and the marks; empty without marks.
     """
     ends = [curve.series.extremes(1)[0] for chart in charts for curve in chart.curves]
     first = min((int(steps[0]) for steps in ends), default=0)
@@ -76,14 +76,15 @@ def draw(charts: Sequence[Chart], marks: Sequence[Mark], run_count: int, buckets
     drawn = {f"chart{number}": _chart(chart, steps, buckets) for number, chart in enumerate(charts)}
     for plot in drawn.values():
         _spans(plot, marks, run_count)
-    drawn["marks"] = _marks(marks, run_count, steps)
+    if marks:
+        drawn["marks"] = _marks(marks, run_count, steps)
     document = Document()
     # One by one, each would walk through all before it.
     with document.models.freeze():
         for plot in drawn.values():
             document.add_root(plot)
     script, places = components(drawn)
-    return script, [places[f"chart{number}"] for number in range(len(charts))], places["marks"]
+    return script, [places[f"chart{number}"] for number in range(len(charts))], places.get("marks", "")
 
 
 def _figure(steps: Range1d, *, is_log: bool = False, height: int = HEIGHT) -> figure:

@@ -18,6 +18,8 @@ STAGE = "stage"
 SKIPPED, SAVED = "skipped_steps", "save_seconds"
 PEAK = "memory_peak_gib"
 """Since the start of the process: it never falls but by a restart."""
+COUNTS = {"step", "tokens", "skipped_steps", "memory_peak_rank"}
+"""Counts and names, which are told in words or as marks."""
 MOST_FIGURES = 512
 """That are kept of one run; each takes a quarter of a megabyte."""
 MOST_EVENTS = 1000
@@ -62,8 +64,8 @@ class RunRecords:
 
     @property
     def is_empty(self) -> bool:
-        """Whether no record was found."""
-        return not self.figures
+        """Whether nothing was found that can be drawn."""
+        return not self.figures.keys() - COUNTS
 
     def unread(self) -> int:
         """Return the bytes that the file has beyond what was read.

@@ -42,6 +42,7 @@ def test_it_writes_the_page_and_says_so(here: Path, capsys: pytest.CaptureFixtur
         (["empty"], "empty has no metrics.jsonl: give the folder of a run (run.folder)"),
         (["run", "./run"], "run is the same run as run: name it once"),
         (["new"], "new/metrics.jsonl has no records yet: they come with the first step (--watch waits)"),
+        (["counts"], "counts/metrics.jsonl has no records yet"),
         (["run", "--output", "mine.html"], "mine.html is no page of megatron-m1 report: move it"),
         (["run", "--output", "no/a.html", "--watch"], "no/a.html can't be written: "),
         (["run", "--output", "run/metrics.jsonl"], "run/metrics.jsonl is no page of megatron-m1 report"),
@@ -54,6 +55,7 @@ def test_it_writes_the_page_and_says_so(here: Path, capsys: pytest.CaptureFixtur
 def test_what_is_wrong_is_one_line(here: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
     write_run(here / "run", long_records(2))
     write_run(here / "new", [])
+    write_run(here / "counts", [{"step": 7, "tokens": 70}])
     (here / "run" / "checkpoints").mkdir()
     (here / "empty").mkdir()
     (here / "mine.html").write_text("mine")

@@ -62,12 +62,13 @@ def test_names_and_values_from_files_stay_text(tmp_path: Path) -> None:
     assert "<script>alert" not in text and "<img" not in text and text.count("&lt;script&gt;alert(1)") > 3
 
 
-def test_a_run_without_any_figure_has_a_page(tmp_path: Path) -> None:
-    """Its counts are no curves."""
-    text = page_of(opened(write_run(tmp_path / "run", [{"step": 7, "tokens": 70}])))
+def test_a_run_to_which_nothing_has_happened_yet_has_a_page(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = page_of(opened(write_run(tmp_path / "run", [{"step": 7, "tokens": 70, "loss": 2.0}])))
     assert "<dt>tokens</dt><dd>70</dd>" in text and "No stage, restart, checkpoint or skipped step" in text
+    assert caplog.records == [], "Bokeh has nothing to say of it"
 
 
+@pytest.mark.slow
 def test_many_runs_and_figures_stay_within_the_size(tmp_path: Path) -> None:
     """Fewer points each; the page of one run has as many as it can."""
     folders = [write_run(tmp_path / f"run{n}", long_records(1500, seed=n)) for n in range(4)]

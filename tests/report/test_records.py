@@ -108,6 +108,7 @@ def test_what_can_not_be_read_is_one_line(path: Path) -> None:
         RunRecords(path).read()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_steps(path: Path) -> None:
     peaks = []
     for steps in (10_000, 40_000):
