@@ -27,6 +27,7 @@ from megatron_m1.runtime.watchdog import Watchdog
 from megatron_m1.training.changes import nothing_to_train
 from megatron_m1.training.feed import open_feed
 from megatron_m1.training.metrics import MetricsLog, print_line
+from megatron_m1.training.objective import objective_of
 from megatron_m1.training.opening import opening_lines
 from megatron_m1.training.profile import ProfilerWindow
 from megatron_m1.training.progress import Progress
@@ -114,7 +115,7 @@ def _load(
 ) -> tuple[ResolvedConfig, TrainedModel, Checkpoints, Progress]:
     """Load the run into a model of the stage that it is in, which may be another one than was expected."""
     while True:
-        trained = build_trained_model(config, mesh, heartbeat=heartbeat)
+        trained = build_trained_model(config, mesh, objective=objective_of(config.train), heartbeat=heartbeat)
         checkpoints = Checkpoints(
             Path(config.run.folder) / "checkpoints",
             keep=config.run.keep_checkpoints,
