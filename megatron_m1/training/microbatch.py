@@ -74,8 +74,8 @@ def make_micro_batch(
         return layout.take_local(x).to(mesh.device, non_blocking=True)[None]
 
     padding = None
-    if pack_tokens > length:
-        padding = local(torch.arange(pack_tokens) >= length)
+    if padded.real_tokens is not None:
+        padding = local(torch.arange(pack_tokens) >= padded.real_tokens)
     return MicroBatch(
         local(padded.tokens),
         local(padded.labels),
