@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.schedules import Schedules
 from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
 from megatron_m1.data.packed.loader import PackedLoader
-from megatron_m1.data.stream import Stream, StreamConfig, open_stream
+from megatron_m1.data.stream import PackPlan, Stream, StreamConfig, open_stream
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.plan.flops import training_flops
 from megatron_m1.runtime.mesh import Mesh
@@ -30,15 +30,18 @@ class Feed:
     size: int
     """This rank's place among those of data parallelism."""
 
-    def microbatches(self, packs: int, *, tokens: int) -> list[PackedSample]:
-        """Return this rank's micro-batches of the next step: packs ``rank``, ``rank + size``, ...
+    def take(self, packs: int, *, tokens: int) -> list[PackPlan]:
+        """Go on by a step, and return what this rank's micro-batches are made of: packs ``rank``, ``rank + size``, ...
 
         Args:
             packs: of the step, a multiple of ``size``.
             tokens: of the run before it.
         """
-        plans = self.stream.take(packs, tokens=tokens)
-        return [self.stream.read(plan) for plan in plans[self.rank :: self.size]]
+        return self.stream.take(packs, tokens=tokens)[self.rank :: self.size]
+
+    def read(self, plans: Sequence[PackPlan]) -> list[PackedSample]:
+        """Read the packs that ``take`` returned."""
+        return [self.stream.read(plan) for plan in plans]
 
 
 def open_feed(

@@ -92,7 +92,7 @@ class Trainer:
         began = time.perf_counter()
         schedules = self.span.schedules
         packs = schedules.packs(progress.tokens)
-        samples = self.feed.microbatches(packs, tokens=progress.tokens)
+        samples = self.feed.read(self.feed.take(packs, tokens=progress.tokens))
         data_seconds = time.perf_counter() - began
         self.step_tokens = packs * config.data.seq_length
         reached = progress.tokens + self.step_tokens
