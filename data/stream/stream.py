@@ -203,11 +203,11 @@ class Stream:
         for source, use, weight in zip(self._sources, usable, weights, strict=True):
             if not use and weight > 0.0 and not source.is_told:
                 source.is_told = True
-                epochs = counted_epochs(source)
+                epochs = _counted_epochs(source)
                 self._note(f"{source.corpus.prefix} is used up after {epochs}: the other corpora take its weight")
         index = self._credits.choose(weights, usable)
         if index is None:
-            used_up = ", ".join(f"{source.corpus.prefix} after {counted_epochs(source)}" for source in self._sources)
+            used_up = ", ".join(f"{source.corpus.prefix} after {_counted_epochs(source)}" for source in self._sources)
             raise ValueError(
                 f"after {tokens:,} tokens no corpus with a weight has a document left that data.max_epochs allows "
                 f"({used_up}): raise it, add a corpus, or train fewer tokens"
@@ -223,7 +223,7 @@ class Stream:
         self._cut += int(plan.filling.is_cut and pieces.starts[-1] == 0)
 
 
-def counted_epochs(source: _Source) -> str:
+def _counted_epochs(source: _Source) -> str:
     """Such as ``1 epoch`` or ``2.5 epochs``."""
     epochs = source.given / source.corpus.tokens
     return counted(int(epochs), "epoch") if epochs == int(epochs) else f"{epochs:.4g} epochs"
