@@ -235,9 +235,10 @@ def _prepare(stages: Sequence[ResolvedConfig], note: Callable[[str], None], note
     later = [
         with_own_tokenizer(build_embedded_corpus(stage, note=_say), note=lambda line: None) for stage in stages[1:]
     ]
-    for line in (*check_data(config).notes, *check_later_stages([config, *later])):
-        note(line)
+    found = [*check_data(config).notes, *check_later_stages([config, *later])]
     check_epochs(config)
+    for line in found:
+        note(line)
     return config
 
 

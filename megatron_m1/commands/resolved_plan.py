@@ -168,5 +168,9 @@ def _start_facts(config: ResolvedConfig, at: Position) -> list[Fact]:
     except ValueError as error:
         return [*facts, ("", f"{error}: it will be passed over")]
     facts += [("changed" if not at else "", change) for at, change in enumerate(changes.values())]
-    facts += [("", line) for line in stream_lines(changes)]
+    schedules = spans[0].schedules
+    if schedules.index and schedules.starts[schedules.stage.name] == at.tokens:
+        facts.append(("", f"stage {schedules.stage.name} begins there"))
+    else:
+        facts += [("", line) for line in stream_lines(changes)]
     return [*schedule_facts(config, spans), *facts]

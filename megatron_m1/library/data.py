@@ -55,9 +55,8 @@ def packed_data(
     """Open the packs that a run trains or validates on, or those of any tokenised corpora. No mesh is needed.
 
     Pack i of a run's training data is the i-th that it took. They have an order only, so that the first look at pack i
-    plans those before it, from lengths of documents and without reading them: some 50 microseconds each, a minute for
-    the millionth. Going back later is cheap. Where torch.distributed is running, all its ranks call this together for
-    what is held out, and with a folder that they share.
+    plans those before it, from lengths of documents and without reading them: some 50 microseconds each. Going back is
+    cheap. Where torch.distributed is running, all its ranks call this together, and with a folder that they share.
 
     Args:
         source: a run or a checkpoint; a configuration; the prefix of a corpus (PREFIX.bin and PREFIX.idx); or a blend,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +30,18 @@ class Feed:
     size: int
     """This rank's place among those of data parallelism."""
 
-    def plans(self, packs: int, *, tokens: int) -> list[PackPlan]:
-        """Take the next step's packs and return this rank's, unread: ``rank``, ``rank + size``, ...
+    def take(self, packs: int, *, tokens: int) -> list[PackPlan]:
+        """Go on by a step, and return what this rank's micro-batches are made of: packs ``rank``, ``rank + size``, ...
 
         Args:
             packs: of the step, a multiple of ``size``.
             tokens: of the run before it.
         """
         return self.stream.take(packs, tokens=tokens)[self.rank :: self.size]
+
+    def read(self, plans: Sequence[PackPlan]) -> list[PackedSample]:
+        """Read the packs that ``take`` returned."""
+        return [self.stream.read(plan) for plan in plans]
 
 
 def open_feed(

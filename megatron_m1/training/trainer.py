@@ -99,8 +99,8 @@ class Trainer:
         began = time.perf_counter()
         schedules = self.span.schedules
         packs = schedules.packs(progress.tokens)
-        plans = self.feed.plans(packs, tokens=progress.tokens)
-        samples = [self.feed.stream.read(plan) for plan in plans]
+        plans = self.feed.take(packs, tokens=progress.tokens)
+        samples = self.feed.read(plans)
         data_seconds = time.perf_counter() - began
         self.step_tokens = packs * config.data.seq_length
         reached = progress.tokens + self.step_tokens
