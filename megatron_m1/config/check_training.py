@@ -73,6 +73,11 @@ def check_run(config: Config) -> None:
     epoch_caps(data)
     _check_schedules(config)
     _check_spike_guard(train)
+    if train.loss_normalization == "sample" and not data.reset_at_documents:
+        raise ValueError(
+            "train.loss_normalization = sample with data.reset_at_documents = false would count a pack as one sample: "
+            "set data.reset_at_documents: true, or train.loss_normalization: token"
+        )
     if data.seq_length < 2:
         raise ValueError(f"data.seq_length = {data.seq_length}: a pack needs at least 2 tokens")
     check_positive("run", run, ["log_interval", "max_failed_saves"])

@@ -2,7 +2,7 @@
 
 ``config.yaml`` starts another run as this one was started, on any machine: ``auto`` is ``auto`` in it.
 ``resolved.yaml`` has the same tree with nothing left to derive, as this machine and this world had it, and says where
-the folder was.
+the folder was. ``starts.jsonl`` keeps that tree of every start, which the two files forget.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from megatron_m1.files import write_atomically
 
 CONFIG = "config.yaml"
 RESOLVED = "resolved.yaml"
+STARTS = "starts.jsonl"
+"""One line for each time that the run, or a stage of it, began to train."""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,17 @@ def saved_texts(config: Config, folder: Path) -> dict[str, str]:
     """
     if not isinstance(config, ResolvedConfig):
         return {CONFIG: config_text(portable(config, folder))}
+    return {
+        CONFIG: config_text(portable(config.asked, folder)),
+        RESOLVED: yaml_text(resolved_values(config, folder)),
+    }
+
+
+def resolved_values(config: Config, folder: Path) -> dict[str, Any]:
+    """Return what ``RESOLVED`` and a line of ``STARTS`` have of the run in ``folder``: its resolved tree, plain."""
     became = portable(config, folder)
     became.run.folder = os.path.abspath(folder)
-    return {CONFIG: config_text(portable(config.asked, folder)), RESOLVED: config_text(became)}
+    return tree_values(became)
 
 
 def read_saved(place: Path, folder: Path) -> SavedConfig:

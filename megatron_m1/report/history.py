@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from megatron_m1.checkpoint.contents import complete_checkpoints
 from megatron_m1.checkpoint.folder import step_of
-from megatron_m1.config.written import CONFIG, RESOLVED
+from megatron_m1.config.fields import STAGES
+from megatron_m1.config.written import CONFIG, RESOLVED, STARTS
 from megatron_m1.config.yaml_text import parse_yaml
 from megatron_m1.files import regular
 
@@ -25,12 +28,18 @@ _LARGEST_EVENT = 1 << 16
 
 @dataclass(frozen=True)
 class Start:
-    """A process that began to train the run."""
+    """Processes that began to train the run, or a stage of it."""
 
     step: int
-    """Last step that it found done; 0 for a new run."""
+    """Last step that they found done; 0 for a new run."""
     when: float | None
     """Seconds since 1970; None where only the records tell of it."""
+    stage: str | None = None
+    """Name of the stage that they began or went on with, if that is known."""
+    same_processes: bool = False
+    """They had trained the stage before, so that it was no restart."""
+    settings: dict[str, Any] | None = None
+    """How the run was configured then, by dotted path; None where that is not recorded."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class Change:
     """Step of the last checkpoint that has ``before``."""
     last: int | None
     """Step of the first checkpoint that has ``after``; None if only the run itself has it."""
+    start: Start | None = None
+    """With which it came, where starts are recorded."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +71,26 @@ class History:
 
     @property
     def restarts(self) -> list[Start]:
-        """All starts but the first."""
-        return self.starts[1:]
+        """All starts but the first, and those of stages that the same processes went on with."""
+        return [start for start in self.starts[1:] if not start.same_processes]
+
+    @property
+    def knows_starts(self) -> bool:
+        """Whether the run has recorded them, so that there are no others."""
+        return any(start.settings is not None for start in self.starts)
+
+    def stage_name(self, number: int, step: int) -> str:
+        """Return the name of a stage.
+
+        Args:
+            number: of the stage, from 1.
+            step: one that was trained in it. Stages may have been cut otherwise since.
+        """
+        then = [start.settings for start in self.starts if start.settings is not None and start.step < step]
+        stages = (then[-1] if then else self.settings).get(STAGES)
+        entry = stages[number - 1] if isinstance(stages, list) and 1 <= number <= len(stages) else None
+        name = entry.get("name") if isinstance(entry, dict) else None
+        return name if isinstance(name, str) else f"stage {number}"
 
 
 NO_HISTORY = History([], [], {}, [])
@@ -73,11 +102,12 @@ def read_history(folder: Path) -> History:
     parse = functools.lru_cache(maxsize=2)(_parsed)
     kept = [(step_of(place), _settings(place, parse)) for place in checkpoints]
     settings = _settings(folder, parse)
+    starts = _starts(folder)
     return History(
         checkpoints=[step for step, _ in kept],
-        starts=_starts(folder),
+        starts=starts,
         settings=settings,
-        changes=list(_changes([(step, found) for step, found in kept if found], settings)),
+        changes=list(_changes([(step, found) for step, found in kept if found], starts, settings)),
     )
 
 
@@ -104,23 +134,61 @@ def _flat(content: dict[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{name}", value
 
 
-def _changes(kept: list[tuple[int, dict[str, Any]]], now: dict[str, Any]) -> Iterator[Change]:
-    states: list[tuple[int | None, dict[str, Any]]] = [*kept]
-    if now:
-        states.append((None, now))
-    for (first, before), (last, after) in itertools.pairwise(states):
+def _changes(kept: list[tuple[int, dict[str, Any]]], starts: list[Start], now: dict[str, Any]) -> Iterator[Change]:
+    recorded = [start for start in starts if start.settings is not None]
+    states: list[tuple[int | None, dict[str, Any], Start | None]] = [
+        # Of what an older version has trained there are only checkpoints.
+        *((step, found, None) for step, found in kept if not recorded or step <= recorded[0].step),
+        *((start.step, start.settings or {}, start) for start in recorded),
+    ]
+    if now and not recorded:
+        states.append((None, now, None))
+    for (first, before, _), (last, after, start) in itertools.pairwise(states):
         assert first is not None
         for path in dict.fromkeys([*before, *after]):
             if before.get(path) != after.get(path):
-                yield Change(path, before.get(path), after.get(path), first, last)
+                yield Change(path, before.get(path), after.get(path), first, last, start)
 
 
 def _starts(folder: Path) -> list[Start]:
+    recorded = _recorded_starts(folder / STARTS)
+    if recorded and recorded[0].step == 0:
+        return recorded
     found = []
     for path in folder.glob(EVENT_FILES):
         with suppress(OSError, ValueError):
             found.append(_start(regular(path)))
-    return sorted(found, key=lambda start: start.when or 0.0)
+    found.sort(key=lambda start: start.when or 0.0)
+    if not recorded:
+        return found
+    # An older version has begun the run.
+    earlier = [start for start in found if start.when and recorded[0].when and start.when < recorded[0].when]
+    # The event file of a start is made just before its line.
+    if earlier and earlier[-1].step == recorded[0].step:
+        earlier.pop()
+    return [*earlier, *recorded]
+
+
+def _recorded_starts(path: Path) -> list[Start]:
+    """Read a starts.jsonl: lines that are none, such as half of one, are left out."""
+    try:
+        lines = regular(path).read_bytes().splitlines()
+    except OSError:
+        return []
+    return [start for line in lines if (start := _recorded_start(line)) is not None]
+
+
+def _recorded_start(line: bytes) -> Start | None:
+    try:
+        record = json.loads(line)
+        step, when = record["step"], datetime.fromisoformat(record["time"]).timestamp()
+        settings, stage = dict(_flat(record["config"], "")), record.get("stage")
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, OSError, RecursionError):
+        return None
+    if type(step) is not int or not 0 <= step < 1 << 53:
+        return None
+    same_processes = record.get("same_processes") is True
+    return Start(step, when, stage if isinstance(stage, str) else None, same_processes, settings)
 
 
 def _start(path: Path) -> Start:

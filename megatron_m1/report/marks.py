@@ -35,9 +35,8 @@ def marks_of(runs: Sequence[Run]) -> list[Mark]:
         kept = set(run.history.checkpoints)
         written = [int(step) for step in run.records.saves.extremes(MOST_MARKS)[0]]
         skipped = [int(step) for step in run.records.skipped.extremes(MOST_MARKS)[0]]
-        stages = run.records.stages
         found = [
-            [Mark(number, STAGE, step, name) for step, name in stages],
+            [Mark(number, STAGE, step, name) for step, name in run.stages],
             [Mark(number, RESTART, start.step, restart_text(start.when)) for start in run.restarts],
             [Mark(number, CHECKPOINT, step, "removed since", False) for step in written if step not in kept],
             [Mark(number, CHECKPOINT, step, "kept") for step in run.history.checkpoints],

@@ -14,11 +14,11 @@ from megatron_m1.files import regular
 from megatron_m1.report.series import Series
 
 STAGE = "stage"
-"""Key of a record's stage, a name. A run without one is one stage."""
+"""Key of a record's stage: its number from 1, or a name. A run without one is one stage."""
 SKIPPED, SAVED = "skipped_steps", "save_seconds"
 PEAK = "memory_peak_gib"
 """Since the start of the process: it never falls but by a restart."""
-COUNTS = {"step", "tokens", "skipped_steps", "memory_peak_rank"}
+COUNTS = {"step", STAGE, "tokens", "skipped_steps", "memory_peak_rank"}
 """Counts and names, which are told in words or as marks."""
 MOST_FIGURES = 512
 """That are kept of one run; each takes a quarter of a megabyte."""
@@ -44,8 +44,8 @@ class RunRecords:
     def _clear(self) -> None:
         self.figures: dict[str, Series] = {}
         """By name, in the order in which they came."""
-        self.stages: list[tuple[int, str]] = []
-        """First step and name of each stage, in order."""
+        self.stages: list[tuple[int, int | str]] = []
+        """First step of each stage and what the records call it, in order."""
         self.restarts: list[int] = []
         """Last steps before which the process was another one, as far as the records themselves show it."""
         self.skipped, self.saves = Series(), Series()
@@ -148,7 +148,7 @@ class RunRecords:
         if values.get(SAVED):
             self._add(self.saves, step - 1, values[SAVED])
         stage = record.get(STAGE)
-        if isinstance(stage, str) and (not self.stages or self.stages[-1][1] != stage):
+        if isinstance(stage, int | str) and (not self.stages or self.stages[-1][1] != stage):
             self._note(self.stages, (step, stage))
         self._peak, self._skipped_total = peak, skipped
         self.last_step = step

@@ -30,9 +30,19 @@ class Run:
     history: History
 
     @property
+    def stages(self) -> list[tuple[int, str]]:
+        """First step and name of each stage, in order."""
+        return [
+            (step, self.history.stage_name(stage, step) if isinstance(stage, int) else stage)
+            for step, stage in self.records.stages
+        ]
+
+    @property
     def restarts(self) -> list[Start]:
         """As the history has them, or else as the records show them."""
-        return self.history.restarts or [Start(step, None) for step in self.records.restarts]
+        if self.history.restarts or self.history.knows_starts:
+            return self.history.restarts
+        return [Start(step, None) for step in self.records.restarts]
 
 
 def open_runs(folders: Sequence[Path]) -> list[Run]:

@@ -34,7 +34,7 @@ class Told:
 def told(run: Run) -> Told:
     """Tell what is known of a run."""
     records, history = run.records, run.history
-    stages = [*records.stages, (records.last_step + 1, "")]
+    stages = [*run.stages, (records.last_step + 1, "")]
     return Told(
         name=run.name,
         facts=_facts(run),
@@ -70,6 +70,8 @@ def _facts(run: Run) -> list[Fact]:
 
 
 def _change(change: Change, restarts: Sequence[Start]) -> tuple[str, str, str, str]:
+    if change.start is not None:
+        return change.path, value_text(change.before), value_text(change.after), _start_text(change.start)
     within = [s for s in restarts if change.first <= s.step and (change.last is None or s.step < change.last)]
     if len(within) == 1:
         when = f"restart after step {within[0].step:,}"
@@ -78,6 +80,11 @@ def _change(change: Change, restarts: Sequence[Start]) -> tuple[str, str, str, s
     else:
         when = f"after step {change.first:,}, by {change.last:,}"
     return change.path, value_text(change.before), value_text(change.after), when
+
+
+def _start_text(start: Start) -> str:
+    what = f"stage {start.stage}" if start.same_processes and start.stage is not None else "restart"
+    return f"{what} after step {start.step:,}"
 
 
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:

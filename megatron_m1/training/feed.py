@@ -9,7 +9,6 @@ from typing import Any
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.schedules import Schedules
 from megatron_m1.data.packed import PackedDataset, PackedSample, build_packed_dataset
-from megatron_m1.data.packed.loader import PackedLoader
 from megatron_m1.data.stream import PackPlan, Stream, StreamConfig, open_stream
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.plan.flops import training_flops
@@ -23,7 +22,6 @@ class Feed:
 
     stream: Stream
     """That of all ranks, in the same place on each."""
-    validation: PackedLoader | None
     held_out: PackedDataset | None
     """All held-out packs, on every rank."""
     rank: int
@@ -42,6 +40,12 @@ class Feed:
     def read(self, plans: Sequence[PackPlan]) -> list[PackedSample]:
         """Read the packs that ``take`` returned."""
         return [self.stream.read(plan) for plan in plans]
+
+    def held_out_share(self) -> list[PackedSample]:
+        """Read this rank's held-out packs: ``rank``, ``rank + size``, ..., as many on every rank; none without any."""
+        if self.held_out is None:
+            return []
+        return [self.held_out[index] for index in range(self.rank, len(self.held_out), self.size)]
 
 
 def open_feed(
@@ -80,7 +84,7 @@ def open_feed(
     )
     place = mesh.data_parallel_rank, mesh.data_parallel_size
     if not data.validation or not config.train.eval_samples:
-        return Feed(stream, None, None, *place)
+        return Feed(stream, None, *place)
     held_out = build_packed_dataset(
         data.validation,
         sequence_length=data.seq_length,
@@ -90,10 +94,7 @@ def open_feed(
         cache_folder=data.cache_folder,
         reset_at_documents=data.reset_at_documents,
     )
-    loader = PackedLoader(
-        held_out, global_batch_size=len(held_out), data_parallel_rank=place[0], data_parallel_size=place[1]
-    )
-    return Feed(stream, loader, held_out, *place)
+    return Feed(stream, held_out, *place)
 
 
 def useful_flops(config: ResolvedConfig, samples: list[PackedSample]) -> float:

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from megatron_m1.training.run_folder import SUMMARY, check_run_folder, sole_writ
 from megatron_m1.training.run_tokenizer import own_copy, store_tokenizer
 from megatron_m1.training.spike_guard import SpikeError
 from megatron_m1.training.stage_change import Restart, next_stage, resolved_at, restart_for
+from megatron_m1.training.starts import start_record
 from megatron_m1.training.steps_guard import NonFiniteError
 from megatron_m1.training.summary import summarise
 from megatron_m1.training.trained_model import TrainedModel, build_trained_model
@@ -68,6 +69,7 @@ def open_trainer(
     trainer = _trainer_of_stage(config, mesh, _note_on(console, mesh), heartbeat, goes_on=False)
     if trainer is not None:
         trainer.log = _open_record(trainer.config, mesh, trainer.progress.step, console, held)
+        _record_start(trainer, same_processes=False)
     return trainer
 
 
@@ -176,6 +178,16 @@ def _open_record(
 
     _on_rank_zero(write, folder)
     return logs[0] if mesh.rank == 0 else None
+
+
+def _record_start(trainer: Trainer, *, same_processes: bool) -> None:
+    """Leave a line in starts.jsonl. Collective."""
+
+    def write() -> None:
+        if trainer.log is not None:
+            trainer.log.log_start(start_record(trainer, same_processes=same_processes))
+
+    _on_rank_zero(write, trainer.folder)
 
 
 def _train(trainer: Trainer, watchdog: Watchdog, interrupt: Interrupt) -> str | None:
@@ -297,9 +309,10 @@ def _run_to_the_end(
                 trainer = _trainer_of_stage(config, mesh, note, watchdog.progress, goes_on=True)
             assert trainer is not None, "the run is not at its end"
             trainer.log = log
+            _record_start(trainer, same_processes=True)
         with watchdog.step(trainer.progress.step):
             validation_loss = None if interrupted or restart else trainer.validate()
-            summary = summarise(config, trainer.feed, asdict(progress), validation_loss, interrupted)
+            summary = summarise(config, trainer.feed, progress, validation_loss, interrupted)
         summary["memory_peak_gib"] = trainer.memory_peaks
         if restart is not None:
             summary["next_stage"] = restart.stage

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, TensorBoard, Weights & Biases and the console."""
+"""The record of a run: metrics.jsonl, starts.jsonl, TensorBoard, Weights & Biases and the console."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from megatron_m1.config.tree import RunConfig
+from megatron_m1.config.written import STARTS
 from megatron_m1.files import refusal, write_atomically
 from megatron_m1.training.figures import Record, alarms, shown
 from megatron_m1.training.record_file import RecordFile
@@ -75,6 +76,7 @@ class MetricsLog:
         self._started = time.monotonic()
         self._open = ExitStack()
         self._console = Console() if console is None else console
+        self._starts: RecordFile | None = None
         self._path = folder / "metrics.jsonl"
         rewind(self._path, start_step)
         self._file = RecordFile(self._path, self.note)
@@ -120,6 +122,24 @@ class MetricsLog:
         self._write(step, record)
         self.note(self._line(step, record))
 
+    def log_start(self, record: Mapping[str, Any]) -> None:
+        """Append to starts.jsonl what begins to train: it is never rewound.
+
+        Args:
+            record: JSON-able, see ``starts.start_record``.
+
+        Raises:
+            OSError: the file can't be made.
+        """
+        path, torn = self._path.with_name(STARTS), b""
+        if self._starts is None:
+            # A start that was killed may have left half a line, which must not take this one with it.
+            content = path.read_bytes() if path.exists() else b""
+            torn = b"\n" if content and not content.endswith(b"\n") else b""
+            self._starts = RecordFile(path, self.note)
+            self._open.callback(self._starts.close)
+        self._starts.write(torn + (json.dumps(record) + "\n").encode())
+
     def note(self, line: str) -> None:
         """Print a line of text on the console, above the live status line if there is one."""
         print_line(self._console, line)
@@ -139,6 +159,8 @@ class MetricsLog:
             self._tensorboard.start_after(step)
 
     def _write(self, step: int, record: Record) -> None:
+        if self._starts is not None:
+            self._starts.try_again()
         values = {figure.name: value for figure, value in record.items()}
         finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         self._file.write((json.dumps({"step": step, **finite}) + "\n").encode())

@@ -186,9 +186,10 @@ class Trainer:
 
     def validate(self) -> float | None:
         """Loss over the held-out packs in nats per token; None without any."""
-        if self.feed.validation is None:
+        packs = self.feed.held_out_share()
+        if not packs:
             return None
-        loss = evaluate(self.trained, self.feed.validation.microbatches(0)).loss
+        loss = evaluate(self.trained, packs).loss
         if self.log is not None:
             self.log.log_validation(self.progress.step, {VALIDATION_LOSS: loss})
         return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: dict[str, Any
 def test_a_restart_of_a_real_run_is_found_with_what_it_changed(trained: Path) -> None:
     history = read_history(trained)
     assert history.checkpoints == [2, 4, 6]
-    assert [start.step for start in history.starts] == [0, 4]
+    assert [(start.step, start.stage) for start in history.starts] == [(0, None), (4, None)]
     first, second = (start.when for start in history.starts)
     assert first is not None and second is not None and first < second
     assert history.settings["optimizer.lr"] == 1e-3
     changed = {change.path: change for change in history.changes}
-    assert changed["optimizer.lr"] == Change("optimizer.lr", 3e-3, 1e-3, 4, 6)
+    assert changed["optimizer.lr"] == Change("optimizer.lr", 3e-3, 1e-3, 0, 4, history.starts[1])
     assert {"optimizer.lr", "optimizer.clip_grad", "train.max_steps"} <= set(changed)
     assert not any(path.startswith(("model.", "parallel.")) for path in changed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [0, 1])
+def test_starts_of_before_they_were_recorded(trained: Path, tmp_path: Path, lines: int) -> None:
+    """Of a run of an older version, and of one that a newer version has gone on with, in the last lines of the file."""
+    known = read_history(trained)
+    folder = shutil.copytree(trained, tmp_path / "run")
+    text = (folder / "starts.jsonl").read_text().splitlines(keepends=True)
+    (folder / "starts.jsonl").write_text('{"step": 4, "time"\n' + "".join(text[len(text) - lines :]))
+    history = read_history(folder)
+    assert [start.step for start in history.starts] == [0, 4]
+    assert [start.settings is not None for start in history.starts] == [False, lines > 0]
+    changed = {change.path: change for change in history.changes}
+    start = history.starts[1] if lines else None
+    assert changed["optimizer.lr"] == Change("optimizer.lr", 3e-3, 1e-3, 4, 4 if lines else 6, start)
+    assert history.settings == known.settings
 
 
 @pytest.mark.slow

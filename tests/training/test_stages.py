@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ import pytest
 import yaml
 
 from megatron_m1.config.io import load_config
+from megatron_m1.report.charts import charts_of
+from megatron_m1.report.marks import marks_of
+from megatron_m1.report.runs import Run, open_runs, read_runs
+from megatron_m1.report.words import Told, told
 from megatron_m1.runtime.pool import WorkerPool
 from tests.training import loop_runs as runs
 from tests.training.staged_runs import Stage, recipe, steps_of, train_until_killed_at, write_recipe
@@ -68,6 +74,51 @@ def test_stages_follow_each_other(straight: Path) -> None:
     assert state["stream"]["packs"] == state["consumed_samples"] == 4 * 4 + 2 * 4 + 4 * 4
 
 
+def told_of(folder: Path) -> tuple[Run, Told]:
+    """The run as a report reads it."""
+    (run,) = opened = open_runs([folder])
+    read_runs(opened)
+    return run, told(run)
+
+
+def starts_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+
+
+def test_each_stage_leaves_a_start(straight: Path) -> None:
+    starts = starts_of(straight)
+    assert [(line["step"], line["stage"], line["same_processes"]) for line in starts] == [
+        (0, "short", False),
+        (4, "long", True),
+        (10, "end", True),
+    ]
+    assert {(line["world_size"], line["version"]) for line in starts} == {(1, metadata.version("megatron-m1"))}
+    times = [datetime.fromisoformat(line["time"]) for line in starts]
+    assert times == sorted(times) and all(time.utcoffset() is not None for time in times)
+    lengths = [(line["config"]["data"]["seq_length"], line["config"]["model"]["rotary_base"]) for line in starts]
+    assert lengths == [(64, 1e4), (128, 5e4), (128, 5e4)]
+    assert starts[-1]["config"] == yaml.safe_load((straight / "resolved.yaml").read_text())
+
+
+def test_a_report_shows_stages_by_name(straight: Path, tmp_path: Path) -> None:
+    run, words = told_of(straight)
+    spans = ["steps 1 to 4", "steps 5 to 10", "steps 11 to 12"]
+    assert words.stages == list(zip(["short", "long", "end"], spans, strict=True))
+    assert words.restarts == []
+    changes = {path: (before, after, when) for path, before, after, when in words.changes}
+    assert changes["data.seq_length"] == ("64", "128", "stage long after step 4")
+    assert changes["data.packing"] == ("chop", "best_fit", "stage end after step 10")
+    marks = [(mark.step, mark.text) for mark in marks_of([run]) if mark.kind == "stage"]
+    assert marks == [(1, "short"), (5, "long"), (11, "end")]
+    assert "stage" not in {curve.name for chart in charts_of([run]) for curve in chart.curves}
+    # Of an older version, by the recipe; without that, by number.
+    shutil.copytree(straight, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "starts.jsonl"))
+    assert told_of(tmp_path / "run")[1].stages == words.stages
+    for name in ("config.yaml", "resolved.yaml"):
+        (tmp_path / "run" / name).unlink()
+    assert told_of(tmp_path / "run")[1].stages == list(zip(["stage 1", "stage 2", "stage 3"], spans, strict=True))
+
+
 def test_killed_at_three_points(workers: WorkerPool, straight: Path, stages: list[Stage], write: Write) -> None:
     """In the midst of a stage, in a save, and between two stages, when the next one has not begun."""
     path = write(stages)
@@ -78,6 +129,11 @@ def test_killed_at_three_points(workers: WorkerPool, straight: Path, stages: lis
     assert 10 <= runs.steps_recorded(folder) < STEPS
     workers.run(runs.train, path, world_size=1, process_group=False)
     assert runs.trace(folder) == runs.trace(straight)
+    begun = [(line["stage"], line["same_processes"]) for line in starts_of(folder)]
+    _, words = told_of(folder)
+    assert len(words.restarts) + 1 == sum(not same for _, same in begun) == 4
+    assert begun[-1] == ("end", False), "killed between two stages"
+    assert [name for name, _ in words.stages] == ["short", "long", "end"]
 
 
 @pytest.mark.parametrize(("step", "world_size"), [(4, 2), (6, 2)], ids=["at the end of a stage", "in a stage"])
