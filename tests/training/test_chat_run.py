@@ -83,7 +83,9 @@ def test_training_learns_what_the_assistant_says(workers: WorkerPool, tmp_path: 
 
     # The packs that the run had, from a stream of its own.
     config = StreamConfig([str(prefix)], LENGTH, "best_fit", runs.config_of(settings, 1).train.seed)
-    stream = open_stream(config, tokenizer=load_tokenizer(tokenizer), weights=lambda tokens: [1.0])
+    stream = open_stream(
+        config, tokenizer=load_tokenizer(tokenizer), weights=lambda tokens: [1.0], state=None, note=print
+    )
     plans = stream.take(BATCH * STEPS, tokens=0)
     pieces = [plan.pieces for plan in plans]
     state = json.loads((tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}" / "state.json").read_text())

@@ -27,7 +27,9 @@ def test_packs_do_not_depend_on_the_number_of_ranks(prefix: str, tmp_path: Path,
     )
 
     def feed(rank: int, size: int) -> Feed:
-        stream = open_stream(StreamConfig([prefix], 6), tokenizer=tokenizer, weights=lambda tokens: [1.0])
+        stream = open_stream(
+            StreamConfig([prefix], 6), tokenizer=tokenizer, weights=lambda tokens: [1.0], state=None, note=print
+        )
         return Feed(stream, held_out, rank, size)
 
     alone, ranks = feed(0, 1), [feed(rank, size) for rank in range(size)]
@@ -43,5 +45,7 @@ def test_packs_do_not_depend_on_the_number_of_ranks(prefix: str, tmp_path: Path,
 
 
 def test_without_held_out_packs_there_is_no_share(prefix: str) -> None:
-    stream = open_stream(StreamConfig([prefix], 6), tokenizer=FakeTokenizer(), weights=lambda tokens: [1.0])
+    stream = open_stream(
+        StreamConfig([prefix], 6), tokenizer=FakeTokenizer(), weights=lambda tokens: [1.0], state=None, note=print
+    )
     assert Feed(stream, None, 0, 1).held_out_share() == []
