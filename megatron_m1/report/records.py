@@ -149,7 +149,8 @@ class RunRecords:
             self._add(self.saves, step - 1, values[SAVED])
         stage = record.get(STAGE)
         if type(stage) in (int, str) and (not self.stages or self.stages[-1][1] != stage):
-            self._note(self.stages, (step, stage))
+            began: tuple[int, int | str] = (step, stage)
+            self._note(self.stages, began)
         self._peak, self._skipped_total = peak, skipped
         self.last_step = step
         if "tokens" in values:
