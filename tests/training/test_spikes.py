@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -26,6 +27,7 @@ from megatron_m1.training.loop import open_trainer
 from megatron_m1.training.progress import Progress
 from megatron_m1.training.rollback import with_record
 from megatron_m1.training.spike_guard import SpikeError
+from megatron_m1.training.summary import show_summary
 from tests.data.corpora import write_corpus
 from tests.training import loop_runs as runs
 from tests.training.loop_runs import Setting
@@ -35,7 +37,7 @@ SPIKE = 9
 """Step of the first spike."""
 GUARD: list[Setting] = [
     *[("train.spike_factor", 2.0), ("train.spike_window", 8), ("train.eval_interval", 0)],
-    *[("data.train_samples", 96), ("train.max_steps", SPIKE)],
+    *[("train.max_steps", SPIKE)],
 ]
 
 
@@ -227,6 +229,8 @@ def test_a_run_goes_back_and_on_behind_the_batch(back: tuple[Path, str]) -> None
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [
         (line["step"], pytest.approx(line["loss"])) for line in runs.records(folder)
     ]
+    assert json.loads((folder / "summary.json").read_text())["spikes"] == 2
+    assert re.search(r"^│ spikes +│ 2 +│$", printed, re.MULTILINE)
     # Three batches were left out with the first spike, two with the second.
     state = json.loads((folder / "checkpoints" / "step_00000016" / "state.json").read_text())
     assert state["consumed_samples"] == 4 * (16 + 3 + 2)
@@ -268,6 +272,13 @@ def test_a_run_that_is_resumed_before_a_spike_goes_back_as_well(
     workers.run(runs.train, path, world_size=1, process_group=False)
     assert runs.trace(folder) == runs.trace(straight)
     assert steps_of(folder, "spikes") == steps_of(straight, "spikes")
+
+
+@pytest.mark.parametrize(("spikes", "shown"), [(0, False), (1, True)])
+def test_the_summary_on_the_screen(capsys: pytest.CaptureFixture[str], spikes: int, shown: bool) -> None:
+    show_summary({"skipped_steps": 0, "spikes": spikes})
+    printed = capsys.readouterr().out
+    assert "skipped steps" in printed and ("spikes" in printed) == shown
 
 
 def what_is_refused(rank: int, world_size: int, folder: Path, contents: list[str]) -> list[str]:
@@ -335,7 +346,7 @@ def test_stop_ends_the_run_with_status_1(workers: WorkerPool, settings: Callable
 def test_a_run_that_goes_back_again_and_again_ends(workers: WorkerPool, settings: Callable[..., Path]) -> None:
     """Every gradient above 1.01 times the median is a spike: it never comes far."""
     changes: list[Setting] = [("train.spike_factor", 1.01), ("train.max_spikes", 3), ("train.max_steps", 99)]
-    path = settings("rollback", *changes, ("data.train_samples", 396))
+    path = settings("rollback", *changes)
     messages = workers.run(the_error, path, world_size=2, process_group=False)
     assert messages[0] == messages[1]
     assert "3 spikes within 8 steps (train.max_spikes)" in messages[0]
