@@ -28,6 +28,8 @@ class Parameter:
     """How many there are, one an expert."""
     used: int = 1
     """Of the copies, how many one token passes through."""
+    is_fp32: bool = False
+    """Kept in fp32 whatever the others are."""
 
     @property
     def total(self) -> int:
@@ -48,6 +50,42 @@ class Parameter:
         }
         return self.total // ranks[self.split]
 
+    def pieces(self, parallel: ResolvedParallelConfig) -> tuple[int, int]:
+        """How many tensors of it one rank has, and the numbers of each."""
+        of_experts = self.split == "expert"
+        count = self.copies // (parallel.expert_model_parallel_size if of_experts else 1)
+        return count, self.held(parallel) // count
+
+
+@dataclass(frozen=True)
+class Share:
+    """One micro-batch as one rank has it, and how the rank computes."""
+
+    parallel: ResolvedParallelConfig
+    tokens: int
+    """Of the pack, that the rank's context-parallel place has."""
+    itemsize: int
+    """Bytes of a number of activations: 4 or 2."""
+    on_gpu: bool
+    """Kernels of GPUs keep other things than those of CPUs."""
+    recomputed: frozenset[str] = frozenset()
+    """Modules that the backward pass computes again: core_attn, moe."""
+
+    @property
+    def tensor(self) -> int:
+        """Ranks that share heads and matrices."""
+        return self.parallel.tensor_model_parallel_size
+
+    @property
+    def outside(self) -> int:
+        """Tokens of a rank where sequence parallelism splits them: outside mixers and experts."""
+        return self.tokens // self.tensor if self.parallel.sequence_parallel else self.tokens
+
+    @property
+    def entering_states(self) -> int:
+        """States that enter the segments of the fullest rank, of a pack that is one document in zigzag order."""
+        return 2 if self.parallel.context_parallel_size > 1 else 0
+
 
 class LayerShape(ABC):
     """A kind of sub-layer, of any model: it holds nothing, and reads its sizes from the model's configuration.
@@ -62,6 +100,14 @@ class LayerShape(ABC):
     @abstractmethod
     def flops_per_token(self, model: ModelConfig) -> int:
         """Useful floating-point operations of the forward pass for each token, see ``plan.flops``."""
+
+    @abstractmethod
+    def saved_bytes(self, model: ModelConfig, share: Share) -> int:
+        """Bytes that one rank keeps of one micro-batch for the backward pass, the sub-layer's input included.
+
+        Of a pack that is one document. What is computed again (``share.recomputed``) is not kept; states that come from
+        other ranks are counted in ``MixerShape.state_bytes``.
+        """
 
     def check(self, model: ModelConfig) -> None:  # noqa: B027
         """Check the fields of ``model`` that this kind reads.
@@ -83,6 +129,14 @@ class LayerShape(ABC):
         Raises:
             ValueError: one line that names the value and the fix.
         """
+
+    def working_bytes(self, model: ModelConfig, share: Share) -> int:
+        """Most bytes that the sub-layer's backward pass needs for a while, besides what is kept."""
+        return 0
+
+    def exchange_bytes(self, model: ModelConfig, share: Share) -> int:
+        """Most bytes that the sub-layer's exchanges with other ranks need for a while."""
+        return 0
 
 
 class MixerShape(LayerShape):

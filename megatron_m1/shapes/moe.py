@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from megatron_m1.config.resolved import ResolvedParallelConfig
 from megatron_m1.config.tree import ModelConfig
-from megatron_m1.shapes.kind import FfnShape, Parameter, check_divides
+from megatron_m1.shapes.kind import FfnShape, Parameter, Share, check_divides
+
+PADDED = 1 / 48
+"""Of an expert's rows: on a CPU they are rounded up by a sixteenth at most, a 64th to a 32nd on average."""
+ALIGNED = 8
+"""On a GPU each expert's rows are rounded up to this."""
 
 
 class MixtureOfExperts(FfnShape):
@@ -18,7 +23,7 @@ class MixtureOfExperts(FfnShape):
         hidden, inner = model.hidden_size, model.moe_ffn_hidden_size
         experts, used = model.num_moe_experts, model.moe_router_topk
         return [
-            Parameter("router.weight", (experts, hidden), "router"),
+            Parameter("router.weight", (experts, hidden), "router", is_fp32=True),
             Parameter("experts.experts.linear_fc1.weight", (2 * inner, hidden), "experts", "expert", experts, used),
             Parameter("experts.experts.linear_fc2.weight", (hidden, inner), "experts", "expert", experts, used),
         ]
@@ -27,6 +32,51 @@ class MixtureOfExperts(FfnShape):
         """The experts that a token visits, and the router."""
         experts = model.moe_router_topk * 6 * model.hidden_size * model.moe_ffn_hidden_size
         return experts + 2 * model.hidden_size * model.num_moe_experts
+
+    def rows(self, model: ModelConfig, share: Share) -> float:
+        """Pairs of token and expert that a rank computes if the experts are balanced, with what pads them."""
+        pairs = share.outside * model.moe_router_topk * share.parallel.expert_tensor_parallel_size
+        if not share.on_gpu:
+            return pairs * (1 + PADDED)
+        return pairs + ALIGNED * (model.num_moe_experts // share.parallel.expert_model_parallel_size / 2 + 1)
+
+    def saved_bytes(self, model: ModelConfig, share: Share) -> int:
+        """Input; of each pair of token and expert its row h, its first products 2 F / ETP, a probability; and indices.
+
+        Of balanced experts: a rank whose experts get more than their share keeps as much more.
+        """
+        before = share.outside * model.hidden_size * share.itemsize
+        parallel, topk = share.parallel, model.moe_router_topk
+        # Of a token the scores and, for each choice, its index and probability.
+        routing = share.outside * (4 * model.num_moe_experts + topk * (8 + 4 + 8))
+        if "moe" in share.recomputed:
+            # Token groups compute the experts' products again, and not the router.
+            return before + (routing if parallel.moe_token_groups > 1 else 0)
+        inner = 2 * model.moe_ffn_hidden_size // parallel.expert_tensor_parallel_size
+        rows = self.rows(model, share) * ((model.hidden_size + inner) * share.itemsize + 4)
+        return before + routing + share.outside * topk * (16 + 8) + int(rows)
+
+    def working_bytes(self, model: ModelConfig, share: Share) -> int:
+        """Gradients of the local experts' matrices; on a GPU a copy of the first ones, and gradients of all rows."""
+        hidden, parallel = model.hidden_size, share.parallel
+        inner = model.moe_ffn_hidden_size // parallel.expert_tensor_parallel_size
+        experts = model.num_moe_experts // parallel.expert_model_parallel_size
+        gradients = experts * 3 * inner * hidden * share.itemsize
+        rows = self.rows(model, share) * (hidden + 6 * inner) * share.itemsize
+        if not share.on_gpu:
+            # One expert after the other.
+            return gradients + int(rows / experts)
+        return gradients + experts * 2 * inner * hidden * share.itemsize + int(rows)
+
+    def exchange_bytes(self, model: ModelConfig, share: Share) -> int:
+        """Rows that leave and rows that arrive; with token groups those of two groups, on their way and computed."""
+        parallel = share.parallel
+        if parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size == 1:
+            return 0
+        pairs = share.outside * model.moe_router_topk
+        rows = pairs * (1 + parallel.expert_tensor_parallel_size)
+        in_part = min(1.0, 2 / parallel.moe_token_groups)
+        return int(rows * in_part) * model.hidden_size * share.itemsize
 
     def check(self, model: ModelConfig) -> None:
         """A token visits two experts or more, there are as many, and a bias has scores that it can be added to.
