@@ -19,6 +19,7 @@ from collections.abc import Iterable
 
 from megatron_m1.config import ModelConfig
 from megatron_m1.parallel.balance import ModelCost
+from megatron_m1.plan.parameters import HEAD
 from megatron_m1.shapes.kind import MixerShape
 from megatron_m1.shapes.registry import FFNS, MIXERS, layer_ffns, layer_mixers
 
@@ -75,6 +76,27 @@ def training_flops(model_config: ModelConfig, document_lengths: Iterable[int]) -
     tokens = sum(lengths)
     pairs = sum(length * (length + 1) // 2 for length in lengths)
     return 3 * (tokens * _forward_flops_per_token(model_config) + pairs * _forward_flops_per_pair(model_config))
+
+
+def flops_by_part(model: ModelConfig, document_length: int) -> dict[str, float]:
+    """Forward and backward FLOPs of a token of documents of one length, by part: mixers by kind, experts, router, head.
+
+    torch's ``flop_counter`` counts the same for plain modules. It does not count what is no operation of torch's
+    own (Triton's kernels, oneDNN's products on a CPU), and it counts more where a kernel does more than the mathematics
+    asks for: the products inside the chunks of lightning attention, all pairs of a masked softmax.
+    """
+    found: dict[str, float] = {}
+    pairs = (document_length + 1) / 2
+    for mixer, count in _mixers(model):
+        for part, flops in mixer.flops_parts(model).items():
+            found[part] = found.get(part, 0) + count * flops
+        group = next(iter(mixer.flops_parts(model)))
+        found[group] += count * mixer.flops_per_pair(model) * pairs
+    for name, count in Counter(layer_ffns(model)).items():
+        for part, flops in FFNS[name].flops_parts(model).items():
+            found[part] = found.get(part, 0) + count * flops
+    found[HEAD] = 2 * model.hidden_size * model.vocab_size
+    return {part: 3 * flops for part, flops in found.items()}
 
 
 def peak_bf16_flops(device_name: str) -> float | None:

@@ -101,6 +101,10 @@ class LayerShape(ABC):
     def flops_per_token(self, model: ModelConfig) -> int:
         """Useful floating-point operations of the forward pass for each token, see ``plan.flops``."""
 
+    def flops_parts(self, model: ModelConfig) -> dict[str, int]:
+        """``flops_per_token`` by row of the tables; one row unless the kind has several."""
+        return {self.parameters(model)[0].group: self.flops_per_token(model)}
+
     @abstractmethod
     def saved_bytes(self, model: ModelConfig, share: Share) -> int:
         """Bytes that one rank keeps of one micro-batch for the backward pass, the sub-layer's input included.

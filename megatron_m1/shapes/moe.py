@@ -30,8 +30,14 @@ class MixtureOfExperts(FfnShape):
 
     def flops_per_token(self, model: ModelConfig) -> int:
         """The experts that a token visits, and the router."""
-        experts = model.moe_router_topk * 6 * model.hidden_size * model.moe_ffn_hidden_size
-        return experts + 2 * model.hidden_size * model.num_moe_experts
+        return sum(self.flops_parts(model).values())
+
+    def flops_parts(self, model: ModelConfig) -> dict[str, int]:
+        """Experts and router by themselves."""
+        return {
+            "experts": model.moe_router_topk * 6 * model.hidden_size * model.moe_ffn_hidden_size,
+            "router": 2 * model.hidden_size * model.num_moe_experts,
+        }
 
     def rows(self, model: ModelConfig, share: Share) -> float:
         """Pairs of token and expert that a rank computes if the experts are balanced, with what pads them."""

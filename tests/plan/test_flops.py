@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_m1.config import ModelConfig
-from megatron_m1.config.presets import m1_456b
-from megatron_m1.plan.flops import peak_bf16_flops, training_flops
+from megatron_m1.config.presets import PRESETS, m1_456b, preset
+from megatron_m1.plan.flops import flops_by_part, peak_bf16_flops, training_flops
 
 DOCUMENTS = [3, 1, 4]
 
@@ -80,6 +82,39 @@ def test_against_counted_products() -> None:
                 hidden = hidden + experts(hidden, config)
             (hidden @ weight(config.hidden_size, config.vocab_size)).sum().backward()
     assert training_flops(config, DOCUMENTS) == counter.get_total_flops()
+
+
+def test_every_part_against_counted_products() -> None:
+    """Of one document: each part alone, as often as the model has it."""
+    config, length = small_model(), 6
+
+    def counted(run: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            run(weight(length, config.hidden_size)).sum().backward()
+        return counter.get_total_flops() / length
+
+    def router(x: torch.Tensor) -> torch.Tensor:
+        return x @ weight(x.shape[1], config.num_moe_experts)
+
+    def head(x: torch.Tensor) -> torch.Tensor:
+        return x @ weight(x.shape[1], config.vocab_size)
+
+    layers = config.num_layers
+    assert flops_by_part(config, length) == {
+        "lightning attention": 2 * counted(lambda x: lightning_attention(x, config)),
+        "softmax attention": counted(lambda x: softmax_attention(x, config)),
+        "experts": layers * (counted(lambda x: experts(x, config)) - counted(router)),
+        "router": layers * counted(router),
+        "head": counted(head),
+    }
+
+
+def test_the_parts_are_the_whole() -> None:
+    for name in PRESETS:
+        model = preset(name)
+        assert sum(flops_by_part(model, 4096).values()) == pytest.approx(
+            training_flops(model, [4096]) / 4096, rel=1e-12
+        )
 
 
 def test_m1_is_six_flops_per_active_parameter() -> None:

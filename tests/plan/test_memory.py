@@ -121,7 +121,7 @@ def test_a_cut_down_m1_mid_holds_what_is_planned(name: str, workers: WorkerPool)
     check(planned_run(cut_down(), parallel, train, 2, 384), world_size, workers)
 
 
-MESHES = {
+MESHES: dict[str, list[tuple[int, dict[str, Any]]]] = {
     "tiny": [
         (4, {TP: 2, PP: 2}),
         (8, {TP: 4, EP: 2, ETP: 2}),
@@ -145,7 +145,7 @@ MESHES = {
 
 
 def test_parameters_are_what_megatron_core_builds_on_every_preset(workers: WorkerPool) -> None:
-    asked = [
+    asked: list[tuple[Config, int]] = [
         (planned_run(preset(name), parallel, {}, 64, 8192), world)
         for name, meshes in MESHES.items()
         for world, parallel in meshes
