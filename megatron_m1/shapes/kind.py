@@ -87,6 +87,42 @@ class Share:
         return 2 if self.parallel.context_parallel_size > 1 else 0
 
 
+type Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one rank exchanges in one micro-batch, in bytes of whole messages.
+
+    Whole: of all ranks' parts where they are gathered, scattered or added; of what the rank sends where it sends.
+    """
+
+    group: str
+    """As ``plan.ranks`` names groups: TP, CP, EP, ETP, or several with ``x`` between."""
+    collective: Collective
+    forward: float
+    backward: float
+    module: str = ""
+    """That recomputation may name, in which the forward message is sent."""
+    is_repeated: bool = True
+    """A forward pass that is computed again sends it again."""
+
+    def sent(self, recomputed: frozenset[str], *, layers_again: bool) -> float:
+        """Bytes of a micro-batch; ``layers_again``: whole layers are computed again."""
+        again = self.is_repeated and (layers_again or self.module in recomputed)
+        return self.forward * (2 if again else 1) + self.backward
+
+
+def parallel_linears(model: ModelConfig, share: Share) -> list[Message]:
+    """Messages of a sub-layer whose first matrix is split by columns and whose last one by rows.
+
+    Tokens are gathered before the first one, and again for its gradient, as are the output's gradients; the output and
+    the input's gradients are scattered.
+    """
+    size = share.tokens * model.hidden_size * share.itemsize
+    return [Message("TP", "all-gather", size, 2 * size), Message("TP", "reduce-scatter", size, size)]
+
+
 class LayerShape(ABC):
     """A kind of sub-layer, of any model: it holds nothing, and reads its sizes from the model's configuration.
 
@@ -133,6 +169,10 @@ class LayerShape(ABC):
         Raises:
             ValueError: one line that names the value and the fix.
         """
+
+    def messages(self, model: ModelConfig, share: Share) -> list[Message]:
+        """What a rank exchanges in a micro-batch, also over groups of one rank; default: as ``parallel_linears``."""
+        return parallel_linears(model, share)
 
     def working_bytes(self, model: ModelConfig, share: Share) -> int:
         """Most bytes that the sub-layer's backward pass needs for a while, besides what is kept."""

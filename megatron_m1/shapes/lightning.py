@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from megatron_m1.config.tree import ModelConfig
-from megatron_m1.shapes.kind import MixerShape, Parameter, Share
+from megatron_m1.shapes.kind import Message, MixerShape, Parameter, Share, parallel_linears
 
 GROUP = "lightning attention"
 
@@ -52,6 +52,16 @@ class Lightning(MixerShape):
         """LASP+: the states that all context-parallel ranks send, and this rank's."""
         ranks = share.parallel.context_parallel_size
         return (ranks + 1) * share.entering_states * self.state_bytes(model) // share.tensor
+
+    def messages(self, model: ModelConfig, share: Share) -> list[Message]:
+        """Besides the linears' the norm's sums, and the states of LASP+, which a recomputed pass keeps."""
+        states = share.parallel.context_parallel_size * share.entering_states * self.state_bytes(model) // share.tensor
+        sums = 4 * share.tokens
+        return [
+            *parallel_linears(model, share),
+            Message("TP", "all-reduce", sums, sums, module="core_attn"),
+            Message("CP", "all-gather", states, states, is_repeated=False),
+        ]
 
     def state_bytes(self, model: ModelConfig) -> int:
         """An fp32 matrix a head."""

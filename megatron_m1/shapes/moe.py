@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_m1.config.resolved import ResolvedParallelConfig
 from megatron_m1.config.tree import ModelConfig
-from megatron_m1.shapes.kind import FfnShape, Parameter, Share, check_divides
+from megatron_m1.shapes.kind import FfnShape, Message, Parameter, Share, check_divides
 
 PADDED = 1 / 48
 """Of an expert's rows: on a CPU they are rounded up by a sixteenth at most, a 64th to a 32nd on average."""
@@ -83,6 +83,42 @@ class MixtureOfExperts(FfnShape):
         rows = pairs * (1 + parallel.expert_tensor_parallel_size)
         in_part = min(1.0, 2 / parallel.moe_token_groups)
         return int(rows * in_part) * model.hidden_size * share.itemsize
+
+    def messages(self, model: ModelConfig, share: Share) -> list[Message]:
+        """Rows and probabilities to the experts, rows back; gradients likewise; and counts. Of balanced experts."""
+        ranks = share.parallel.expert_model_parallel_size * share.parallel.expert_tensor_parallel_size
+        counts = 8 * model.num_moe_experts
+        loads = Message("TP x CP", "all-reduce", counts, 0, is_repeated=False)
+        is_balanced = model.moe_router_load_balancing_type == "aux_loss" and model.moe_aux_loss_coeff > 0
+        own = [loads] if is_balanced else []
+        if model.moe_token_dispatcher_type == "allgather":
+            return [*own, *self._gathered(model, share, ranks)]
+        groups = share.parallel.moe_token_groups
+        own.append(Message("EP x ETP", "all-gather", counts * groups * ranks, 0, module="" if groups > 1 else "moe"))
+        return [*own, *self._dispatched(model, share)]
+
+    def _dispatched(self, model: ModelConfig, share: Share) -> list[Message]:
+        pairs = share.outside * model.moe_router_topk
+        rows, probabilities = pairs * model.hidden_size * share.itemsize, 4 * pairs
+        tensor = share.parallel.expert_tensor_parallel_size
+        # Token groups send a row once more beside its gradient, instead of a pass that is computed again.
+        is_grouped = share.parallel.moe_token_groups > 1
+        more = rows if is_grouped and "moe" in share.recomputed else 0
+        module = "" if is_grouped else "moe"
+        both = 2 * rows + probabilities
+        return [
+            Message("EP", "all-to-all", both, both + more, module),
+            Message("ETP", "all-gather", tensor * (rows + probabilities), tensor * (rows + more), module),
+            Message("ETP", "reduce-scatter", tensor * rows, tensor * (rows + probabilities), module),
+        ]
+
+    def _gathered(self, model: ModelConfig, share: Share, ranks: int) -> list[Message]:
+        tokens = share.outside * ranks
+        rows, scores = tokens * model.hidden_size * share.itemsize, 4 * tokens * model.num_moe_experts
+        return [
+            Message("EP x ETP", "all-gather", rows + scores * 5 / 4, rows, "moe"),
+            Message("EP x ETP", "reduce-scatter", rows, rows + scores, "moe"),
+        ]
 
     def check(self, model: ModelConfig) -> None:
         """A token visits two experts or more, there are as many, and a bias has scores that it can be added to.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_m1.config.tree import ModelConfig
-from megatron_m1.shapes.kind import MixerShape, Parameter, Share
+from megatron_m1.shapes.kind import Message, MixerShape, Parameter, Share, parallel_linears
 
 GROUP = "softmax attention"
 MOST_FLASH_CHANNELS = 256
@@ -74,6 +74,27 @@ class Softmax(MixerShape):
             return 0
         key_value = max(1, model.num_query_groups // share.tensor) * model.kv_channels
         return share.tokens * 2 * key_value * (2 * share.itemsize + 3 * 4)
+
+    def messages(self, model: ModelConfig, share: Share) -> list[Message]:
+        """Besides the linears' the ring's, of the rank that sends most, for a pack of one document in zigzag order.
+
+        Of 2 R segments rank r has r and 2 R - 1 - r. All others attend to the first, the ranks before it to the second:
+        the last rank sends both to all, and gets the first one of each.
+        """
+        ranks = share.parallel.context_parallel_size
+        key_value = max(1, model.num_query_groups // share.tensor) * model.kv_channels
+        sent, received = (ranks - 1) * share.tokens, (ranks - 1) * share.tokens / 2
+        keys, gradients = 2 * key_value * share.itemsize, 2 * key_value * 4
+        found = [
+            *parallel_linears(model, share),
+            Message("CP", "send", sent * keys, sent * keys + received * gradients, module="core_attn"),
+        ]
+        if model.num_query_groups < share.tensor:
+            # megatron-core puts the whole projection together, and each rank takes its heads' groups.
+            width = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+            size = share.tokens * width * share.itemsize
+            found += [Message("TP", "all-gather", size, 0), Message("TP", "reduce-scatter", 0, size)]
+        return found
 
     def cache_bytes_per_token(self, model: ModelConfig, itemsize: int) -> int:
         """A key and a value a group."""
