@@ -53,7 +53,7 @@ setup(
     python_requires=">=3.12",
     packages=PACKAGES,
     package_dir=ROOMS,
-    package_data={"megatron_m1": ["py.typed"]},
+    package_data={"megatron_m1": ["py.typed"], "megatron_m1.plan": ["hardware.yaml"]},
     install_requires=[
         "torch>=2.11",  # tensors, autograd, process groups, torchrun
         "triton>=3.6; platform_system == 'Linux'",  # GPU kernels

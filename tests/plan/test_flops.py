@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_m1.config import ModelConfig
 from megatron_m1.config.presets import PRESETS, m1_456b, preset
-from megatron_m1.plan.flops import flops_by_part, peak_bf16_flops, training_flops
+from megatron_m1.plan.flops import flops_by_part, training_flops
 
 DOCUMENTS = [3, 1, 4]
 
@@ -135,20 +135,3 @@ def test_documents_cost_less_than_one_sequence() -> None:
 def test_empty_document_is_refused() -> None:
     with pytest.raises(ValueError, match="a document has 0 tokens"):
         training_flops(small_model(), [3, 0])
-
-
-@pytest.mark.parametrize(
-    ("name", "flops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA GB200", 2500e12),
-        ("NVIDIA H1000", None),
-        ("cpu", None),
-    ],
-)
-def test_peak(name: str, flops: float | None) -> None:
-    assert peak_bf16_flops(name) == flops
