@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "from our checkpoints to Hugging Face folders, and back",
     "generate": "continue prompts with a checkpoint, a run or a Hugging Face folder",
     "inspect": "parameter counts of a preset, contents of a checkpoint or of a run folder",
+    "plan": "memory, messages and time of a configuration on GPUs that you need not have",
     "translate": "a command line of Megatron-LM into YAML for pretrain --config",
 }
 

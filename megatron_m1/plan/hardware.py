@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_m1.config.io import parse_yaml, unknown
+from megatron_m1.config.io import parse_yaml
 from megatron_m1.printing import shown
 
 OWN = Path(__file__).with_name("hardware.yaml")
@@ -53,7 +53,10 @@ class Hardware:
         """
         names = {known.lower(): known for known in self.gpus}
         if name.lower() not in names:
-            raise unknown("GPU", name, list(self.gpus))
+            raise ValueError(
+                f"nothing is known of a GPU {shown(name)}: choose from {', '.join(self.gpus)}, or describe it in a "
+                "file, --hardware FILE.yaml"
+            )
         gpu = self.gpus[names[name.lower()]]
         missing = [field.name for field in fields(gpu) if getattr(gpu, field.name) is None]
         if missing:

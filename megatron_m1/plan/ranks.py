@@ -49,11 +49,26 @@ def place(rank: int, axes: list[Axis]) -> dict[str, int]:
     return found
 
 
+def first_group(names: str, parallel: ResolvedParallelConfig, world_size: int) -> tuple[int, ...]:
+    """The group of rank 0 over some axes of one grid, of axes named as in ``TP x CP``."""
+    wanted = set(names.split(" x "))
+    members, stride = [0], 1
+    for axis, size in _grid_of(wanted, parallel, world_size):
+        if axis in wanted:
+            members = [member + step * stride for step in range(size) for member in members]
+        stride *= size
+    return tuple(members)
+
+
+def _grid_of(wanted: set[str], parallel: ResolvedParallelConfig, world_size: int) -> list[Axis]:
+    grids = (dense_axes(parallel, world_size), expert_axes(parallel, world_size))
+    return next(grid for grid in grids if wanted <= {name for name, _ in grid})
+
+
 def groups_over(names: str, parallel: ResolvedParallelConfig, world_size: int) -> tuple[tuple[int, ...], ...]:
     """The ranks that differ on some axes of one grid only, of axes named as in ``TP x CP``."""
     wanted = set(names.split(" x "))
-    grids = (dense_axes(parallel, world_size), expert_axes(parallel, world_size))
-    axes = next(grid for grid in grids if wanted <= {name for name, _ in grid})
+    axes = _grid_of(wanted, parallel, world_size)
     found: dict[tuple[int, ...], list[int]] = {}
     for rank in range(world_size):
         others = tuple(value for axis, value in place(rank, axes).items() if axis not in wanted)

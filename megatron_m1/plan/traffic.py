@@ -15,7 +15,7 @@ from megatron_m1.config.pipeline import StageLayers, plan_stages
 from megatron_m1.plan.buffers import chunk_buffers
 from megatron_m1.plan.memory import micro_batches, share_of
 from megatron_m1.plan.parameters import chunk_parameters
-from megatron_m1.plan.ranks import groups_over
+from megatron_m1.plan.ranks import first_group
 from megatron_m1.shapes.kind import Collective, Message, Share
 from megatron_m1.shapes.registry import FFNS, MIXERS, layer_ffns, layer_mixers
 
@@ -57,7 +57,7 @@ def stage_messages(
         sums += [gradient for chunk in chunks for gradient in _gradient_messages(config, chunk, world_size)]
         for group, collective, size in sums:
             if group not in sizes:
-                sizes[group] = len(groups_over(group, config.parallel, world_size)[0])
+                sizes[group] = len(first_group(group, config.parallel, world_size))
             if size and sizes[group] > 1:
                 total[group, collective] = total.get((group, collective), 0) + size
         found.append(total)
@@ -125,7 +125,7 @@ def over_links(
         world_size: of the run.
         node: GPUs of a node.
     """
-    members = groups_over(group, config.parallel, world_size)[0]
+    members = first_group(group, config.parallel, world_size)
     ranks = len(members)
     nodes: dict[int, int] = {}
     for member in members:

@@ -64,8 +64,9 @@ def counted_messages(
     train_step(trained, batch, lr=0.0)
     with Messages() as messages:
         train_step(trained, batch, lr=0.0)
-    names = {dist.group.WORLD.group_name: "world"}
-    sizes = {dist.group.WORLD.group_name: world_size}
+    world = dist.group.WORLD
+    assert world is not None
+    names, sizes = {world.group_name: "world"}, {world.group_name: world_size}
     for field, name in GROUPS.items():
         group = getattr(trained.mesh.groups, field, None)
         if group is not None:

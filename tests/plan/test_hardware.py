@@ -59,7 +59,7 @@ def test_wrong_files(text: str, message: str, tmp_path: Path) -> None:
 def test_a_missing_file_and_an_unknown_gpu(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="can't be read: No such file"):
         load_hardware(tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match="unknown GPU h9000"):
+    with pytest.raises(ValueError, match="nothing is known of a GPU 'h9000'"):
         own_hardware().find("h9000")
     with pytest.raises(
         ValueError, match="nothing says memory_gib, fp32_tflops, nvlink_gb_s, network_gb_s, node of GPU A800"
