@@ -22,21 +22,15 @@ VPP, EP, ETP = (
 FULL = {"recompute_granularity": "full"}
 CORE = {"recompute_granularity": "selective"}
 MOE = CORE | {"recompute_modules": ["moe"]}
-TOKENS, PACKS = 60, 4
+TOKENS, PACKS = 60, 2
 
 MESHES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "dp2": (2, {}, {}, {}),
     "dp2 overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {}, {}),
-    "tp2": (2, {TP: 2}, {}, {}),
     "tp2 full": (2, {TP: 2}, FULL, {}),
     "tp2 etp2": (2, {TP: 2, ETP: 2}, {}, {}),
     "tp4 of two groups": (4, {TP: 4}, CORE, {}),
-    "cp2": (2, {CP: 2}, {}, {}),
     "cp2 full": (2, {CP: 2}, FULL, {}),
-    "cp3": (3, {CP: 3}, CORE, {}),
-    "pp2": (2, {PP: 2}, {}, {}),
     "pp2 interleaved": (2, {PP: 2, VPP: 2}, {}, {}),
-    "ep2": (2, {EP: 2}, {}, {}),
     "ep2 moe": (2, {EP: 2}, MOE, {}),
     "ep2 groups moe": (2, {EP: 2, "moe_token_groups": 2}, MOE, {}),
     "ep2 allgather": (2, {EP: 2}, {}, {"moe_token_dispatcher_type": "allgather"}),
