@@ -22,7 +22,7 @@ VPP, EP, ETP = (
 FULL = {"recompute_granularity": "full"}
 CORE = {"recompute_granularity": "selective"}
 MOE = CORE | {"recompute_modules": ["moe"]}
-TOKENS, PACKS = 60, 2
+TOKENS, PACKS = 60, 4
 
 MESHES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "dp2 overlap": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}, {}, {}),
