@@ -29,6 +29,7 @@ PACKAGES = [
     "megatron_m1.library",
     "megatron_m1.model",
     "megatron_m1.plan",
+    "megatron_m1.report",
     "megatron_m1.runtime",
     "megatron_m1.runtime.pool",
     "megatron_m1.shapes",
@@ -38,9 +39,11 @@ PACKAGES = [
     "megatron_m1.kernels.matmul",
     "megatron_m1.kernels.rmsnorm",
     "megatron_m1.parallel.expert",
+    "megatron_m1.data.chat",
     "megatron_m1.data.corpora",
     "megatron_m1.data.demo",
     "megatron_m1.data.packed",
+    "megatron_m1.data.stream",
     "megatron_m1.data.tokenize",
     "megatron_m1.data.tokenizers",
 ]
@@ -53,12 +56,18 @@ setup(
     python_requires=">=3.12",
     packages=PACKAGES,
     package_dir=ROOMS,
-    package_data={"megatron_m1": ["py.typed"], "megatron_m1.plan": ["hardware.yaml"]},
+    package_data={
+        "megatron_m1": ["py.typed"],
+        "megatron_m1.data.chat": ["templates/*.jinja"],
+        "megatron_m1.plan": ["hardware.yaml"],
+        "megatron_m1.report": ["page.html"],
+    },
     install_requires=[
         "torch>=2.11",  # tensors, autograd, process groups, torchrun
         "triton>=3.6; platform_system == 'Linux'",  # GPU kernels
         "megatron-core>=0.19.2,<0.20",  # TP, PP, EP, distributed optimizer, dist_checkpointing, datasets
         "transformers>=5.10",  # tokenizer folders without tokenizer.json, and the native MiniMax model
+        "jinja2>=3.1.6",  # chat templates, which transformers renders with it
         "numpy>=2.0",  # token files
         "safetensors>=0.5",  # weights of Hugging Face folders
         "tokenizers>=0.21",  # Hugging Face tokenizers
@@ -83,9 +92,16 @@ setup(
             "types-PyYAML",  # types
             "types-psutil",  # types
             "matplotlib>=3.9",  # plots of benchmarks
+            "bokeh>=3.10",  # as the extra report has it
             "wandb>=0.18",  # its offline mode, as the extra below has it
+            "lm-eval>=0.4.13,<0.5",  # standard tasks, as the extra below has it
         ],
+        "eval": ["lm-eval>=0.4.13,<0.5", "matplotlib>=3.9"],  # evaluate: standard tasks, pictures
         "wandb": ["wandb>=0.18"],  # runs on Weights & Biases
+        "report": [
+            "bokeh>=3.10",  # charts in one HTML file that can be zoomed; its script is half as large as Plotly's
+            "jinja2>=3.1",  # the page around them
+        ],
         "gpu": ["transformer-engine[pytorch]>=2.5"],
     },
     entry_points={"console_scripts": ["megatron-m1 = megatron_m1.cli:main"]},

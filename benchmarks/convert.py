@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -24,18 +23,22 @@ from typing import Any
 
 import torch
 
-from megatron_m1.checkpoint.folder import read_manifest
-from megatron_m1.cli import run
-from megatron_m1.config import ModelConfig
-from megatron_m1.convert.families.minimax_m1.config import hub_config
-from megatron_m1.convert.families.minimax_m1.weights import units
-from megatron_m1.convert.hub_folder import open_hub_folder
-from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf
-from megatron_m1.convert.places import INDEX
-from megatron_m1.convert.safetensors_files import Entry, StreamedFile
-from megatron_m1.convert.work import Ranks
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for benchmarks.common
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from benchmarks.common.memory import PeakMemory  # noqa: E402
+from megatron_m1.checkpoint.folder import read_manifest  # noqa: E402
+from megatron_m1.cli import run  # noqa: E402
+from megatron_m1.config import ModelConfig  # noqa: E402
+from megatron_m1.convert.families.minimax_m1.config import hub_config  # noqa: E402
+from megatron_m1.convert.families.minimax_m1.weights import units  # noqa: E402
+from megatron_m1.convert.hub_folder import open_hub_folder  # noqa: E402
+from megatron_m1.convert.load_hf import CHECKPOINT, LoadOptions, load_hf  # noqa: E402
+from megatron_m1.convert.places import INDEX  # noqa: E402
+from megatron_m1.convert.safetensors_files import Entry, StreamedFile  # noqa: E402
+from megatron_m1.convert.work import Ranks  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
 MODEL = ModelConfig(
     num_layers=16,
     hidden_size=1024,
@@ -80,38 +83,6 @@ def write_model(folder: Path, model: ModelConfig) -> int:
     (folder / "config.json").write_text(json.dumps(hub_config(model, torch.bfloat16, 4096)))
     (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weights}))
     return total
-
-
-def anonymous_memory() -> int:
-    """Resident bytes of this process that no file backs."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("no RssAnon in /proc/self/status: this needs Linux")
-
-
-class PeakMemory:
-    """The most anonymous memory while the block runs, beyond what there was before, sampled every 2 ms."""
-
-    def __enter__(self) -> PeakMemory:
-        self.before = self.peak = anonymous_memory()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.002):
-            self.peak = max(self.peak, anonymous_memory())
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    @property
-    def extra(self) -> int:
-        """Bytes."""
-        return self.peak - self.before
 
 
 def measure_alone(direction: str, source: Path, out: Path) -> dict[str, float]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 import megatron_m1
-from megatron_m1.config.io import unknown
+from megatron_m1.config.fields import unknown
 from megatron_m1.launch import report_error
 from megatron_m1.library.quiet import silence_libraries
 from megatron_m1.printing import guard_streams, keep_output
@@ -18,8 +18,10 @@ COMMANDS = {
     "tokenize": "turn JSONL, text or Parquet files into .bin/.idx token files",
     "convert": "from our checkpoints to Hugging Face folders, and back",
     "generate": "continue prompts with a checkpoint, a run or a Hugging Face folder",
+    "evaluate": "perplexity, needle retrieval and standard tasks of a checkpoint, on any mesh",
     "inspect": "parameter counts of a preset, contents of a checkpoint or of a run folder",
     "plan": "memory, messages and time of a configuration on GPUs that you need not have",
+    "report": "one HTML page of what runs have recorded",
     "translate": "a command line of Megatron-LM into YAML for pretrain --config",
 }
 

@@ -20,6 +20,7 @@ from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
 from megatron_m1.kernels.matmul import ieee_fp32_matmul, matmul, matmul_add_
+from megatron_m1.parallel.weight_gradient import main_gradient, mark_added
 
 
 def vocab_parallel_loss(
@@ -53,14 +54,50 @@ def vocab_parallel_loss(
     Raises:
         ValueError: labels are not as many as the ranks' tokens, or there is no memory for a chunk.
     """
+    _check(hidden, labels, group, chunk_bytes)
+    loss: Tensor = _VocabParallelLoss.apply(hidden, weight, labels, group, chunk_bytes, ieee_fp32)
+    return loss
+
+
+@torch.no_grad()
+def vocab_parallel_choice(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup,
+    chunk_bytes: int,
+    ieee_fp32: bool,
+) -> tuple[Tensor, Tensor]:
+    """The loss of every token's label, as ``vocab_parallel_loss``, and the most likely token instead of gradients.
+
+    Args and errors are those of ``vocab_parallel_loss``; one chunk's logits exist at a time here as well.
+
+    Returns:
+        fp32 [T], and int64 [T], the row with the highest logit (the first of equals); both the same on all ranks.
+    """
+    _check(hidden, labels, group, chunk_bytes)
+    labels = labels.reshape(group.size(), -1)  # [T] -> [tp, T / tp]
+    chunks = _chunks(hidden.shape[0], group.size(), weight, chunk_bytes)
+    choice = torch.empty_like(labels, dtype=torch.int64)
+    top, total, target, _ = _statistics(hidden, weight, labels, chunks, group, ieee_fp32=ieee_fp32, choice=choice)
+    if group.size() > 1:
+        own_top = top.clone()
+        _combine(top, total, target, group)
+        rows = weight.shape[0]
+        # No row for the ranks that have not the highest: the least number is the first of equals.
+        choice = torch.where(own_top == top, choice + group.rank() * rows, group.size() * rows)
+        dist.all_reduce(choice, op=dist.ReduceOp.MIN, group=group)
+    return _loss(labels, top, total, target), choice.flatten()
+
+
+def _check(hidden: Tensor, labels: Tensor, group: dist.ProcessGroup, chunk_bytes: int) -> None:
     if labels.shape != (group.size() * hidden.shape[0],):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}: give one for each of {group.size()} x {hidden.shape[0]} tokens"
         )
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes is {chunk_bytes}: give at least 1")
-    loss: Tensor = _VocabParallelLoss.apply(hidden, weight, labels, group, chunk_bytes, ieee_fp32)
-    return loss
 
 
 def vocab_logits(hidden: Tensor, weight: Tensor, *, ieee_fp32: bool) -> Tensor:
@@ -135,15 +172,59 @@ def _combine(top: Tensor, total: Tensor, target: Tensor, group: dist.ProcessGrou
     target.copy_(sums[1])
 
 
-class _WeightGradient:
-    """Where a weight's gradient is summed: in DDP's buffer, or in fp32 memory of its own.
+def _statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunks: Sequence[slice],
+    group: dist.ProcessGroup,
+    *,
+    ieee_fp32: bool,
+    choice: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What this rank's vocabulary says of every token, chunk by chunk.
 
-    DDP skips a gradient that its layer says is in ``main_grad`` already; what autograd then gets is a placeholder.
+    Args:
+        hidden, weight, group, ieee_fp32: as of ``vocab_parallel_loss``.
+        labels: [tp, T / tp].
+        chunks: of ``_chunks``.
+        choice: int64 [tp, T / tp]; if given, filled with the column of each token's highest logit, the first of equals.
+
+    Returns:
+        fp32 [tp, T / tp] each: highest logit, sum of the exponentials of the differences to it, and the label's logit,
+        0 where the label is another rank's; and those exponentials of the last chunk, [tp * c, V / tp].
     """
+    ranks = group.size()
+    top, total, target = (hidden.new_empty(labels.shape, dtype=torch.float32) for _ in range(3))
+    with _precision(hidden, ieee_fp32=ieee_fp32):
+        for rows, tokens in zip(chunks, _gathered(hidden, chunks, group, weight.dtype), strict=True):
+            logits = None  # frees the last chunk's, so that there never are two at a time
+            logits = matmul(tokens, weight.t()).float()  # [tp * c, V / tp]
+            own, column = _columns(labels[:, rows].flatten(), weight, group)
+            highest = logits.amax(dim=1)
+            if choice is not None:
+                choice[:, rows] = logits.argmax(dim=1).view(ranks, -1)
+            # [tp * c] -> [tp, c]
+            top[:, rows] = highest.view(ranks, -1)
+            target[:, rows] = torch.where(own, logits.gather(1, column).squeeze(1), 0.0).view(ranks, -1)
+            total[:, rows] = logits.sub_(highest.unsqueeze(1)).exp_().sum(dim=1).view(ranks, -1)
+    assert logits is not None
+    return top, total, target, logits
+
+
+def _loss(labels: Tensor, top: Tensor, total: Tensor, target: Tensor) -> Tensor:
+    """Loss of every token, [T], from what the whole vocabulary says of it, [tp, T / tp] each."""
+    # Two differences of numbers that may be large: log-sum-exp first would lose digits.
+    loss = total.log() + (top - target)
+    return torch.where(labels >= 0, loss, 0.0).flatten()
+
+
+class _WeightGradient:
+    """Where a weight's gradient is summed: in DDP's buffer, or in fp32 memory of its own."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
-        self._main: Tensor | None = getattr(weight, "main_grad", None)
+        self._main = main_gradient(weight)
         self._total = torch.zeros_like(weight, dtype=torch.float32) if self._main is None else self._main
 
     def add(self, a: Tensor, b: Tensor) -> None:
@@ -152,8 +233,7 @@ class _WeightGradient:
     def result(self) -> Tensor:
         if self._main is None:
             return self._total.to(self._weight.dtype)
-        self._weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        return torch.empty_like(self._weight)
+        return mark_added([self._weight])[0]
 
 
 class _VocabParallelLoss(torch.autograd.Function):
@@ -170,27 +250,14 @@ class _VocabParallelLoss(torch.autograd.Function):
         ranks = group.size()
         labels = labels.reshape(ranks, -1)  # [T] -> [tp, T / tp]
         chunks = _chunks(hidden.shape[0], ranks, weight, chunk_bytes)
-        # per token, as the labels: [tp, T / tp] each
-        top, total, target = (hidden.new_empty(labels.shape, dtype=torch.float32) for _ in range(3))
-        with _precision(hidden, ieee_fp32=ieee_fp32):
-            for rows, tokens in zip(chunks, _gathered(hidden, chunks, group, weight.dtype), strict=True):
-                logits = None  # frees the last chunk's, so that there never are two at a time
-                logits = matmul(tokens, weight.t()).float()  # [tp * c, V / tp]
-                own, column = _columns(labels[:, rows].flatten(), weight, group)
-                highest = logits.amax(dim=1)
-                # [tp * c] -> [tp, c]
-                top[:, rows] = highest.view(ranks, -1)
-                target[:, rows] = torch.where(own, logits.gather(1, column).squeeze(1), 0.0).view(ranks, -1)
-                total[:, rows] = logits.sub_(highest.unsqueeze(1)).exp_().sum(dim=1).view(ranks, -1)
-        ctx.kept_top = top[:, rows].clone()
+        top, total, target, logits = _statistics(hidden, weight, labels, chunks, group, ieee_fp32=ieee_fp32)
+        ctx.kept_top = top[:, chunks[-1]].clone()
         if ranks > 1:
             _combine(top, total, target, group)
         ctx.save_for_backward(hidden, weight, labels, top, total)
         ctx.kept = logits
         ctx.chunks, ctx.group, ctx.ieee_fp32 = chunks, group, ieee_fp32
-        # Two differences of numbers that may be large: log-sum-exp first would lose digits.
-        loss = total.log() + (top - target)
-        return torch.where(labels >= 0, loss, 0.0).flatten()
+        return _loss(labels, top, total, target)
 
     @staticmethod
     @once_differentiable

@@ -15,7 +15,7 @@ import torch
 from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_m1 import cli
-from megatron_m1.commands import pretrain
+from megatron_m1.commands import launching
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.written import write_config
 from megatron_m1.data.demo.corpus import MAX_VOCAB_SIZE, check_own_data
@@ -352,7 +352,7 @@ def test_not_resuming_refuses_a_folder_with_checkpoints(command: Run, corpus: Pa
 
 def test_workers_do_not_see_the_launch_options() -> None:
     given = ["--nproc-per-node", "2", "--train.seed", "3", "--nproc-per-node=4", "--run.resume", "false"]
-    assert pretrain.without_launch_options(given) == ["--train.seed", "3", "--run.resume", "false"]
+    assert launching.without_launch_options(given) == ["--train.seed", "3", "--run.resume", "false"]
 
 
 @pytest.fixture
@@ -375,7 +375,7 @@ def test_inspect_shows_a_run_and_its_newest_checkpoint(command: Run, run_folder:
     lines = out.splitlines()
     assert lines[0] == f"run {run_folder}: step_00000020"
     assert f"step 20, {20 * 8 * 512:,} tokens" in lines[2]
-    assert "    max_steps: 1000" in lines
+    assert "    max_steps: null" in lines
     assert [" ".join(line.split()) for line in lines[-2:]] == [
         "layer.weight bfloat16 [3, 5] 30 bytes",
         "moment float32 [7] 28 bytes",

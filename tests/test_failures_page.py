@@ -54,7 +54,10 @@ def test_numbers_of_the_page() -> None:
     assert f"status {HUNG_EXIT_CODE}." in PAGE
     assert f"The first step has {FIRST_STEP_SECONDS:.0f} s more" in PAGE
     tree = (ROOT / "megatron_m1" / "config" / "tree.py").read_text()
-    for name, default in (("distributed_timeout_seconds", "600"), ("max_skipped_steps", "5")):
+    for name, default in (
+        *[("distributed_timeout_seconds", "600"), ("max_skipped_steps", "5"), ("spike_factor", "5")],
+        *[("spike_window", "128"), ("max_spikes", "10")],
+    ):
         assert re.search(rf"    {name}: \w+ = {default}(\.0)?\n", tree)
         assert f"{name}` ({default})" in PAGE
     assert "${MAX_RESTARTS:=3}" in (ROOT / "examples" / "pretrain_m1.sbatch").read_text()

@@ -17,7 +17,7 @@ from torch.distributed import checkpoint as torch_checkpoint
 
 from megatron_m1.data.tokenizers import train_sentencepiece
 
-HEAVY = {"torch", "megatron", "transformers", "tensorboard", "wandb", "triton"}
+HEAVY = {"torch", "megatron", "transformers", "tensorboard", "wandb", "triton", "bokeh"}
 MOST_MODULES = 700
 """Of a command that ends with a line about wrong input; torch alone has a thousand."""
 CODE = """\
@@ -83,8 +83,13 @@ WRONG = [
     "pretrain --data.train [no] --data.tokenizer t.model --run.folder r",
     "pretrain --data.train [no] --data.tokenizer no.model --run.folder r",
     "pretrian",
+    "evaluate no-run",
+    "evaluate hub",
+    "evaluate run --train.max_steps 3",
     "generate no-run --prompt a",
     "generate wrong.yaml --prompt a",
+    "report no-run",
+    "report run",
     "convert to-hf no-run out",
     "convert to-hf run/checkpoints out",
     "convert from-hf no-folder out",
@@ -97,6 +102,8 @@ LIGHT = [
     "--help",
     "pretrain --help",
     "tokenize --help",
+    "evaluate --help",
+    "report --help",
     "inspect run",
     "inspect run --tensors",
     "inspect --preset m1-456b",

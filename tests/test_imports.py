@@ -65,17 +65,20 @@ FLOORS = (
     "config",
     "plan launch",
     "runtime layers",
-    "model evaluation",
+    "model",
+    "evaluation.ngrams",
     "checkpoint",
-    "convert",
+    "convert report",
     "training generate",
     "library",
+    "evaluation",
     "commands",
     "cli",
 )
 """The rooms inside ``megatron_m1``, from the ground up: a file imports its own room and lower floors.
 
-One room has three floors: kinds of layers read the trees of configuration, whose rules (``config.resolve``) ask them.
+Two rooms have several floors: kinds of layers read the trees of configuration, whose rules (``config.resolve``) ask
+them; and a run compares its loss with n-gram models, while other evaluations use what runs are made of.
 """
 
 

@@ -38,4 +38,4 @@ class SlowExperts(OneByOne):
         """As ``OneByOne``'s, later."""
         begun = time.monotonic()
         super().add_weight_gradients(pending, totals, more=more)
-        self._sleep(begun, sum(len(part.grad) for part in pending))
+        self._sleep(begun, sum(len(part.fc2[0]) for part in pending if part.fc2 is not None))

@@ -32,6 +32,8 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 12
 _SIDECAR_BYTES = 1 << 20
 """A sidecar is far smaller; a larger file of that name holds somebody's documents."""
 _SIDECAR_KEYS: dict[str, type[object]] = {"tokenizer_digest": str, "documents": int, "tokens": int}
+LOSS_MASK_KEY = "loss_mask"
+"""Of a sidecar: the name of the file that tells which tokens are learnt, if there is one."""
 _SIDECAR_BEGINNING = b'{\n "tokenizer_digest"'
 
 
@@ -74,8 +76,22 @@ def is_sidecar(path: Path) -> bool:
 
 def is_split_part(prefix: str) -> bool:
     """Whether ``prefix`` is what ``tokenize --split`` held out of a corpus, or left of it."""
+    return _says(prefix, "split")
+
+
+def is_bucket(prefix: str) -> bool:
+    """Whether ``prefix`` is what ``tokenize --length-buckets`` took of a corpus by its length."""
+    return _says(prefix, "bucket")
+
+
+def names_loss_mask(prefix: str) -> bool:
+    """Whether the sidecar of ``prefix`` says that there is a loss mask; False if it can't be read."""
+    return _says(prefix, LOSS_MASK_KEY)
+
+
+def _says(prefix: str, key: str) -> bool:
     try:
-        return "split" in (_sidecar_content(sidecar_path(prefix)) or {})
+        return key in (_sidecar_content(sidecar_path(prefix)) or {})
     except (OSError, ValueError):
         return False
 

@@ -11,11 +11,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -23,7 +25,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_m1.data.corpora.blend import check_blend, parse_blend
 from megatron_m1.data.corpora.ids import check_token_ids
-from megatron_m1.data.corpora.prefix import fingerprint
+from megatron_m1.data.corpora.loss_mask import open_loss_mask
+from megatron_m1.data.corpora.prefix import check_prefix, fingerprint
+from megatron_m1.data.packed.sample import DocumentPiece, PackedSample
 from megatron_m1.files import file_lock
 
 
@@ -40,73 +44,6 @@ class TokenizerFacts(Protocol):
 
     def digest(self) -> str:
         """Hash of its content."""
-
-
-@dataclass(frozen=True, eq=False)
-class PackedSample:
-    """One pack of n tokens: documents (the first and the last may be cut) end to end."""
-
-    tokens: torch.Tensor
-    """int64 [n]."""
-    labels: torch.Tensor
-    """int64 [n], the token after each."""
-    loss_mask: torch.Tensor
-    """float32 [n]: 0 where the label is the first token of another document, else 1."""
-    cu_seqlens: torch.Tensor
-    """int32 [documents + 1], strictly rising from 0 to n: where documents start and end."""
-    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Further tensors [n, ...] by name, a row a token: what an objective reads besides these."""
-    padding: Mapping[str, float] = field(default_factory=dict)
-    """What each of ``extra`` is padded with where the pack's end is; 0 where nothing is said."""
-
-
-@dataclass(frozen=True)
-class DocumentPiece:
-    """What a pack has of one document."""
-
-    corpus: str
-    """Prefix of the corpus."""
-    document: int
-    """Index of the document there."""
-    offset: int
-    """Tokens of the document before this piece; they are in another pack."""
-    start: int
-    """First token of the piece in the pack."""
-    end: int
-    """Token after its last."""
-
-
-def pad_pack(sample: PackedSample, tokens: int) -> PackedSample:
-    """``sample`` with as many tokens at its end as make ``tokens``: a document of zeros, its targets masked.
-
-    Raises:
-        ValueError: the sample is longer, or one of ``extra`` has not a row for every token.
-    """
-    length = len(sample.tokens)
-    if length > tokens:
-        raise ValueError(f"a pack of {length} tokens can't be padded to {tokens}")
-    for name, rows in sample.extra.items():
-        if rows.dim() == 0 or len(rows) != length:
-            raise ValueError(
-                f"extra[{name!r}] has shape {list(rows.shape)}, but the pack {length} tokens: give a row each"
-            )
-    unknown = sorted(sample.padding.keys() - sample.extra.keys())
-    if unknown:
-        raise ValueError(f"padding names {unknown[0]!r}, which extra does not have: name one of {sorted(sample.extra)}")
-    if length == tokens:
-        return sample
-
-    def padded(rows: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-        return torch.cat((rows, rows.new_full((tokens - length, *rows.shape[1:]), value)))
-
-    return PackedSample(
-        padded(sample.tokens),
-        padded(sample.labels),
-        padded(sample.loss_mask),
-        torch.cat((sample.cu_seqlens, sample.cu_seqlens.new_tensor([tokens]))),
-        {name: padded(rows, sample.padding.get(name, 0.0)) for name, rows in sample.extra.items()},
-        sample.padding,
-    )
 
 
 @dataclass(frozen=True)
@@ -139,7 +76,30 @@ class _DocumentPacks(GPTDataset):
         sample = super().__getitem__(idx)
         _, offset_of_label = self.sample_index[int(self.shuffle_index[idx]) + 1]
         sample["label_opens_document"] = torch.tensor(int(offset_of_label) == 0)
+        if self._learnt is not None:
+            sample["label_is_learnt"] = torch.from_numpy(self._labels_learnt(idx, self._learnt) != 0)
         return sample
+
+    @cached_property
+    def _learnt(self) -> npt.NDArray[np.uint8] | None:
+        """A byte a token of the corpus, 0 for what is no label; None where all are."""
+        prefix = self.dataset.path_prefix
+        return open_loss_mask(prefix, check_prefix(prefix).tokens)
+
+    def _labels_learnt(self, idx: int, learnt: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """What ``learnt`` says of each label of pack ``idx`` [n]."""
+        index = self.dataset.index
+        item = index.dtype_size
+        parts = []
+        for piece in self.pieces(idx):
+            start = int(index.sequence_pointers[piece.document]) // item + piece.offset
+            parts.append(learnt[start : start + piece.end - piece.start])
+        place, offset = self.sample_index[int(self.shuffle_index[idx]) + 1].tolist()
+        # An empty document has no token to be a label.
+        while index.sequence_lengths[self.document_index[place]] == offset:
+            place, offset = place + 1, 0
+        last = int(index.sequence_pointers[self.document_index[place]]) // item + offset
+        return np.concatenate([*parts, learnt[last : last + 1]])[1:]
 
     def pieces(self, idx: int) -> list[DocumentPiece]:
         """What pack ``idx`` is made of, in its order; it must have been read before, which opens the indices."""
@@ -172,6 +132,8 @@ class PackedDataset:
         tokens, labels = raw["tokens"], raw["labels"]
         # GPTDataset hands out its cached mask itself the first time: changing that one would spoil all later packs.
         loss_mask = raw["loss_mask"].clone()
+        if "label_is_learnt" in raw:
+            loss_mask[~raw["label_is_learnt"]] = 0.0
         if not self.reset_at_documents:
             whole_pack = torch.tensor([0, self.sequence_length], dtype=torch.int32)
             return PackedSample(tokens, labels, loss_mask, whole_pack)
@@ -228,7 +190,8 @@ def build_packed_dataset(
     """
     _check_arguments(sequence_length, num_samples, tokenizer)
     relative_prefixes, weights = parse_blend(blend)
-    check_blend(blend, tokenizer_digest=tokenizer.digest())
+    for summary in check_blend(blend, tokenizer_digest=tokenizer.digest()):
+        open_loss_mask(summary.prefix, summary.tokens)
     prefixes = [os.path.abspath(prefix) for prefix in relative_prefixes]
     with _one_line(Path(cache_folder)):
         check_token_ids(prefixes, vocab_size=tokenizer.vocab_size, cache_folder=Path(cache_folder))

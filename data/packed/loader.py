@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from megatron_m1.data.packed.dataset import PackedSample
+from megatron_m1.data.packed.sample import PackedSample
 
 
 class Packs(Protocol):

@@ -28,16 +28,23 @@ class SkipReason(StrEnum):
     NOT_STRING = "not a string"
     EMPTY = "empty"
     BAD_UTF8 = "bad UTF-8"
+    NOT_CHAT = "not a conversation"
+    REFUSED = "refused by the chat template"
+    NOT_SHOWN = "left out in part by the chat template"
+    NO_LABEL = "without anything to learn"
+    TOO_LONG = "longer than --max-length"
 
 
 class BadDocumentError(Exception):
     """A document that is skipped."""
 
-    def __init__(self, reason: SkipReason, keys: tuple[str, ...] = ()) -> None:
+    def __init__(self, reason: SkipReason, keys: tuple[str, ...] = (), detail: str = "") -> None:
         super().__init__(str(reason))
         self.reason = reason
         self.keys = keys
         """Where the text's key is missing: those that are there, the first few, each as JSON spells it and cut."""
+        self.detail = detail
+        """What is wrong with this one in particular, in a line, where the reason leaves that open."""
 
 
 class Part(Enum):
@@ -115,19 +122,29 @@ def utf8_size(text: str) -> int:
 
 
 def _json_text(line: bytes, text_key: str) -> str:
+    text = record_with(line, text_key)[text_key]
+    if not isinstance(text, str):
+        raise BadDocumentError(SkipReason.NOT_STRING)
+    utf8_size(text)
+    return text
+
+
+def record_with(line: bytes, key: str) -> dict[str, Any]:
+    """The JSON object of a line, which has ``key``.
+
+    Raises:
+        BadDocumentError: it is none, or has not.
+        UnicodeDecodeError: it is none, for it is no UTF-8.
+    """
     record = json_record(line)
     if record is None:
         # Said of the whole line, for bytes that are no UTF-8 usually break its JSON too.
         line.decode("utf-8")
         raise BadDocumentError(SkipReason.NOT_JSON)
-    if text_key not in record:
-        keys = tuple(_short(json.dumps(key)) for key in islice(record, _KEYS_NAMED))
+    if key not in record:
+        keys = tuple(_short(json.dumps(name)) for name in islice(record, _KEYS_NAMED))
         raise BadDocumentError(SkipReason.KEY_MISSING, keys)
-    text = record[text_key]
-    if not isinstance(text, str):
-        raise BadDocumentError(SkipReason.NOT_STRING)
-    utf8_size(text)
-    return text
+    return record
 
 
 def _short(key: str) -> str:

@@ -7,13 +7,16 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_m1.data.chat.options import ChatOptions
 from megatron_m1.data.tokenize.documents import BadDocumentError, Part, RawBatch, SkipReason, decoded, utf8_size
 from megatron_m1.data.tokenize.split import text_mark
 from megatron_m1.data.tokenizers import Tokenizer, load_tokenizer
@@ -40,6 +43,12 @@ class EncodedBatch:
     """UTF-8 bytes of each of these texts."""
     keys: tuple[str, ...] = ()
     """Of the first record without the text's key: its keys."""
+    loss: npt.NDArray[np.uint8] | None = None
+    """Of conversations, for each of ``tokens`` [tokens]: 1 where it is learnt, 0 where not."""
+    details: Mapping[str, str] = field(default_factory=dict)
+    """What is wrong with the first document that is left out, by the reason, where there is more to say."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """What was done to documents that are kept, and how often."""
 
 
 def token_dtype(vocab_size: int) -> type[np.integer[Any]]:
@@ -87,14 +96,36 @@ def encode_batch(tokenizer: Tokenizer, batch: RawBatch, *, text_key: str, append
     return EncodedBatch(tokens, lengths, int(sizes.sum()), +skipped, batch.part, is_blank, marks, sizes, keys)
 
 
-def encode_batch_in_worker(tokenizer_path: Path, batch: RawBatch, text_key: str, append_eod: bool) -> EncodedBatch:
-    """:func:`encode_batch` in a worker process, which loads the tokenizer at its first batch and keeps it."""
-    return encode_batch(_loaded(tokenizer_path), batch, text_key=text_key, append_eod=append_eod)
+@dataclass(frozen=True)
+class Encoder:
+    """How documents become ids. It is sent to worker processes, so it holds paths and not what is loaded from them."""
+
+    tokenizer_path: Path
+    text_key: str
+    """Of a JSON object: what holds its text, or the messages of a conversation."""
+    append_eod: bool
+    """End whole documents with the end mark; conversations end as their template has it."""
+    chat: ChatOptions | None = None
+    """How conversations become text; None takes documents for text."""
+
+    def opened(self, tokenizer: Tokenizer) -> Callable[[RawBatch], EncodedBatch]:
+        """What encodes a batch with ``tokenizer``, that of the path; errors as of ``chat.encode.open_chat``."""
+        if self.chat is None:
+            return partial(encode_batch, tokenizer, text_key=self.text_key, append_eod=self.append_eod)
+        # It imports a part of transformers, which only conversations need.
+        from megatron_m1.data.chat.encode import encode_conversations, open_chat
+
+        return partial(encode_conversations, open_chat(tokenizer, self.tokenizer_path, self.chat), key=self.text_key)
+
+
+def encode_batch_in_worker(encoder: Encoder, batch: RawBatch) -> EncodedBatch:
+    """Encode in a worker process, which loads what that takes at its first batch and keeps it."""
+    return _opened(encoder)(batch)
 
 
 @functools.cache
-def _loaded(path: Path) -> Tokenizer:
-    return load_tokenizer(path)
+def _opened(encoder: Encoder) -> Callable[[RawBatch], EncodedBatch]:
+    return encoder.opened(load_tokenizer(encoder.tokenizer_path))
 
 
 def prepare_worker() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_m1.data.tokenize.documents import RawBatch
-from megatron_m1.data.tokenize.encode import EncodedBatch, encode_batch_in_worker, prepare_worker
+from megatron_m1.data.tokenize.encode import EncodedBatch, Encoder, encode_batch_in_worker, prepare_worker
 
 _BATCHES_AHEAD = 4
 """Batches in flight per worker: bounds the memory however large the input is."""
@@ -28,10 +28,8 @@ _HELD_BYTES = 1 << 26
 
 def encode_in_pool(
     batches: Iterator[RawBatch],
-    tokenizer_path: Path,
+    encoder: Encoder,
     *,
-    text_key: str,
-    append_eod: bool,
     workers: int,
     folder: Path,
 ) -> Generator[tuple[int, EncodedBatch]]:
@@ -42,9 +40,7 @@ def encode_in_pool(
 
     Args:
         batches: read one by one, as processes come free.
-        tokenizer_path: every process loads it.
-        text_key: JSON key of the text.
-        append_eod: end whole documents with the end mark.
+        encoder: what every process does to a batch.
         workers: at least 1.
         folder: for a file without a name with results that wait.
 
@@ -62,7 +58,7 @@ def encode_in_pool(
         with _Shelf(folder) as shelf:
             while True:
                 while _has_room(running.values(), workers) and (batch := next(batches, None)) is not None:
-                    future = pool.submit(encode_batch_in_worker, tokenizer_path, batch, text_key, append_eod)
+                    future = pool.submit(encode_batch_in_worker, encoder, batch)
                     running[future] = _Waiting(batch.file, batch.size, batch.file_bytes)
                     waiting.append(running[future])
                 if not waiting:
@@ -117,22 +113,32 @@ class _Shelf:
 
     def put(self, result: EncodedBatch) -> Callable[[], EncodedBatch]:
         """Keep a result; what is returned gives it back, once."""
-        if self._held + result.tokens.nbytes <= _HELD_BYTES:
-            self._held += result.tokens.nbytes
+        size = _array_bytes(result)
+        if self._held + size <= _HELD_BYTES:
+            self._held += size
             return partial(self._from_memory, result)
         place = self._file.seek(0, os.SEEK_END)
         self._file.write(result.tokens)
+        if result.loss is not None:
+            self._file.write(result.loss)
         self._stored += 1
-        return partial(self._from_file, replace(result, tokens=result.tokens[:0].copy()), place, result.tokens.size)
+        loss = None if result.loss is None else result.loss[:0].copy()
+        rest = replace(result, tokens=result.tokens[:0].copy(), loss=loss)
+        return partial(self._from_file, rest, place, result.tokens.size)
 
     def _from_memory(self, result: EncodedBatch) -> EncodedBatch:
-        self._held -= result.tokens.nbytes
+        self._held -= _array_bytes(result)
         return result
 
     def _from_file(self, result: EncodedBatch, place: int, size: int) -> EncodedBatch:
         self._file.seek(place)
-        content = self._file.read(size * result.tokens.itemsize)
+        tokens = np.frombuffer(self._file.read(size * result.tokens.itemsize), dtype=result.tokens.dtype)
+        loss = None if result.loss is None else np.frombuffer(self._file.read(size), dtype=np.uint8)
         self._stored -= 1
         if not self._stored:
             self._file.truncate(0)
-        return replace(result, tokens=np.frombuffer(content, dtype=result.tokens.dtype))
+        return replace(result, tokens=tokens, loss=loss)
+
+
+def _array_bytes(result: EncodedBatch) -> int:
+    return result.tokens.nbytes + (0 if result.loss is None else result.loss.nbytes)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_m1.data.corpora.prefix import bin_path, idx_path, is_index_of_sidecar, is_sidecar, sidecar_path
+from megatron_m1.data.corpora.loss_mask import loss_path
+from megatron_m1.data.corpora.prefix import (
+    bin_path,
+    idx_path,
+    is_bucket,
+    is_index_of_sidecar,
+    is_sidecar,
+    is_split_part,
+    names_loss_mask,
+    sidecar_path,
+)
 from megatron_m1.files import check_writable, refuse_overwriting
 
+_ENDS = re.compile(r"(_(up_to|over)_\d+)?(_validation|_test)?")
+"""What ``tokenize`` puts behind a prefix."""
 WORKING_MARK = ".tokenize"
 """A file in the working folder, which tells it from somebody's folder of the same name."""
 
@@ -37,7 +51,7 @@ def check_outputs(prefix: str, files: Sequence[Path], tokenizer: Path) -> None:
             f"the output {prefix!r} ends in no name that .bin, .idx and .json can follow: give one, such as "
             f"{os.path.join(prefix, 'corpus')}"
         )
-    outputs = [bin_path(prefix), idx_path(prefix), sidecar_path(prefix)]
+    outputs = [bin_path(prefix), idx_path(prefix), sidecar_path(prefix), loss_path(prefix)]
     read = [*files, tokenizer, *(tokenizer.rglob("*") if tokenizer.is_dir() else ())]
     refuse_overwriting([*outputs, working_path(prefix)], read)
     there = [path for path in outputs if os.path.lexists(path)]
@@ -47,12 +61,48 @@ def check_outputs(prefix: str, files: Sequence[Path], tokenizer: Path) -> None:
             f"{there[0]} is there, and not by megatron-m1 tokenize ({sidecar_path(prefix)} would say so): move it, or "
             "choose another output"
         )
+    if os.path.lexists(loss_path(prefix)) and not names_loss_mask(prefix):
+        raise ValueError(
+            f"{loss_path(prefix)} is there, and {sidecar_path(prefix)} does not name it: move it, or choose another "
+            "output"
+        )
     if idx_path(prefix).exists() and not is_index_of_sidecar(prefix):
         raise ValueError(
             f"{idx_path(prefix)} is there, and {sidecar_path(prefix)} tells of another corpus or it is damaged: move "
             "them, or choose another output"
         )
     check_writable(f"the output {prefix}", Path(prefix).parent)
+
+
+def stale_notes(prefix: str, written: Sequence[str]) -> list[str]:
+    """Warn of what stays from another split or other buckets: its documents may be in what is written now as well.
+
+    Args:
+        prefix: of the outputs.
+        written: the prefixes that are written now.
+    """
+    name = os.path.basename(prefix)
+    sidecars = sorted(Path(prefix).absolute().parent.glob(f"{glob.escape(name)}*.json"))
+    notes = []
+    for other in (os.path.join(os.path.dirname(prefix), path.name.removesuffix(".json")) for path in sidecars):
+        if other in written or not _ENDS.fullmatch(other.removeprefix(prefix)):
+            continue
+        if other == prefix:
+            if is_sidecar(sidecar_path(other)):
+                notes.append(
+                    f"{other} is of an earlier run without --length-buckets, and has the same documents: remove it"
+                )
+        elif is_bucket(other):
+            notes.append(
+                f"{other} is of earlier --length-buckets, and documents of it may be in another corpus of {prefix} now:"
+                " remove it, or name the same buckets"
+            )
+        elif is_split_part(other):
+            notes.append(
+                f"{other} is of an earlier --split, and documents of it may be in {prefix} now: remove it, or split as"
+                " before"
+            )
+    return notes
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Megatron's ``.bin`` and ``.idx``, written as batches come.
+"""Megatron's ``.bin`` and ``.idx``, and a loss mask where there is one, written as batches come.
 
 megatron-core has a builder for these files; to import it takes 15 seconds and 700 MB, which writing two arrays does not
 need. The tests compare the files with that builder's, byte by byte.
@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
-from megatron_m1.data.corpora.prefix import bin_path, idx_path, sidecar_path
+from megatron_m1.data.corpora.loss_mask import loss_path
+from megatron_m1.data.corpora.prefix import LOSS_MASK_KEY, bin_path, idx_path, sidecar_path
 from megatron_m1.data.tokenize.documents import Part, SkipReason
 from megatron_m1.data.tokenize.encode import EncodedBatch, token_dtype
 from megatron_m1.data.tokenizers import Tokenizer
@@ -39,24 +41,37 @@ class TokenWriter:
         folder: an empty one on the file system of the output.
         tokenizer: the one that encodes.
         append_eod: end documents that come in parts with the tokenizer's end mark; others have theirs.
+        masked: batches say what of them is learnt, which goes into a file beside the tokens.
     """
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, *, append_eod: bool) -> None:
-        self.documents = self.tokens = self.text_bytes = 0
+    def __init__(self, folder: Path, tokenizer: Tokenizer, *, append_eod: bool, masked: bool = False) -> None:
+        self.documents = self.tokens = self.learnt = self.text_bytes = 0
         self.skipped: Counter[str] = Counter()
         self._bin, self._idx = folder / "tokens.bin", folder / "tokens.idx"
+        self._loss = folder / "tokens.loss" if masked else None
         self._tokenizer = tokenizer
         self._append_eod = append_eod
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._lengths = array("i")
         self._stream: BinaryIO = self._bin.open("w+b")
+        self._loss_stream: BinaryIO | None = self._loss.open("wb") if self._loss else None
         self._open: _OpenDocument | None = None
 
     def __enter__(self) -> TokenWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._close_streams()
+
+    def _close_streams(self) -> None:
         self._stream.close()
+        if self._loss_stream is not None:
+            self._loss_stream.close()
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each document so far, end marks included [documents]."""
+        return np.array(self._lengths, dtype=np.int32)
 
     def add(self, batch: EncodedBatch, *, owner: TokenWriter | None = None) -> None:
         """Append the documents of a batch, or a part to the document that is open.
@@ -70,6 +85,10 @@ class TokenWriter:
         """
         if batch.part is Part.WHOLE:
             self._stream.write(batch.tokens)
+            if self._loss_stream is not None:
+                assert batch.loss is not None
+                self._loss_stream.write(batch.loss)
+                self.learnt += int(batch.loss.sum(dtype=np.int64))
             self._lengths.frombytes(batch.lengths.tobytes())
             self._count(len(batch.lengths), batch.tokens.size, batch.text_bytes)
             self.skipped += batch.skipped
@@ -108,16 +127,16 @@ class TokenWriter:
         self.tokens += tokens
         self.text_bytes += text_bytes
 
-    def commit(self, prefix: str, *, split: Mapping[str, object] | None = None) -> None:
+    def commit(self, prefix: str, *, described: Mapping[str, object]) -> None:
         """Replace an older output. The .idx makes a corpus of the files: the old one goes first, the new comes last.
 
         Args:
             prefix: of the output.
-            split: what the sidecar says of the part that this is of a corpus; None is all of it.
+            described: what the sidecar says besides: which part of a corpus this is, how its documents were made.
         """
-        self._stream.close()
+        self._close_streams()
         self._write_index()
-        sidecar = {
+        sidecar: dict[str, object] = {
             "tokenizer_digest": self._tokenizer.digest(),
             "vocab_size": self._tokenizer.vocab_size,
             "eod": self._tokenizer.eod if self._append_eod else None,
@@ -127,11 +146,16 @@ class TokenWriter:
             "skipped": dict(self.skipped),
             "versions": installed_versions(),
         }
-        if split is not None:
-            sidecar["split"] = dict(split)
+        if self._loss is not None:
+            sidecar |= {LOSS_MASK_KEY: loss_path(prefix).name, "learnt_tokens": self.learnt}
         idx_path(prefix).unlink(missing_ok=True)
+        if self._loss is None:
+            # While the old sidecar names it: it is ours no longer once the new one does not.
+            loss_path(prefix).unlink(missing_ok=True)
         # By the sidecar the files are known as ours, so that the command may replace them after a kill.
-        write_atomically(sidecar_path(prefix), json.dumps(sidecar, indent=1).encode())
+        write_atomically(sidecar_path(prefix), json.dumps({**sidecar, **described}, indent=1).encode())
+        if self._loss is not None:
+            put_in_place(self._loss, loss_path(prefix))
         put_in_place(self._bin, bin_path(prefix))
         put_in_place(self._idx, idx_path(prefix))
 
@@ -169,6 +193,19 @@ class _OpenDocument:
         if self._reasons:
             return next(iter(self._reasons))
         return SkipReason.EMPTY.value if self._is_blank or not self.tokens else None
+
+
+def remove_output(prefix: str) -> bool:
+    """Remove an earlier output, which must be ours; the sidecar by which it is known goes last. Tell if there was one.
+
+    Args:
+        prefix: of the output; ``outputs.check_outputs`` has looked at what is there.
+    """
+    paths = [path(prefix) for path in (idx_path, bin_path, loss_path, sidecar_path)]
+    there = [path for path in paths if path.exists()]
+    for path in there:
+        path.unlink()
+    return bool(there)
 
 
 def installed_versions() -> dict[str, str]:

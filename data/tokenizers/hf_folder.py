@@ -123,13 +123,19 @@ class TokenizerFolder:
 
     def marks(self) -> list[AddedToken]:
         """Special tokens that have a name, such as ``bos_token``."""
-        named: dict[str, AddedToken] = {}
+        return [_added_token(token, special=True) for token in self._named_marks().values()]
+
+    def mark_texts(self) -> dict[str, str]:
+        """Texts of these tokens by name, as chat templates get them."""
+        return {name: str(token_text(token)) for name, token in self._named_marks().items()}
+
+    def _named_marks(self) -> dict[str, Any]:
+        named: dict[str, Any] = {}
         for source in self._sources():
             for key in (*_NAMED, *(key for key in source if key.endswith("_token") and key not in _NAMED)):
-                text = token_text(source.get(key))
-                if text is not None:
-                    named.setdefault(key, _added_token(source[key], special=True))
-        return list(named.values())
+                if token_text(source.get(key)) is not None:
+                    named.setdefault(key, source[key])
+        return named
 
     def extra_marks(self) -> list[AddedToken]:
         """Special tokens without a name."""

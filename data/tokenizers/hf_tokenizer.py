@@ -67,6 +67,11 @@ class HuggingFaceTokenizer:
         return self._notes
 
     @property
+    def ids(self) -> TokenIds:
+        """What makes ids of texts."""
+        return self._ids
+
+    @property
     def line_cut(self) -> LineCut | None:
         """Where a text may be cut so that its parts, encoded by themselves, give its ids; None if no place is known."""
         return self._ids.line_cut

@@ -15,7 +15,7 @@ import sentencepiece
 from megatron_m1.cores import usable_cores
 from megatron_m1.data.tokenizers.cuts import LineCut
 from megatron_m1.data.tokenizers.hf_tokenizer import HuggingFaceTokenizer
-from megatron_m1.data.tokenizers.token_ids import SentencePieceIds
+from megatron_m1.data.tokenizers.token_ids import SentencePieceIds, TokenIds
 from megatron_m1.files import regular, write_atomically
 
 _LINE_BYTES = 4192
@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
     @property
     def line_cut(self) -> LineCut | None:
         """Where a text may be cut so that its parts, encoded by themselves, give its ids; None if no place is known."""
+
+    @property
+    def ids(self) -> TokenIds:
+        """What makes ids of texts, which can tell where they are from."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of ``text``, without any begin or end mark. Marks that are spelled out in the text are plain text."""
@@ -110,6 +114,11 @@ class SentencePieceTokenizer:
     def notes(self) -> tuple[str, ...]:
         """Nothing: a model file is complete."""
         return ()
+
+    @property
+    def ids(self) -> TokenIds:
+        """What makes ids of texts."""
+        return self._ids
 
     @property
     def line_cut(self) -> LineCut | None:

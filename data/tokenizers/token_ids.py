@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
@@ -32,6 +36,39 @@ class TokenIds(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; what is no id is left out."""
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Special tokens, as a text would spell them."""
+
+    def encode_placed(self, text: str, *, with_marks: bool) -> PlacedIds:
+        """Ids of a text and where they are from, with the ids of ``marks`` that it spells, or else these as text.
+
+        Raises:
+            ValueError: the tokenizer can't tell where its ids are from.
+        """
+
+
+@dataclass(frozen=True)
+class PlacedIds:
+    """Ids of a text, and the characters of which they are made."""
+
+    ids: npt.NDArray[np.int64]
+    """[n]."""
+    places: npt.NDArray[np.int64]
+    """First character and the one after the last [n, 2]. Several ids of one character share it, or the first of them
+    have none: their two numbers are then equal."""
+
+    @classmethod
+    def joined(cls, parts: Iterable[tuple[int, PlacedIds]]) -> PlacedIds:
+        """Ids of texts end to end, from the place of each and its ids."""
+        found = [(start, part) for start, part in parts if part.ids.size]
+        if not found:
+            return cls(np.empty(0, np.int64), np.empty((0, 2), np.int64))
+        return cls(
+            np.concatenate([part.ids for _, part in found]),
+            np.concatenate([start + part.places for start, part in found]),
+        )
 
 
 class FastIds:
@@ -74,6 +111,20 @@ class FastIds:
         known = [number for number in ids if 0 <= number < self._size]
         return str(self._backend.decode(known, skip_special_tokens=False))
 
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Contents of special added tokens."""
+        return tuple(token.content for token in self._backend.get_added_tokens_decoder().values() if token.special)
+
+    def encode_placed(self, text: str, *, with_marks: bool) -> PlacedIds:
+        """Ids of a text and where they are from."""
+        self._backend.encode_special_tokens = not with_marks
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        finally:
+            self._backend.encode_special_tokens = True
+        return PlacedIds(np.array(encoding.ids, np.int64), np.array(encoding.offsets, np.int64).reshape(-1, 2))
+
 
 class PythonIds:
     """A tokenizer of transformers that is no wrapper of the tokenizers library."""
@@ -107,6 +158,18 @@ class PythonIds:
         """Text of ids, special tokens spelled out."""
         known = [number for number in ids if 0 <= number < self._size]
         return str(self._tokenizer.decode(known, clean_up_tokenization_spaces=False))
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Its special tokens."""
+        return tuple(self._tokenizer.all_special_tokens)
+
+    def encode_placed(self, text: str, *, with_marks: bool) -> PlacedIds:
+        """Refused."""
+        raise ValueError(
+            f"{type(self._tokenizer).__name__} can't tell which characters an id is made of, which conversations need:"
+            " save the tokenizer as tokenizer.json"
+        )
 
 
 class SentencePieceIds:
@@ -148,3 +211,31 @@ class SentencePieceIds:
         """Text of ids; marks are left out."""
         size = self.size
         return str(self.processor.decode([number for number in ids if 0 <= number < size]))
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """Control pieces, which no text gets otherwise."""
+        model = self.processor
+        return tuple(str(model.id_to_piece(i)) for i in range(self.size) if model.is_control(i))
+
+    def encode_placed(self, text: str, *, with_marks: bool) -> PlacedIds:
+        """Ids of a text and where they are from."""
+        pieces = re.split(f"({'|'.join(map(re.escape, self.marks))})", text) if with_marks and self.marks else [text]
+        parts, start = [], 0
+        for number, piece in enumerate(pieces):
+            # Every second one is a mark.
+            parts.append((start, self._mark(piece) if number % 2 else self._text(piece)))
+            start += len(piece)
+        return PlacedIds.joined(parts)
+
+    def _mark(self, piece: str) -> PlacedIds:
+        return PlacedIds(np.array([self.processor.piece_to_id(piece)], np.int64), np.array([[0, len(piece)]], np.int64))
+
+    def _text(self, text: str) -> PlacedIds:
+        proto: Any = importlib.import_module("sentencepiece.sentencepiece_pb2")
+        found = proto.SentencePieceText.FromString(self.processor.encode(text, out_type="serialized_proto")).pieces
+        starts = (np.frombuffer(text.encode("utf-8"), np.uint8) & 0xC0) != 0x80
+        # [bytes + 1]: how many characters begin before each byte
+        characters = np.concatenate(([0], np.cumsum(starts, dtype=np.int64)))
+        places = characters[np.array([(piece.begin, piece.end) for piece in found], np.int64).reshape(-1, 2)]
+        return PlacedIds(np.array([piece.id for piece in found], np.int64), places)

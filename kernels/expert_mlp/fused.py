@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_m1.kernels.expert_mlp.passes import Kept, data_pass, forward_pass, weights_pass
+from megatron_m1.kernels.expert_mlp.passes import Kept, data_pass, forward_pass, weight_gradient
 
 
 class FusedExpertMlp(torch.autograd.Function):
@@ -22,9 +22,11 @@ class FusedExpertMlp(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Gradients of x, scale, fc1 and fc2."""
-        x, scale, projected, fc1, fc2 = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, scale, fc1 and fc2; of weights that need none, None."""
+        x, scale, projected, *weights = ctx.saved_tensors
+        fc1, fc2 = (w if needed else w.detach() for w, needed in zip(weights, ctx.needs_input_grad[2:], strict=True))
         kept = Kept(x, scale, projected, ctx.rows)
         grad_x, grad_scale, pending = data_pass(kept, fc1, fc2, grads[0])
-        return grad_x, grad_scale, *weights_pass(pending)
+        made = (None if factors is None else weight_gradient(factors) for factors in (pending.fc1, pending.fc2))
+        return grad_x, grad_scale, *made

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import grouped_mm, silu
 
+from megatron_m1.kernels.expert_mlp.passes import Factors
+
 ALIGNMENT = 8
 """Rows that each expert's are rounded up to: 16 bytes of bfloat16, at whose multiples grouped products may begin.
 
@@ -57,8 +59,8 @@ class GroupedKept:
     """What the forward pass leaves for the backward one; rows as ``_Rows`` has them."""
 
     rows: _Rows
-    x: Tensor
-    """[total, hidden]"""
+    x: Tensor | None
+    """[total, hidden]; None where every fc1 is frozen."""
     scale: Tensor
     """[total]"""
     projected: Tensor
@@ -67,13 +69,13 @@ class GroupedKept:
 
 @dataclass(frozen=True)
 class GroupedPending:
-    """What the weights' gradients are products of."""
+    """What the weights' gradients are products of; None where they need none."""
 
     rows: _Rows
-    grad_projected: Tensor
-    x: Tensor
-    grad: Tensor
-    weighted: Tensor
+    fc1: Factors | None
+    fc2: Factors | None
+    wanted: list[bool]
+    """Of every weight, in the weights' order: products are of all experts at once."""
 
 
 class Grouped:
@@ -92,7 +94,8 @@ class Grouped:
         rows = _Rows.of(counts, x.device)
         spread = rows.spread(x)
         fc1 = torch.stack(list(weights[::2]))  # [experts, 2 ffn, hidden]
-        return GroupedKept(rows, spread, rows.spread(scale), grouped_mm(spread, fc1.mT, offs=rows.ends))
+        kept = spread if any(weight.requires_grad for weight in weights[::2]) else None
+        return GroupedKept(rows, kept, rows.spread(scale), grouped_mm(spread, fc1.mT, offs=rows.ends))
 
     def forward(
         self, x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]
@@ -107,7 +110,10 @@ class Grouped:
     def backward(
         self, kept: GroupedKept, grad: Tensor, weights: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, GroupedPending]:
-        """Gradients of x [rows, hidden] and scale [rows], and what the weights' are made of."""
+        """Gradients of x [rows, hidden] and scale [rows], and what the weights' are made of.
+
+        Weights whose ``requires_grad`` is false get none.
+        """
         rows, scale = kept.rows, kept.scale.unsqueeze(-1)
         grad = rows.spread(grad)
         gate, up = kept.projected.chunk(2, dim=-1)
@@ -121,22 +127,25 @@ class Grouped:
         slope = torch.lerp(activated, opened.new_ones(()), opened)
         grad_projected = torch.cat([grad_hidden * up * slope, grad_hidden * activated], dim=-1)  # [total, 2 ffn]
         grad_x = grouped_mm(grad_projected, torch.stack(list(weights[::2])), offs=rows.ends)
-        weighted = (hidden * scale).to(grad.dtype)
-        pending = GroupedPending(rows, grad_projected, kept.x, grad, weighted)
+        wanted = [weight.requires_grad for weight in weights]
+        first = (grad_projected, kept.x) if any(wanted[::2]) and kept.x is not None else None
+        second = (grad, (hidden * scale).to(grad.dtype)) if any(wanted[1::2]) else None
+        pending = GroupedPending(rows, first, second, wanted)
         return grad_x.index_select(0, rows.places), grad_scale.index_select(0, rows.places), pending
 
     def add_weight_gradients(self, pending: GroupedPending, totals: list[Tensor | None], *, more: bool) -> None:
         """Add every expert's."""
-        rows = pending.rows
-        both = (
-            grouped_mm(pending.grad_projected.t(), pending.x, offs=rows.ends),  # [experts, 2 ffn, hidden]
-            grouped_mm(pending.grad.t(), pending.weighted, offs=rows.ends),  # [experts, hidden, ffn]
-        )
-        for first, grads in enumerate(both):
-            for expert in rows.empty:
+        for place, factors in enumerate((pending.fc1, pending.fc2)):
+            if factors is None:
+                continue
+            a, b = factors
+            grads = grouped_mm(a.t(), b, offs=pending.rows.ends)  # [experts, rows of a weight, columns]
+            for expert in pending.rows.empty:
                 grads[expert].zero_()
             for expert, grad in enumerate(grads.unbind()):
-                at = 2 * expert + first
+                at = 2 * expert + place
+                if not pending.wanted[at]:
+                    continue
                 known = totals[at]
                 if known is not None:
                     known.add_(grad)
@@ -157,6 +166,7 @@ class _GroupedMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         ends, places, x, scale, projected, *weights = ctx.saved_tensors
+        weights = [w if needed else w.detach() for w, needed in zip(weights, ctx.needs_input_grad[3:], strict=True)]
         kept = GroupedKept(_Rows(ends, places, ctx.total, ctx.empty), x, scale, projected)
         grad_x, grad_scale, pending = Grouped().backward(kept, grads[0], weights)
         totals: list[Tensor | None] = [None] * len(weights)

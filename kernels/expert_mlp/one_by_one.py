@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import batched
+from itertools import batched, chain
 
 import torch
 from torch import Tensor
 
 from megatron_m1.kernels.expert_mlp import expert_mlp
-from megatron_m1.kernels.expert_mlp.passes import Kept, Pending, data_pass, forward_pass, keep, weights_pass
+from megatron_m1.kernels.expert_mlp.passes import Kept, Pending, data_pass, forward_pass, keep, weight_gradient
 
 
 def one_by_one(x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]) -> Tensor:
@@ -54,8 +54,7 @@ class OneByOne:
 
     def add_weight_gradients(self, pending: list[Pending], totals: list[Tensor | None], *, more: bool) -> None:
         """Add every expert's."""
-        for index, one in enumerate(pending):
-            first, second = totals[2 * index : 2 * index + 2]
-            known = None if first is None or second is None else (first, second)
-            found = weights_pass(one, known)
-            totals[2 * index : 2 * index + 2] = [g.float() if more and g.dtype != torch.float64 else g for g in found]
+        for at, factors in enumerate(chain.from_iterable((one.fc1, one.fc2) for one in pending)):
+            if factors is not None:
+                found = weight_gradient(factors, totals[at])
+                totals[at] = found.float() if more and found.dtype != torch.float64 else found

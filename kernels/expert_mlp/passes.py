@@ -19,8 +19,8 @@ from megatron_m1.kernels.matmul import matmul, matmul_add_
 class Kept:
     """What the forward pass leaves for the backward one."""
 
-    x: Tensor
-    """[m', hidden]: the tokens, zero rows after them."""
+    x: Tensor | None
+    """[m', hidden]: the tokens, zero rows after them; None where fc1 is frozen."""
     scale: Tensor
     """[m']"""
     projected: Tensor
@@ -29,18 +29,18 @@ class Kept:
     """m, of which m' is the rounded-up count."""
 
 
+type Factors = tuple[Tensor, Tensor]
+"""[m', rows of the weight] and [m', columns]: the weight's gradient is the one's transpose times the other."""
+
+
 @dataclass(frozen=True)
 class Pending:
-    """What the weights' gradients are products of."""
+    """What the weights' gradients are products of; None where a weight needs none."""
 
-    grad_projected: Tensor
-    """[m', 2 ffn]"""
-    x: Tensor
-    """[m', hidden]"""
-    grad: Tensor
-    """[m', hidden], of the output."""
-    weighted: Tensor
-    """[m', ffn]: scaled activations."""
+    fc1: Factors | None
+    """The gradient of ``x fc1^T``, and ``x``."""
+    fc2: Factors | None
+    """The output's gradient, and the scaled activations."""
 
 
 def round_up_rows(rows: int) -> int:
@@ -54,7 +54,7 @@ def keep(x: Tensor, scale: Tensor, fc1: Tensor) -> Kept:
     rows = x.shape[0]
     extra = round_up_rows(rows) - rows if x.device.type == "cpu" else 0
     x, scale = pad(x, (0, 0, 0, extra)), pad(scale, (0, extra))
-    return Kept(x, scale, matmul(x, fc1.t()), rows)
+    return Kept(x if fc1.requires_grad else None, scale, matmul(x, fc1.t()), rows)
 
 
 def forward_pass(x: Tensor, scale: Tensor, fc1: Tensor, fc2: Tensor) -> tuple[Tensor, Kept]:
@@ -67,9 +67,12 @@ def forward_pass(x: Tensor, scale: Tensor, fc1: Tensor, fc2: Tensor) -> tuple[Te
 
 
 def data_pass(kept: Kept, fc1: Tensor, fc2: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Pending]:
-    """Gradients of x [m, hidden] and of scale [m] from the output's [m, hidden], and what the weights' are made of."""
+    """Gradients of x [m, hidden] and of scale [m] from the output's [m, hidden], and what the weights' are made of.
+
+    Weights whose ``requires_grad`` is false get none.
+    """
     x, scale, projected = kept.x, kept.scale, kept.projected
-    grad = pad(grad, (0, 0, 0, len(x) - kept.rows))  # [m', hidden]: zero rows add nothing to the weights' gradients
+    grad = pad(grad, (0, 0, 0, len(scale) - kept.rows))  # [m', hidden]: zero rows add nothing to the weights' gradients
     gate, up = projected.chunk(2, dim=-1)
     weights = scale.unsqueeze(-1)
     opened = torch.sigmoid(gate)
@@ -77,22 +80,18 @@ def data_pass(kept: Kept, fc1: Tensor, fc2: Tensor, grad: Tensor) -> tuple[Tenso
     hidden = activated * up
     grad_weighted = matmul(grad, fc2)  # [m', ffn]
     grad_scale = torch.linalg.vecdot(grad_weighted.to(scale.dtype), hidden.to(scale.dtype))
-    weighted = hidden.mul_(weights)
+    second = (grad, hidden.mul_(weights)) if fc2.requires_grad else None
     grad_hidden = grad_weighted.mul_(weights)
     grad_projected = torch.empty_like(projected)
     grad_gate, grad_up = grad_projected.chunk(2, dim=-1)
     torch.mul(grad_hidden, activated, out=grad_up)
     # The derivative of silu is s + a (1 - s), a = gate s; torch's own backward of it is not vectorised.
     torch.mul(grad_hidden.mul_(up), torch.lerp(activated, opened.new_ones(()), opened), out=grad_gate)
-    pending = Pending(grad_projected, x, grad, weighted)
-    return matmul(grad_projected, fc1)[: kept.rows], grad_scale[: kept.rows], pending
+    first = (grad_projected, x) if fc1.requires_grad and x is not None else None
+    return matmul(grad_projected, fc1)[: kept.rows], grad_scale[: kept.rows], Pending(first, second)
 
 
-def weights_pass(pending: Pending, totals: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Gradients of fc1 and fc2, added to ``totals`` in place where these are given."""
-    factors = ((pending.grad_projected.t(), pending.x), (pending.grad.t(), pending.weighted))
-    if totals is None:
-        first, second = (matmul(a, b) for a, b in factors)
-    else:
-        first, second = (matmul_add_(total, a, b) for total, (a, b) in zip(totals, factors, strict=True))
-    return first, second
+def weight_gradient(factors: Factors, total: Tensor | None = None) -> Tensor:
+    """A weight's gradient, added to ``total`` in place where that is given."""
+    a, b = factors
+    return matmul(a.t(), b) if total is None else matmul_add_(total, a.t(), b)

@@ -15,6 +15,7 @@ from megatron_m1.checkpoint.folder import (
     checkpoint_folders,
     first_fault,
     read_manifest,
+    read_state,
     run_folder_of,
 )
 from megatron_m1.checkpoint.metadata_file import tensors_of
@@ -75,8 +76,12 @@ class CheckpointContents:
 
     @property
     def tokens(self) -> int:
-        """Tokens trained on up to this checkpoint, if every step was as its configuration says."""
-        return self.step * self.config.tokens_per_step
+        """Tokens trained on up to this checkpoint; where it does not say, as if every step was as its configuration."""
+        try:
+            tokens = read_state(self.folder).get("tokens")
+        except ValueError:
+            tokens = None
+        return tokens if type(tokens) is int else self.step * self.config.tokens_per_step
 
     @property
     def tokenizer(self) -> Path | None:

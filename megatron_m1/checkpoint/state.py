@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.safe_globals import SafeUnpickler
@@ -31,6 +33,18 @@ from megatron_m1.runtime.mesh import Mesh
 from megatron_m1.runtime.ranks import first_fault
 
 
+class Share(Protocol):
+    """A rank's share of a model, bare or wrapped for training."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """This rank's place."""
+
+    @property
+    def chunks(self) -> Sequence[DistributedDataParallel | GPTModel]:
+        """Pipeline chunks of this rank."""
+
+
 class Trained(Protocol):
     """What a checkpoint is made of and loaded into: a rank's share of a model that is being trained."""
 
@@ -43,7 +57,7 @@ class Trained(Protocol):
         """Called before what takes long, so that nobody takes it for a hang."""
 
 
-def _metadata(trained: Trained) -> dict[str, Any]:
+def _metadata(trained: Share) -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         # Gather optimizer state in host memory. The other way puts whole gradient buckets on the GPU, and without
@@ -56,10 +70,14 @@ def _metadata(trained: Trained) -> dict[str, Any]:
     }
 
 
-def model_state(trained: Trained) -> dict[str, Any]:
+def _bare(chunk: DistributedDataParallel | GPTModel) -> GPTModel:
+    return chunk.module if isinstance(chunk, DistributedDataParallel) else chunk
+
+
+def model_state(trained: Share) -> dict[str, Any]:
     """Sharded state dict of this rank's chunks, by chunk."""
     return {
-        f"model{index}": chunk.module.sharded_state_dict(metadata=_metadata(trained))
+        f"model{index}": _bare(chunk).sharded_state_dict(metadata=_metadata(trained))
         for index, chunk in enumerate(trained.chunks)
     }
 
@@ -178,14 +196,14 @@ def _check_extra_states(state: dict[str, Any], folder: Path) -> None:
                 raise ValueError(f"checkpoint {folder} is refused: {name} is no state of a layer ({error})") from error
 
 
-def _set_model(trained: Trained, loaded: dict[str, Any], folder: Path) -> None:
+def _set_model(trained: Share, loaded: dict[str, Any], folder: Path) -> None:
     states = [loaded[f"model{index}"] for index in range(len(trained.chunks))]
     for state in states:
         _check_extra_states(state, folder)
     for chunk, state in zip(trained.chunks, states, strict=True):
         try:
             with only_tensors():
-                chunk.module.load_state_dict(state)
+                _bare(chunk).load_state_dict(state)
         except RuntimeError as error:
             raise ValueError(f"checkpoint {folder} is not of this model: {error}") from error
 
@@ -224,6 +242,16 @@ def load_model_state(trained: Trained, folder: Path) -> None:
     Raises:
         ValueError: as of ``load_train_state``.
     """
+    load_weights(trained, folder)
     with torch.no_grad():
-        _set_model(trained, _read(model_state(trained), folder), folder)
         trained.optimizer.reload_model_params()
+
+
+def load_weights(share: Share, folder: Path) -> None:
+    """Overwrite the parameters of a model that nothing trains with what ``folder`` holds. Collective.
+
+    Raises:
+        ValueError: as of ``load_train_state``.
+    """
+    with torch.no_grad():
+        _set_model(share, _read(model_state(share), folder), folder)

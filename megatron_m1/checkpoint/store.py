@@ -302,7 +302,16 @@ def load_model(trained: Trained, checkpoint: Path) -> None:
     Raises:
         ValueError: it is damaged.
     """
+    check_undamaged(checkpoint)
+    load_model_state(trained, checkpoint)
+
+
+def check_undamaged(checkpoint: Path) -> None:
+    """Compare every file with its hash. Collective.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
     fault = find_damage(checkpoint)
     if fault is not None:
         raise ValueError(f"checkpoint {checkpoint} is damaged: {fault}")
-    load_model_state(trained, checkpoint)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_m1.commands.options import CommandParser, positive_integer
-from megatron_m1.config.io import nearest
+from megatron_m1.config.fields import nearest
 from megatron_m1.config.paths import path_option
 from megatron_m1.convert.licences import licence_id
 from megatron_m1.convert.places import check_hub_folder, check_remote_code, find_checkpoint

@@ -9,6 +9,7 @@ from pathlib import Path
 from megatron_m1.checkpoint.contents import CheckpointContents, StoredTensor, complete_checkpoints, read_checkpoint
 from megatron_m1.commands.options import CommandParser, positive_integer, split_flags
 from megatron_m1.config import Config, ModelConfig
+from megatron_m1.config.fields import STAGES
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import check_model, resolve_mesh
@@ -188,7 +189,7 @@ def _became_lines(contents: CheckpointContents) -> list[str]:
     asked, became = tree_values(contents.config), tree_values(contents.became)
     lines = [
         f"  {group}.{name} {value}"
-        for group in asked.keys() - {"preset"}
+        for group in asked.keys() - {"preset", STAGES}
         for name, value in became[group].items()
         if value != asked[group][name]
     ]

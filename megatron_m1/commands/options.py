@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_m1.config.io import nearest
+from megatron_m1.config.fields import nearest
 from megatron_m1.config.numbers import whole_number
 
 

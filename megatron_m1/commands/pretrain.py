@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from megatron_m1.commands.launching import check_gpus, is_first_rank, without_launch_options
 from megatron_m1.commands.options import CommandParser, positive_integer
 from megatron_m1.commands.resolved_plan import describe_plan, where_from
-from megatron_m1.config import Config, ParallelConfig, ResolvedConfig
+from megatron_m1.config import Config, ResolvedConfig
 from megatron_m1.config.help import tree_help
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
-from megatron_m1.config.resolve import resolve
+from megatron_m1.config.resolve import fitting_world, resolve_stages
+from megatron_m1.config.schedules import Position, schedules_at
 from megatron_m1.config.written import CONFIG
 from megatron_m1.launch import (
     Launch,
@@ -27,6 +28,7 @@ from megatron_m1.launch import (
     worker_world_size,
 )
 from megatron_m1.printing import counted, folded, keep_output, terminal_columns
+from megatron_m1.training.progress import stored_position
 from megatron_m1.training.run_folder import own_configuration, saved_configuration
 
 DESCRIPTION = """\
@@ -110,9 +112,10 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
     if not options.dry_run and (options.world_size is not None or options.device != "auto"):
         raise ValueError("--world-size and --device describe the machine of a plan: they need --dry-run")
     gpus = count_gpus()
+    at = stored_position(config)
     if notes:
         # A run that goes on with nothing else said.
-        default_processes = _fitting(default_processes, config.parallel)
+        default_processes = fitting_world(default_processes, schedules_at(config, at).stage.config.parallel)
     launch = None
     if workers is None and (options.world_size is None or not options.dry_run):
         launch = launch_from_environment(
@@ -124,16 +127,16 @@ def run(arguments: Sequence[str], *, default_processes: int = 1, default_config:
     elif workers is not None and options.nproc_per_node is not None:
         raise ValueError("--nproc-per-node under torchrun: torchrun has started the processes, leave it out")
     if options.dry_run:
-        return _dry_run(config, options, launch, gpus, notes)
+        return _dry_run(config, at, options, launch, gpus, notes)
     keep_output()
-    _check_gpus(gpus, launch)
+    check_gpus(gpus, launch)
     world_size = launch.world_size if launch else workers or 1
-    resolved = resolve(config, world_size, has_gpu=gpus > 0)
-    if _has_ended(resolved):
+    stages = resolve_stages(config, world_size, has_gpu=gpus > 0, at=at)
+    if _has_ended(stages[0]):
         return 0
     starts_workers = launch is not None and launch.world_size > 1
     # Workers of ours check again, and one of them says what was found.
-    resolved = _prepare(resolved, (lambda line: None) if starts_workers or not _is_first_rank() else _say, notes)
+    resolved = _prepare(stages, (lambda line: None) if starts_workers or not is_first_rank() else _say, notes)
     if launch is not None and starts_workers:
         started = counted(launch.processes_per_node, "process", "processes")
         _say(f"starting {started} on this node; importing megatron-core takes seconds")
@@ -202,17 +205,6 @@ def _files_and_base(files: Sequence[Path]) -> tuple[Sequence[Path], Config | Non
     return rest, base
 
 
-def _fitting(processes: int, parallel: ParallelConfig) -> int:
-    """As many processes as are given if a mesh divides them, else the fewest that it needs."""
-    stages, experts = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
-    least = math.lcm(
-        stages * parallel.tensor_model_parallel_size * parallel.context_parallel_size,
-        stages * experts * (parallel.expert_tensor_parallel_size or 1),
-    )
-    # No mesh has a size of 0, which is said later.
-    return processes if least == 0 or processes % least == 0 else least
-
-
 def _has_ended(config: ResolvedConfig) -> bool:
     """Whether there is nothing to train, which is said; nothing is written then."""
     from megatron_m1.training.preflight import finished_at
@@ -220,31 +212,34 @@ def _has_ended(config: ResolvedConfig) -> bool:
     step = finished_at(config)
     if step is None:
         return False
-    if _is_first_rank():
+    if is_first_rank():
         from megatron_m1.training.changes import nothing_to_train
 
-        _say(nothing_to_train(step, config.train.max_steps))
+        _say(nothing_to_train(step, config))
     return True
 
 
-def _prepare(config: ResolvedConfig, note: Callable[[str], None], notes: Sequence[str]) -> ResolvedConfig:
-    """Check the run folder and the data (the embedded corpus is built if it is missing) and return the final config.
+def _prepare(stages: Sequence[ResolvedConfig], note: Callable[[str], None], notes: Sequence[str]) -> ResolvedConfig:
+    """Check the run folder and the data of all stages (the embedded corpus is built if it is missing).
 
-    ``note`` gets the ``notes`` and what else is worth a line.
+    Returns:
+        The final configuration of the first of them. ``note`` gets the ``notes`` and what else is worth a line.
     """
     from megatron_m1.training.preflight import build_embedded_corpus, check_data, check_folders, with_own_tokenizer
+    from megatron_m1.training.stage_checks import check_epochs, check_later_stages
 
-    check_folders(config)
+    check_folders(stages[0])
     for line in notes:
         note(line)
-    config = with_own_tokenizer(build_embedded_corpus(config, note=_say), note=note)
-    for line in check_data(config).notes:
+    config = with_own_tokenizer(build_embedded_corpus(stages[0], note=_say), note=note)
+    later = [
+        with_own_tokenizer(build_embedded_corpus(stage, note=_say), note=lambda line: None) for stage in stages[1:]
+    ]
+    found = [*check_data(config).notes, *check_later_stages([config, *later])]
+    check_epochs(config)
+    for line in found:
         note(line)
     return config
-
-
-def _is_first_rank() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(line: str) -> None:
@@ -259,12 +254,13 @@ def _train(config: ResolvedConfig) -> int:
     from megatron_m1.convert.work import ConversionError
     from megatron_m1.runtime.watchdog import CollectiveError
     from megatron_m1.training.loop import pretrain
+    from megatron_m1.training.spike_guard import SpikeError
     from megatron_m1.training.steps_guard import NonFiniteError
     from megatron_m1.training.summary import show_summary, where_to_look
 
     try:
         summary = pretrain(config)
-    except (CheckpointError, CollectiveError, ConversionError, NonFiniteError) as error:
+    except (CheckpointError, CollectiveError, ConversionError, NonFiniteError, SpikeError) as error:
         hung = isinstance(error, CollectiveError)
         # Ranks that wait for the same one give up at about the same time; it will never come.
         report_once(error, name_silent_ranks=hung, patience=5.0 if hung else 10.0)
@@ -273,44 +269,28 @@ def _train(config: ResolvedConfig) -> int:
         return 0
     if summary["interrupted"]:
         ignore_requests_to_stop()
-    if _is_first_rank():
+    if is_first_rank():
         show_summary(summary)
         print("\n".join(where_to_look(Path(config.run.folder))), flush=True)
     return 0
 
 
-def _check_gpus(gpus: int, launch: Launch | None) -> None:
-    local = launch.processes_per_node if launch else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if 0 < gpus < local:
-        raise ValueError(
-            f"{local} processes on this node, but it has {counted(gpus, 'GPU')}: start at most {gpus} (GPUS_PER_NODE)"
-        )
-
-
-def without_launch_options(arguments: Sequence[str]) -> list[str]:
-    """Drop ``--nproc-per-node``: the workers must not see it."""
-    kept: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word == "--nproc-per-node":
-            rest.pop(0)
-        elif not word.startswith("--nproc-per-node="):
-            kept.append(word)
-    return kept
-
-
 def _dry_run(
-    config: Config, options: argparse.Namespace, launch: Launch | None, gpus: int, notes: Sequence[str]
+    config: Config,
+    at: Position,
+    options: argparse.Namespace,
+    launch: Launch | None,
+    gpus: int,
+    notes: Sequence[str],
 ) -> int:
     on_gpu = gpus > 0 if options.device == "auto" else options.device == "gpu"
     world_size = options.world_size or (launch.world_size if launch else worker_world_size(os.environ) or 1)
     if options.world_size is None:
-        _check_gpus(gpus, launch)
+        check_gpus(gpus, launch)
     source = "--world-size" if options.world_size else where_from(launch)
-    lines = describe_plan(resolve(config, world_size, has_gpu=on_gpu), world_size, source=source, on_gpu=on_gpu)
-    if _is_first_rank():
-        columns = terminal_columns()
+    stages, columns = resolve_stages(config, world_size, has_gpu=on_gpu, at=at), terminal_columns()
+    lines = describe_plan(stages, world_size, at=at, source=source, on_gpu=on_gpu, columns=columns)
+    if is_first_rank():
         # The words of a line stand in columns of their own.
         print("\n".join(part for line in [*notes, *lines] for part in folded(line, columns, indent=12)))
     return 0

@@ -5,8 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from megatron_m1.config.io import field_types, tree_groups, tree_parser
+from megatron_m1.config.fields import field_types, tree_groups
 from megatron_m1.config.tree import Config
+from megatron_m1.config.values import tree_parser
+
+_STAGES = """\
+stages:
+  A YAML file may list stages, parts of the run by the tokens that they train on. What a stage does not name it has from
+  the one before it, the first from the groups above:
+    stages:
+      - {name: short, tokens: 7.2T}
+      - {name: long, tokens: 300B, data: {seq_length: 131072}, model: {rotary_base: 5.0e+6}}
+  On the command line, --stages.NAME.GROUP.FIELD VALUE and --stages.NAME.tokens N change one of them."""
 
 
 def tree_help(base: Config) -> str:
@@ -22,4 +32,4 @@ def tree_help(base: Config) -> str:
         if action.dest in groups or action.dest == "preset":
             action.help = argparse.SUPPRESS
     text: str = parser.format_help()
-    return text.strip()
+    return f"{text.strip()}\n\n{_STAGES}"

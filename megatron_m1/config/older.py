@@ -7,7 +7,9 @@ from typing import Any
 ATTENTION_PERIOD = "model.attention_period"
 """Every so many layers, one was softmax attention and the others lightning attention."""
 MIXERS = "model.mixers"
-OLDER = (ATTENTION_PERIOD,)
+TRAIN_SAMPLES = "data.train_samples"
+"""Packs in a pass over the data, whose order depended on it; a stream of data has no passes."""
+OLDER = (ATTENTION_PERIOD, TRAIN_SAMPLES)
 """Dotted paths that are read and never written."""
 LONGEST_PERIOD = 100_000
 """As many as a model may have layers."""
@@ -19,6 +21,7 @@ def translate(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an older one has no possible value, or today's stands beside it; one line.
     """
+    values = {path: value for path, value in values.items() if path != TRAIN_SAMPLES}
     if ATTENTION_PERIOD not in values:
         return values
     if MIXERS in values:

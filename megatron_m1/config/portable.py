@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_m1.config.io import path_fields
+from megatron_m1.config.fields import path_fields
 from megatron_m1.config.paths import HUGGING_FACE
 from megatron_m1.config.tree import Config
 
@@ -58,6 +58,9 @@ def _with_paths(config: Config, change: Callable[[str], str]) -> Config:
         group, _, name = field.partition(".")
         owner = getattr(found, group)
         setattr(owner, name, _changed(getattr(owner, name), change))
+        for stage in found.stages:
+            if field in stage.settings:
+                stage.settings[field] = _changed(stage.settings[field], change)
     return found
 
 

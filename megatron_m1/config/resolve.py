@@ -10,8 +10,9 @@ import copy
 import dataclasses
 import importlib.util
 import math
-from itertools import pairwise
 
+from megatron_m1.config.check_training import check_optimizer, check_rates, check_run
+from megatron_m1.config.numeric import check_not_negative, check_positive
 from megatron_m1.config.pipeline import Stages, plan_stages
 from megatron_m1.config.resolved import (
     ResolvedConfig,
@@ -20,8 +21,9 @@ from megatron_m1.config.resolved import (
     ResolvedParallelConfig,
     ResolvedTrainConfig,
 )
-from megatron_m1.config.tracking import check_tracking
-from megatron_m1.config.tree import Config, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from megatron_m1.config.schedules import DEFAULT_STEPS, START, Position, course, last_step_of
+from megatron_m1.config.stages import Stage, stage_at, stages_of
+from megatron_m1.config.tree import Config, ModelConfig, ParallelConfig, TrainConfig
 from megatron_m1.printing import counted
 from megatron_m1.shapes.kind import check_divides
 from megatron_m1.shapes.registry import check_layers, check_layers_device, check_layers_split
@@ -30,27 +32,72 @@ from megatron_m1.shapes.residual import residual_alpha
 RECOMPUTABLE = ("core_attn", "moe")
 
 
-def resolve(config: Config, world_size: int, *, has_gpu: bool) -> ResolvedConfig:
+def resolve(config: Config, world_size: int, *, has_gpu: bool, at: Position = START) -> ResolvedConfig:
     """Return a copy of ``config`` whose derived fields are filled in, after checking that it can run.
 
     Args:
         config: as read; fields left at None or auto are derived here.
         world_size: processes over all nodes.
         has_gpu: whether the processes run on GPUs.
+        at: how far the run is. Of a run with stages, the one in which it goes on is resolved, and all later ones are
+            checked, on as many processes as their own mesh needs where it does not divide these.
 
     Raises:
         ValueError: with one line that names the value and the fix.
     """
+    return resolve_stages(config, world_size, has_gpu=has_gpu, at=at)[0]
+
+
+def resolve_stages(config: Config, world_size: int, *, has_gpu: bool, at: Position = START) -> list[ResolvedConfig]:
+    """Return what ``resolve`` does for the stage in which a run goes on, and the same of all that follow it."""
+    stages = stages_of(config)
+    index, _ = stage_at(stages, at.begun, at.tokens)
+    resolved = []
+    for stage in stages[index:]:
+        processes = world_size if stage.index == index else fitting_world(world_size, stage.config.parallel)
+        resolved.append(_resolved_stage(config, stage, processes, has_gpu=has_gpu))
+    check_rates(config)
+    spans = course(config, at)
+    steps = spans[-1].last_step if spans else min(last_step_of(config), at.step)
+    return [
+        dataclasses.replace(
+            each, train=dataclasses.replace(each.train, max_steps=int(steps)), recipe=config, stage=index + number
+        )
+        for number, each in enumerate(resolved)
+    ]
+
+
+def _resolved_stage(recipe: Config, stage: Stage, world_size: int, *, has_gpu: bool) -> ResolvedConfig:
+    try:
+        return _resolved(stage.config, world_size, has_gpu=has_gpu)
+    except ValueError as error:
+        if not recipe.stages:
+            raise
+        raise ValueError(f"stage {stage.name}: {error}") from error
+
+
+def _resolved(config: Config, world_size: int, *, has_gpu: bool) -> ResolvedConfig:
     check_model(config.model)
-    _check_train(config)
+    check_run(config)
+    check_optimizer(config.optimizer)
     resolved = _filled_in(copy.deepcopy(config), has_gpu=has_gpu)
     check_mesh(resolved.parallel, world_size)
     check_split(resolved)
     check_batch(resolved, world_size)
     _check_recompute(resolved.train, plan_stages(resolved.model, resolved.parallel))
-    check_optimizer(resolved.optimizer)
     _check_software(resolved, has_gpu=has_gpu)
     return resolved
+
+
+def fitting_world(processes: int, parallel: ParallelConfig) -> int:
+    """Return ``processes`` if a mesh divides them, else the fewest that it needs."""
+    stages, experts = parallel.pipeline_model_parallel_size, parallel.expert_model_parallel_size
+    least = math.lcm(
+        stages * parallel.tensor_model_parallel_size * parallel.context_parallel_size,
+        stages * experts * (parallel.expert_tensor_parallel_size or 1),
+    )
+    # No mesh has a size of 0, which is said later.
+    return processes if least == 0 or processes % least == 0 else least
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
@@ -68,9 +115,13 @@ def _filled_in(config: Config, *, has_gpu: bool) -> ResolvedConfig:
             "data": _filled_in_data(config),
             "train": ResolvedTrainConfig(
                 **vars(config.train)
-                | {"precision": _unless_auto(config.train.precision, "bf16" if has_gpu else "fp32")}
+                | {
+                    "max_steps": config.train.max_steps or DEFAULT_STEPS,
+                    "precision": _unless_auto(config.train.precision, "bf16" if has_gpu else "fp32"),
+                }
             ),
             "asked": config,
+            "recipe": config,
         }
     )
 
@@ -88,7 +139,7 @@ def resolve_mesh(config: Config, *, has_gpu: bool) -> ResolvedParallelConfig:
         ValueError: a size is not above 0, or the stages can't be laid out.
     """
     parallel = config.parallel
-    _check_positive("parallel", parallel, [name for name in vars(parallel) if name.endswith("_parallel_size")])
+    check_positive("parallel", parallel, [name for name in vars(parallel) if name.endswith("_parallel_size")])
     expert_tensor, by_sequence = parallel.expert_tensor_parallel_size, parallel.sequence_parallel
     stages = plan_stages(config.model, parallel)
     derived = {
@@ -101,28 +152,13 @@ def resolve_mesh(config: Config, *, has_gpu: bool) -> ResolvedParallelConfig:
 
 
 def _filled_in_data(config: Config) -> ResolvedDataConfig:
-    data, train = config.data, config.train
+    data = config.data
     cache = data.cache_folder if data.cache_folder is not None else f"{config.run.folder.rstrip('/')}/data_cache"
-    samples = data.train_samples if data.train_samples is not None else train.max_steps * train.global_batch_size
-    return ResolvedDataConfig(**vars(data) | {"cache_folder": cache, "train_samples": samples})
+    return ResolvedDataConfig(**vars(data) | {"cache_folder": cache})
 
 
 def _unless_auto(value: str, derived: str) -> str:
     return derived if value == "auto" else value
-
-
-def _check_positive(group: str, values: object, names: list[str]) -> None:
-    for name in names:
-        value = getattr(values, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"{group}.{name} = {value}: it must be a finite number above 0")
-
-
-def _check_not_negative(group: str, values: object, names: list[str]) -> None:
-    for name in names:
-        value = getattr(values, name)
-        if value is not None and not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"{group}.{name} = {value}: it must be a finite number, 0 or above")
 
 
 MAX_LAYERS = 100_000
@@ -141,8 +177,8 @@ def check_model(model: ModelConfig) -> None:
         for name, value in vars(model).items()
         if isinstance(value, int | float) and not isinstance(value, bool) and name not in may_be_zero
     ]
-    _check_positive("model", model, numbers)
-    _check_not_negative("model", model, sorted(may_be_zero))
+    check_positive("model", model, numbers)
+    check_not_negative("model", model, sorted(may_be_zero))
     if model.num_layers > MAX_LAYERS:
         raise ValueError(f"model.num_layers = {model.num_layers}: no more than {MAX_LAYERS:,} are planned one by one")
     check_layers(model)
@@ -217,13 +253,15 @@ def check_batch(config: ResolvedConfig, world_size: int) -> None:
         ValueError: with one line that names the value and the fix.
     """
     parallel, train = config.parallel, config.train
-    _check_positive("train", train, ["global_batch_size"])
+    check_positive("train", train, ["global_batch_size"])
     replicas = data_parallel_size(parallel, world_size)
-    pipeline, samples = parallel.pipeline_model_parallel_size, train.global_batch_size
-    dealt = {"train.global_batch_size": samples}
+    pipeline, ramp = parallel.pipeline_model_parallel_size, train.global_batch_size_schedule
+    dealt = [("train.global_batch_size", train.global_batch_size)]
+    if ramp:
+        dealt = [("train.global_batch_size_schedule", int(packs)) for packs in ramp[1::2]]
     if config.data.validation or config.data.embedded_corpus:
-        dealt["train.eval_samples"] = train.eval_samples
-    for name, packs in dealt.items():
+        dealt.append(("train.eval_samples", train.eval_samples))
+    for name, packs in dealt:
         if packs % replicas:
             raise ValueError(
                 f"{name} = {packs} is not divisible by the data-parallel size {replicas} (world {world_size} / tensor "
@@ -236,11 +274,6 @@ def check_batch(config: ResolvedConfig, world_size: int) -> None:
                 f"interleaved stages need a multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a "
                 f"multiple of {replicas * pipeline}"
             )
-    if config.data.train_samples < train.global_batch_size:
-        raise ValueError(
-            f"data.train_samples = {config.data.train_samples} is less than train.global_batch_size = "
-            f"{train.global_batch_size}: raise it"
-        )
 
 
 def _check_recompute(train: TrainConfig, stages: Stages) -> None:
@@ -254,71 +287,12 @@ def _check_recompute(train: TrainConfig, stages: Stages) -> None:
         raise ValueError(f"train.recompute_modules has {strange[0]!r}: choose from {', '.join(RECOMPUTABLE)}")
     if train.recompute_granularity == "selective" and not train.recompute_modules:
         raise ValueError(f"train.recompute_modules is empty: choose from {', '.join(RECOMPUTABLE)}")
-    _check_positive("train", train, ["recompute_num_layers"])
+    check_positive("train", train, ["recompute_num_layers"])
     if train.recompute_granularity == "full" and train.recompute_num_layers > stages.most_layers:
         raise ValueError(
             f"train.recompute_num_layers = {train.recompute_num_layers} is more than the "
             f"{counted(stages.most_layers, 'layer')} of the largest stage: lower it"
         )
-
-
-def check_optimizer(optimizer: OptimizerConfig) -> None:
-    """Check AdamW's numbers and the schedule's.
-
-    Raises:
-        ValueError: with one line that names the value and the fix.
-    """
-    _check_positive("optimizer", optimizer, ["lr", "adam_eps"])
-    _check_not_negative(
-        "optimizer", optimizer, [f.name for f in dataclasses.fields(optimizer) if f.name != "lr_decay_style"]
-    )
-    for name in ("adam_beta1", "adam_beta2"):
-        if getattr(optimizer, name) >= 1:
-            raise ValueError(f"optimizer.{name} = {getattr(optimizer, name)}: it must be below 1")
-    if optimizer.min_lr > optimizer.lr:
-        raise ValueError(f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}: lower it")
-    if optimizer.lr_decay_style == "exponential" and optimizer.lr_decay_tokens and optimizer.min_lr == 0:
-        raise ValueError("optimizer.min_lr = 0 can't be reached by exponential decay: give it a value above 0")
-
-
-def _check_train(config: Config) -> None:
-    train, run, data = config.train, config.run, config.data
-    _check_positive("train", train, ["max_steps", "max_skipped_steps"])
-    _check_not_negative("train", train, ["seed", "eval_interval", "eval_samples"])
-    _check_positive("data", data, ["train_samples"])
-    _check_points(config)
-    if data.seq_length < 2:
-        raise ValueError(f"data.seq_length = {data.seq_length}: a pack needs at least 2 tokens")
-    _check_positive("run", run, ["log_interval", "max_failed_saves"])
-    _check_not_negative("run", run, ["save_interval", "save_interval_minutes", "keep_checkpoints"])
-    _check_positive("parallel", config.parallel, ["distributed_timeout_seconds"])
-    start, end = train.profile_step_start, train.profile_step_end
-    if (start is None) != (end is None) or (start is not None and end is not None and not 0 <= start < end):
-        raise ValueError(
-            f"train.profile_step_start = {start} and profile_step_end = {end}: give both, the start below the end"
-        )
-    if not run.folder:
-        raise ValueError("run.folder is empty: give the folder of the run")
-    if data.cache_folder == "":
-        raise ValueError("data.cache_folder is empty: give a folder, or null for the run's own")
-    check_tracking(run)
-
-
-def _check_points(config: Config) -> None:
-    name, points = "train.moe_aux_loss_coeff_schedule", config.train.moe_aux_loss_coeff_schedule
-    if not points:
-        return
-    tokens, weights = points[::2], points[1::2]
-    if len(tokens) != len(weights):
-        raise ValueError(
-            f"{name} has {len(points)} numbers: give pairs of tokens and weight, as [0, 0.01, 1e12, 0.001]"
-        )
-    if not all(math.isfinite(number) and number >= 0 for number in points):
-        raise ValueError(f"{name} = {points}: all numbers must be finite, and 0 or above")
-    if any(b <= a for a, b in pairwise(tokens)):
-        raise ValueError(f"{name} = {points}: the tokens of its points must rise")
-    if config.model.moe_router_load_balancing_type == "none":
-        raise ValueError(f"{name} is given, but model.moe_router_load_balancing_type is none: leave one of them out")
 
 
 def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:
@@ -343,7 +317,7 @@ def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:
     if model.fp8 is not None and config.train.precision != "bf16":
         raise ValueError(f"model.fp8 = {model.fp8} needs train.precision bf16, but it is {config.train.precision}")
     check_layers_device(model, precision=config.train.precision, has_gpu=has_gpu)
-    _check_positive("parallel", parallel, ["moe_token_groups"])
+    check_positive("parallel", parallel, ["moe_token_groups"])
     if parallel.moe_token_groups > config.data.seq_length:
         raise ValueError(
             f"parallel.moe_token_groups = {parallel.moe_token_groups} is more than the tokens of a pack, "

@@ -34,13 +34,13 @@ class ResolvedDataConfig(DataConfig):
     """``DataConfig`` with its derived fields."""
 
     cache_folder: str
-    train_samples: int
 
 
 @dataclass(kw_only=True)
 class ResolvedTrainConfig(TrainConfig):
     """``TrainConfig`` with its derived fields."""
 
+    max_steps: int
     precision: Literal["fp32", "bf16"]
 
 
@@ -53,7 +53,11 @@ class ResolvedConfig(Config):
     data: ResolvedDataConfig
     train: ResolvedTrainConfig
     asked: Config = field(compare=False, repr=False)
-    """As it was read, before anything was derived; no part of the tree."""
+    """Before anything was derived, as the stage in which the run goes on has it; no part of the tree."""
+    recipe: Config = field(compare=False, repr=False)
+    """The whole run as it was read; no part of the tree, and ``asked`` without stages."""
+    stage: int = field(default=0, compare=False)
+    """Index of the stage that this is the configuration of; no part of the tree."""
 
     @property
     def padded_pack_tokens(self) -> int:

@@ -8,7 +8,7 @@ default is ``None`` is derived by ``megatron_m1.config.resolve`` from the others
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 PATH = {"path": True}
 """Metadata of a field that holds paths: ``~`` and ``$VARIABLES`` in it are expanded when it is read."""
@@ -145,10 +145,16 @@ class DataConfig:
     reset_at_documents: bool = True
     """Attention, state and positions restart at every document; false lets them flow through the pack."""
     cache_folder: str | None = field(default=None, metadata=PATH)
-    """Where sample indices are cached; none means <run.folder>/data_cache."""
-    train_samples: int | None = None
-    """Packs in one pass over the shuffled data, fixed for the life of a run; none means max_steps x
-    global_batch_size."""
+    """Where sample indices and what was found in corpora are cached; none means <run.folder>/data_cache."""
+    packing: Literal["chop", "best_fit"] = "chop"
+    """How documents become packs: chop fills every pack and cuts documents at its end; best_fit cuts none that a pack
+    can hold, and pads."""
+    train_transition_tokens: int = 0
+    """Tokens at the beginning of a stage over which the weights of the blend go in a straight line from those of the
+    stage before to those of train."""
+    max_epochs: list[str] = field(default_factory=list, metadata=PATH)
+    """How often the run may read the corpora of train: one number for all, or one before each prefix, [4, code, 2,
+    prose]; the others take the weight of one that is used up. Empty is as often as it takes."""
 
 
 @dataclass
@@ -161,12 +167,21 @@ class OptimizerConfig:
     """Final learning rate."""
     lr_warmup_tokens: int = 0
     """Tokens of linear warm-up."""
+    lr_warmup_steps: int = 0
+    """Instead of lr_warmup_tokens, steps of linear warm-up."""
     lr_constant_tokens: int = 0
     """Tokens at the peak after the warm-up."""
     lr_decay_tokens: int = 0
     """Tokens of decay from the peak to min_lr after that; 0 stays at the peak."""
     lr_decay_style: Literal["linear", "cosine", "exponential"] = "cosine"
     """Shape of the decay."""
+    lr_segments: list[str] = field(default_factory=list)
+    """Instead of the constant tokens and the decay, segments of shape, tokens and learning rate at their end:
+    [constant, 7.2T, 2e-4, exponential, 1T, 3e-5]; shapes are constant, linear, cosine, exponential. The first begins at
+    lr, a constant one has its own value throughout; warm-up is a part of the first ones, and after the last its rate
+    stays."""
+    lr_may_jump: bool = False
+    """Let a stage begin with another learning rate than the one before ends with; otherwise that is refused."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -178,20 +193,27 @@ class OptimizerConfig:
     clip_grad: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off. Our default: M1 publishes
     none."""
+    clip_grad_schedule: list[float] = field(default_factory=list)
+    """Instead of clip_grad, points of tokens and norm, [0, 1, 1e12, 0.5]: linear between them, constant outside."""
 
 
 @dataclass
 class TrainConfig:
     """The loop."""
 
-    max_steps: int = 1000
-    """Optimizer steps of the whole run."""
+    max_steps: int | None = None
+    """Optimizer steps of the whole run; none means 1,000, or with stages as many as these take."""
     global_batch_size: int = 8
     """Packs per optimizer step over the whole mesh."""
+    global_batch_size_schedule: list[float] = field(default_factory=list)
+    """Instead of global_batch_size, points of tokens and packs, [0, 2048, 69e9, 4096]: each from its tokens on."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Parameters and matrix products; auto is bf16 on a GPU and fp32 on a CPU."""
     seed: int = 1234
     """Seed of the initial weights and of the data order."""
+    loss_normalization: Literal["token", "sample"] = "token"
+    """token weighs every learnt token of a global batch the same, sample every document (a conversation), whose tokens
+    share its weight."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """full recomputes whole layers, selective the modules of recompute_modules; none keeps all activations."""
     recompute_num_layers: int = 1
@@ -207,6 +229,19 @@ class TrainConfig:
     """Packs per validation."""
     max_skipped_steps: int = 5
     """Steps in a row with a non-finite loss or gradient (each is skipped) after which the run stops."""
+    spike_guard: Literal["off", "count", "skip", "stop", "rollback"] = "off"
+    """What is done with a step whose gradient norm is a spike. count: it is applied, clipped as ever. skip: it is not
+    applied. stop: it is not applied, and the run ends. rollback: the newest checkpoint is loaded, and the data go on
+    behind the step's batch. All but off count it, and write the losses of its documents to <run.folder>/spikes."""
+    spike_factor: float = 5.0
+    """A spike is a gradient norm above so many times the median of the last ones. Our default: M1 publishes none."""
+    spike_window: int = 128
+    """Steps that the median is of, spikes left out; nothing is judged before half of them are there."""
+    max_spikes: int = 10
+    """Spikes with no more than spike_window steps between the last and the first of them, with which the run ends; 0
+    never ends it, which rollback does not allow."""
+    grad_norm_interval: int = 0
+    """Steps between records of the gradient norms by kind and depth of the layers; 0 records them at spikes only."""
     profile_step_start: int | None = None
     """First step of the profiler window; none profiles nothing."""
     profile_step_end: int | None = None
@@ -257,6 +292,18 @@ class RunConfig:
 
 
 @dataclass
+class StageConfig:
+    """A part of a run, by the tokens that it trains on. What it does not name it has from the stage before it."""
+
+    name: str
+    """Another one for every stage."""
+    tokens: int
+    """That the stage trains on. It ends at the first step at which the run's tokens reach the sum up to here."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What it names, by dotted path; the first stage has the rest from the run's own groups."""
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -268,6 +315,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    stages: list[StageConfig] = field(default_factory=list)
+    """Parts of the run in their order; none means one stage of ``train.max_steps``."""
 
     @property
     def tokens_per_step(self) -> int:

@@ -2,7 +2,7 @@
 
 ``config.yaml`` starts another run as this one was started, on any machine: ``auto`` is ``auto`` in it.
 ``resolved.yaml`` has the same tree with nothing left to derive, as this machine and this world had it, and says where
-the folder was.
+the folder was. ``starts.jsonl`` keeps that tree of every start, which the two files forget.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from typing import Any
 
 import yaml
 
+from megatron_m1.config.fields import STAGES
 from megatron_m1.config.io import load_config
 from megatron_m1.config.portable import located, portable
 from megatron_m1.config.resolved import ResolvedConfig
+from megatron_m1.config.stage_list import stage_entry
 from megatron_m1.config.tree import Config
 from megatron_m1.files import write_atomically
 
 CONFIG = "config.yaml"
 RESOLVED = "resolved.yaml"
+STARTS = "starts.jsonl"
+"""One line for each time that the run, or a stage of it, began to train."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,10 @@ class SavedConfig:
 
 def tree_values(config: Config) -> dict[str, Any]:
     """Return the tree as plain values, also of a resolved configuration."""
-    groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config)}
-    return {name: dataclasses.asdict(group) if name != "preset" else group for name, group in groups.items()}
+    groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(Config) if field.name != STAGES}
+    values = {name: dataclasses.asdict(group) if name != "preset" else group for name, group in groups.items()}
+    # Only where there are some: then the files of a run without stages are those of older versions, too.
+    return values | ({STAGES: [stage_entry(stage) for stage in config.stages]} if config.stages else {})
 
 
 def config_text(config: Config) -> str:
@@ -65,9 +71,17 @@ def saved_texts(config: Config, folder: Path) -> dict[str, str]:
     """
     if not isinstance(config, ResolvedConfig):
         return {CONFIG: config_text(portable(config, folder))}
+    return {
+        CONFIG: config_text(portable(config.asked, folder)),
+        RESOLVED: yaml_text(resolved_values(config, folder)),
+    }
+
+
+def resolved_values(config: Config, folder: Path) -> dict[str, Any]:
+    """Return what ``RESOLVED`` and a line of ``STARTS`` have of the run in ``folder``: its resolved tree, plain."""
     became = portable(config, folder)
     became.run.folder = os.path.abspath(folder)
-    return {CONFIG: config_text(portable(config.asked, folder)), RESOLVED: config_text(became)}
+    return tree_values(became)
 
 
 def read_saved(place: Path, folder: Path) -> SavedConfig:

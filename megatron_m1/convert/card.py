@@ -126,16 +126,20 @@ def _training(config: Config, state: dict[str, Any]) -> list[str]:
             lines.append(f"Untrained, since added on importing: the last {counted(new, 'row')} of embedding and head.")
         return lines
     lines = [f"{tokens:,} tokens" if type(tokens) is int else "An unknown number of tokens"]
-    lines[0] += (
-        f" in {counted(state['step'], 'step')} of {counted(config.train.global_batch_size, 'pack')} of "
-        f"{config.data.seq_length:,} tokens, in {config.train.precision}."
-    )
+    lines[0] += f" in {counted(state['step'], 'step')}{_packs(config)}, in {config.train.precision}."
     if config.run.init_from is not None:
         name = Path(config.run.init_from.removeprefix(HUGGING_FACE)).name
         lines.append(f"Training began with the weights of {_code(name)}, whose own card is not part of this folder.")
     else:
         lines.append("Training began with random weights.")
     return [*lines, "", "Data, as the checkpoint's configuration names them:", "", *_data(config.data.train)]
+
+
+def _packs(config: Config) -> str:
+    tokens = f"{config.data.seq_length:,} tokens"
+    if config.stages or config.train.global_batch_size_schedule:
+        return f", at last with packs of {tokens}"
+    return f" of {counted(config.train.global_batch_size, 'pack')} of {tokens}"
 
 
 def _data(blend: Sequence[str]) -> list[str]:

@@ -1,1 +1,1 @@
-"""How good a model is, and what it is compared with."""
+"""How good a model is: n-gram baselines, perplexity by position and source, needles, the standard tasks."""

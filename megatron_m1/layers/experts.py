@@ -92,13 +92,15 @@ class ThroughAutograd:
     def backward(
         self, kept: tuple[Tensor, ...], grad: Tensor, weights: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Gradients of x, of scale, and the weights' own."""
+        """Gradients of x, of scale, and the weights' own; None of weights that need none."""
         output, x, scale = kept
-        found = torch.autograd.grad(output, (x, scale, *weights), grad, allow_unused=True)
+        wanted = [weight for weight in weights if weight.requires_grad]
+        found = torch.autograd.grad(output, (x, scale, *wanted), grad, allow_unused=True)
         grad_x, grad_scale = (
             torch.zeros_like(given) if grad is None else grad for given, grad in zip((x, scale), found[:2], strict=True)
         )
-        return grad_x, grad_scale, list(found[2:])
+        of_weights = iter(found[2:])
+        return grad_x, grad_scale, [next(of_weights) if weight.requires_grad else None for weight in weights]
 
     def add_weight_gradients(self, pending: list[Tensor | None], totals: list[Tensor | None], *, more: bool) -> None:
         """Add them."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core import tensor_parallel
 from torch import Tensor, nn
 
 from megatron_m1.layers.engine import EngineConfig
 from megatron_m1.layers.pack import PackedBatchParams
-from megatron_m1.parallel.vocab_head import vocab_logits, vocab_parallel_loss
+from megatron_m1.parallel.vocab_head import vocab_logits, vocab_parallel_choice, vocab_parallel_loss
 
 
 class OutputLayer(tensor_parallel.ColumnParallelLinear):
@@ -62,6 +63,32 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
             logits = tensor_parallel.gather_from_tensor_model_parallel_region(logits, group=self.tp_group)
         return logits, None
 
+    def choices(self, input_: Tensor, labels: Tensor) -> Tensor:
+        """Loss of every token's label and the most likely token, without gradients.
+
+        Args:
+            input_: as of ``forward``.
+            labels: int [1, n], as of ``forward``.
+
+        Returns:
+            fp64 [2, n]: losses in nats, ids (the first of equals).
+        """
+        loss, choice = vocab_parallel_choice(
+            input_.squeeze(1),
+            self.weight,
+            labels.squeeze(0),
+            group=self.tp_group,
+            chunk_bytes=self.config.lm_head_chunk_bytes,
+            ieee_fp32=self.config.model.lm_head_precision == "fp32",
+        )
+        return torch.stack((loss.double(), choice.double()))
+
+
+def _choices_of_output_layer(
+    *, hidden_states: Tensor, output_layer: OutputLayer, labels: Tensor, **unused: Any
+) -> Tensor:
+    return output_layer.choices(hidden_states, labels)
+
 
 def _loss_of_output_layer(*, hidden_states: Tensor, output_layer: OutputLayer, labels: Tensor, **unused: Any) -> Tensor:
     # unused: what megatron-core hands to every output processor (masks, contexts, its own loss).
@@ -70,7 +97,13 @@ def _loss_of_output_layer(*, hidden_states: Tensor, output_layer: OutputLayer, l
 
 
 def token_losses(
-    model: nn.Module, tokens: Tensor, labels: Tensor, params: PackedBatchParams, *, padding_mask: Tensor | None = None
+    model: nn.Module,
+    tokens: Tensor,
+    labels: Tensor,
+    params: PackedBatchParams,
+    *,
+    padding_mask: Tensor | None = None,
+    with_choices: bool = False,
 ) -> Tensor:
     """Run a model (or a pipeline chunk of one) up to the loss of every token, which the head computes in chunks.
 
@@ -82,9 +115,11 @@ def token_losses(
         labels: int [1, n]: 0 to vocab - 1, or negative for a token without one, whose loss is 0.
         params: the pack's layout.
         padding_mask: bool [1, n], true for tokens that no router counts.
+        with_choices: the most likely tokens as well, and no gradients.
 
     Returns:
-        From the last stage fp32 [1, n], nats; from any other what the next one takes.
+        From the last stage fp32 [1, n], nats, or what ``OutputLayer.choices`` returns; from any other what the next one
+        takes.
     """
     output: Tensor = model(
         tokens,
@@ -93,6 +128,6 @@ def token_losses(
         labels=labels,
         packed_seq_params=params,
         padding_mask=padding_mask,
-        output_processor=_loss_of_output_layer,
+        output_processor=_choices_of_output_layer if with_choices else _loss_of_output_layer,
     )
     return output

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_m1.config import Config
+from megatron_m1.config.schedules import course
 from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.data.corpora.prefix import check_prefix
 from megatron_m1.data.demo.corpus import find_corpus
 from megatron_m1.data.tokenizers import Tokenizer
 from megatron_m1.library.places import AnyPath, Place, as_path, find_place, find_tokenizer
 from megatron_m1.library.quiet import quiet_libraries
+from megatron_m1.training.blend import caps_by_prefix
 
 if TYPE_CHECKING:
     from megatron_m1.library.packs import PackedData
@@ -34,6 +36,9 @@ class _Source:
     seed: int = 1234
     cache_folder: str | None = None
     reset_at_documents: bool = True
+    packing: Literal["chop", "best_fit"] = "chop"
+    max_epochs: dict[str, float] = field(default_factory=dict)
+    """By prefix."""
 
 
 def packed_data(
@@ -49,9 +54,9 @@ def packed_data(
 ) -> PackedData:
     """Open the packs that a run trains or validates on, or those of any tokenised corpora. No mesh is needed.
 
-    Pack i of a run's training data is the i-th that it took, as long as i is less than their number: then the data
-    begin anew in another order, that of ``seed + 1``. Where torch.distributed is running, all its ranks call this
-    together, and with a folder that they share.
+    Pack i of a run's training data is the i-th that it took. They have an order only, so that the first look at pack i
+    plans those before it, from lengths of documents and without reading them: some 50 microseconds each. Going back is
+    cheap. Where torch.distributed is running, all its ranks call this together, and with a folder that they share.
 
     Args:
         source: a run or a checkpoint; a configuration; the prefix of a corpus (PREFIX.bin and PREFIX.idx); or a blend,
@@ -61,7 +66,8 @@ def packed_data(
         num_samples: packs; None takes the run's, or as many as corpora by themselves fill once.
         seed: of the order of documents and packs; None takes the run's, or 1234.
         tokenizer: that of the corpora, or its path; None takes the run's. Corpora by themselves have none.
-        cache_folder: where the indices of the packs are kept; None takes the run's if it can be written, or none.
+        cache_folder: where the indices of held-out packs are kept, and what was found in the corpora; None takes the
+            run's if it can be written, or none.
         reset_at_documents: whether documents are apart; None takes the run's, or True.
 
     Raises:
@@ -86,13 +92,15 @@ def packed_data(
 
         return build_packed_data(
             found.blend,
+            is_trained_on=split == "train",
             seq_length=length,
-            # The last token is a label only.
-            num_samples=num_samples or found.num_samples or max(1, (tokens - 1) // max(1, length)),
+            num_samples=num_samples or found.num_samples or max(1, tokens // max(1, length)),
             seed=found.seed if seed is None else seed,
             tokenizer=loaded,
             cache_folder=found.cache_folder if cache_folder is None else str(as_path(cache_folder)),
             reset_at_documents=found.reset_at_documents if reset_at_documents is None else reset_at_documents,
+            packing=found.packing,
+            max_epochs=found.max_epochs,
         )
 
 
@@ -137,17 +145,23 @@ def _of_config(config: Config, split: Literal["train", "validation"], place: Pla
         place = place if data.tokenizer else Place(place.folder, corpus.tokenizer, config)
     if not blends[split]:
         raise ValueError(f"data.{split} of {place.folder} is empty: give a run that has it, or the prefix of a corpus")
-    samples = data.train_samples or train.max_steps * train.global_batch_size
+    if split == "train" and config.stages:
+        names = ", ".join(stage.name for stage in config.stages)
+        raise ValueError(
+            f"{place.folder} is a run of several stages ({names}), each with packs of its own: give a blend"
+        )
     # A folder of someone else's, or of a run that was moved, has nothing to do with ours.
     is_writable = data.cache_folder is not None and os.access(data.cache_folder, os.W_OK)
     return _Source(
         blends[split],
         place,
         data.seq_length,
-        samples if split == "train" else train.eval_samples,
+        course(config)[-1].end // data.seq_length if split == "train" else train.eval_samples,
         train.seed,
         data.cache_folder if is_writable else None,
         data.reset_at_documents,
+        data.packing,
+        caps_by_prefix(data, blends[split]),
     )
 
 

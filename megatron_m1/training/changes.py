@@ -10,9 +10,11 @@ from megatron_m1.config.portable import absolute
 from megatron_m1.config.written import read_saved
 from megatron_m1.training.run_tokenizer import is_copy, is_own
 
-STREAM_FIELDS = {"data.train", "data.seq_length", "data.reset_at_documents", "train.seed", "train.global_batch_size"}
-"""Fields that decide which tokens come next."""
-FREE_FIELDS = {"data.cache_folder", "data.train_samples", "data.embedded_corpus", "train.max_steps"}
+STREAM_FIELDS = {
+    *("data.train", "data.seq_length", "data.packing", "data.reset_at_documents", "data.max_epochs", "train.seed"),
+}
+"""Fields that decide which packs come next."""
+FREE_FIELDS = {"data.cache_folder", "data.embedded_corpus", "train.max_steps"}
 """Fields that may differ between the parts of a run without being worth a word."""
 
 
@@ -54,12 +56,16 @@ def stream_lines(changes: dict[str, str]) -> list[str]:
     """A line if other tokens come than would have come, else none."""
     if not STREAM_FIELDS & changes.keys():
         return []
-    return ["so the data are not the stream that would have come: packs are counted on, but cut anew"]
+    return [
+        "so the data are not the stream that would have come; what was read of a corpus does not come again before the "
+        "rest of it"
+    ]
 
 
-def nothing_to_train(step: int, max_steps: int) -> str:
+def nothing_to_train(step: int, config: ResolvedConfig) -> str:
     """The line for a run that has come to its end before it was started."""
-    return (
-        f"nothing to train: the run is at step {step}, train.max_steps is {max_steps}; raise it to go on, or choose "
-        "another run.folder"
-    )
+    where, given = f"nothing to train: the run is at step {step}", config.recipe.train.max_steps
+    if config.recipe.stages and (given is None or given > step):
+        last = config.recipe.stages[-1].name
+        return f"{where}, the end of its last stage, {last}; make that longer to go on, or choose another run.folder"
+    return f"{where}, train.max_steps is {config.train.max_steps}; raise it to go on, or choose another run.folder"

@@ -6,11 +6,15 @@ import os
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import batched
 from pathlib import Path
 
 from megatron_m1.config import ResolvedConfig
+from megatron_m1.config.lr import parse_segments
 from megatron_m1.config.resolve import data_parallel_size
 from megatron_m1.config.resolved import ResolvedParallelConfig
+from megatron_m1.config.schedules import Schedules, Span, course
+from megatron_m1.config.stages import BATCH, LR
 from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.data.corpora.prefix import PrefixSummary
 from megatron_m1.plan.parameters import model_counts
@@ -42,11 +46,6 @@ def lines_of(facts: Iterable[Fact], *, width: int | None = None) -> list[str]:
             parts = [part.replace("\0", " ") for part in wrapped]
         lines += [f"{label if not at else '':<{LABEL_WIDTH}}{part}" for at, part in enumerate(parts)]
     return lines
-
-
-def run_tokens(config: ResolvedConfig) -> int:
-    """Tokens of the whole run."""
-    return config.train.max_steps * config.tokens_per_step
 
 
 def mesh_facts(parallel: ResolvedParallelConfig, world_size: int) -> list[Fact]:
@@ -95,12 +94,18 @@ def blend_facts(
     ]
 
 
-def corpora_facts(config: ResolvedConfig, summaries: Sequence[PrefixSummary]) -> list[Fact]:
-    """Training corpora for a narrow screen: the ends of their paths, and not too many of them."""
+def corpora_facts(config: ResolvedConfig, summaries: Sequence[PrefixSummary], tokens: int) -> list[Fact]:
+    """Training corpora for a narrow screen: the ends of their paths, and not too many of them.
+
+    Args:
+        config: of the run, or of a stage.
+        summaries: of its corpora.
+        tokens: of all of it.
+    """
     _, weights = parse_blend(config.data.train)
     texts = [
         f"{weight:.1%} {_short(summary.prefix)}: {summary.tokens:,} tokens, "
-        f"read {weight * run_tokens(config) / summary.tokens:,.2f} times"
+        f"read {weight * tokens / summary.tokens:,.2f} times"
         for weight, summary in zip(weights, summaries, strict=True)
     ]
     left = summaries[_SHOWN_CORPORA:]
@@ -115,57 +120,98 @@ def _short(path: str) -> str:
 
 
 def repetition_notes(config: ResolvedConfig, summaries: Sequence[PrefixSummary]) -> list[str]:
-    """A warning for every training corpus that the run reads more often than ``MANY_PASSES``."""
+    """A warning for every training corpus that the run, or the stage, reads more often than ``MANY_PASSES``."""
     _, weights = parse_blend(config.data.train)
-    read = [weight * run_tokens(config) / summary.tokens for weight, summary in zip(weights, summaries, strict=True)]
+    tokens = whole_tokens(config)
+    read = [weight * tokens / summary.tokens for weight, summary in zip(weights, summaries, strict=True)]
+    where = f"stage {config.stages[config.stage].name}" if config.stages else "the run"
     return [
-        f"warning: {summary.prefix} is read {times:,.1f} times in the run: beyond about {MANY_PASSES:.0f}, tokens that "
+        f"warning: {summary.prefix} is read {times:,.1f} times in {where}: beyond about {MANY_PASSES:.0f}, tokens that "
         "come again teach little; take more data, another blend or fewer steps"
         for times, summary in zip(read, summaries, strict=True)
         if times > MANY_PASSES
     ]
 
 
-def batch_facts(config: ResolvedConfig, world_size: int) -> list[Fact]:
-    """Packs and tokens of a step, and what a pack is where it is cut or padded."""
-    train, data = config.train, config.data
-    replicas = data_parallel_size(config.parallel, world_size)
-    batch = (
-        f"{counted(train.global_batch_size, 'pack')} of {data.seq_length:,} tokens = {config.tokens_per_step:,} tokens "
-        "a step, "
-        f"{counted(train.global_batch_size // replicas, 'micro-batch', 'micro-batches')} a rank"
-    )
-    context, tokens = config.parallel.context_parallel_size, config.padded_pack_tokens
-    padding = tokens - data.seq_length
-    if context == 1 and not padding:
-        return [("batch", batch)]
-    added = f", {padding} of them padding at its end" if padding else ""
-    return [("batch", batch), ("packs", f"{tokens:,} tokens each{added}, {tokens // context:,} on every context rank")]
+def whole_tokens(config: ResolvedConfig) -> int:
+    """Return the tokens of a stage as it is planned, or of the whole run of one without stages."""
+    if config.stages:
+        return config.stages[config.stage].tokens
+    return course(config.recipe)[-1].end
 
 
-def schedule_facts(config: ResolvedConfig, *, step: int = 0, tokens: int = 0) -> list[Fact]:
-    """Steps and learning rate, and whether the run goes on after the end of the schedule.
+def batch_facts(config: ResolvedConfig, world_size: int, schedules: Schedules, *, tokens: int = 0) -> list[Fact]:
+    """Packs and tokens of a step, and what a pack is where it is cut or padded.
 
     Args:
-        config: of the run.
-        step: where it goes on.
-        tokens: trained on until then.
+        config: of the stage.
+        world_size: processes.
+        schedules: of the stage.
+        tokens: of the run, where it goes on.
     """
-    optimizer, left = config.optimizer, config.train.max_steps - step
-    last = tokens + left * config.tokens_per_step
-    lr = [f"peak {optimizer.lr:g}"]
-    if optimizer.lr_warmup_tokens:
-        lr.append(f"{optimizer.lr_warmup_tokens:,} tokens of warm-up")
-    if optimizer.lr_constant_tokens:
-        lr.append(f"{optimizer.lr_constant_tokens:,} at the peak")
-    if optimizer.lr_decay_tokens:
-        lr.append(f"{optimizer.lr_decay_style} decay over {optimizer.lr_decay_tokens:,} to {optimizer.min_lr:g}")
-    facts = [
-        ("steps", f"{f'{step + 1:,} to ' if step else ''}{config.train.max_steps:,} = {last:,} tokens"),
-        ("lr", ", ".join(lr)),
+    data, packs = config.data, schedules.packs(tokens)
+    replicas = data_parallel_size(config.parallel, world_size)
+    batch = (
+        f"{counted(packs, 'pack')} of {data.seq_length:,} tokens = {packs * data.seq_length:,} tokens a step, "
+        f"{counted(packs // replicas, 'micro-batch', 'micro-batches')} a rank"
+    )
+    facts = [("batch", batch), *_ramp_facts(schedules, tokens)]
+    context, padded = config.parallel.context_parallel_size, config.padded_pack_tokens
+    padding = padded - data.seq_length
+    if context == 1 and not padding:
+        return facts
+    added = f", {padding} of them padding at its end" if padding else ""
+    return [*facts, ("packs", f"{padded:,} tokens each{added}, {padded // context:,} on every context rank")]
+
+
+def _ramp_facts(schedules: Schedules, tokens: int) -> list[Fact]:
+    """Batches to come."""
+    origin = schedules.origin(BATCH)
+    points = batched(schedules.stage.config.train.global_batch_size_schedule, 2)
+    later = [
+        f"{packs:,.0f} from {origin + int(start):,} tokens on" for start, packs in points if origin + start > tokens
     ]
-    end = optimizer.lr_warmup_tokens + optimizer.lr_constant_tokens + optimizer.lr_decay_tokens
-    if optimizer.lr_decay_tokens and last > end:
-        first = step + max(0, end - tokens) // config.tokens_per_step + 1
-        facts.append(("", f"min_lr from step {first:,} on: the schedule ends at {end:,} tokens"))
+    return [("", ", ".join(later))] if later else []
+
+
+def schedule_facts(config: ResolvedConfig, spans: Sequence[Span]) -> list[Fact]:
+    """Stage, steps and learning rate, and whether the run goes on after the end of the schedule.
+
+    Args:
+        config: of the stage in which the run goes on.
+        spans: what is left of the run, that stage first.
+    """
+    span, listed = spans[0], config.recipe.stages
+    first, last = f"{span.first_step:,} to " if span.first_step > 1 else "", span.last_step
+    facts: list[Fact] = []
+    if listed:
+        place = f"{span.stage.name}, {span.stage.index + 1} of {len(listed)}"
+        facts.append(("stage", f"{place}, to step {last:,} = {span.end:,} tokens"))
+        last = spans[-1].last_step
+    facts.append(("steps", f"{first}{last:,} = {spans[-1].end:,} tokens"))
+    facts.append(("lr", ", ".join(_rate_texts(span.schedules))))
+    optimizer, schedules = span.stage.config.optimizer, span.schedules
+    end = schedules.origin(LR) + schedules.warmup_tokens + optimizer.lr_constant_tokens + optimizer.lr_decay_tokens
+    if optimizer.lr_decay_tokens and span.end > end:
+        _, reached = schedules.advance(span.tokens, span.first_step - 1, end=end + 1)
+        facts.append(
+            ("", f"min_lr from step {max(reached, span.first_step):,} on: the schedule ends at {end:,} tokens")
+        )
     return facts
+
+
+def _rate_texts(schedules: Schedules) -> list[str]:
+    optimizer = schedules.stage.config.optimizer
+    texts = [f"peak {optimizer.lr:g}"]
+    if optimizer.lr_warmup_steps:
+        texts.append(f"{counted(optimizer.lr_warmup_steps, 'step')} of warm-up")
+    if optimizer.lr_warmup_tokens:
+        texts.append(f"{optimizer.lr_warmup_tokens:,} tokens of warm-up")
+    if optimizer.lr_constant_tokens:
+        texts.append(f"{optimizer.lr_constant_tokens:,} at the peak")
+    if optimizer.lr_decay_tokens:
+        texts.append(f"{optimizer.lr_decay_style} decay over {optimizer.lr_decay_tokens:,} to {optimizer.min_lr:g}")
+    for segment in parse_segments(optimizer.lr_segments):
+        way = f"{segment.end:g}" if segment.shape == "constant" else f"{segment.shape} to {segment.end:g}"
+        texts.append(f"{way} over {segment.tokens:,}")
+    return texts

@@ -38,8 +38,12 @@ class EventFile:
         self._file = RecordFile(folder / name, note)
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=began, file_version="brain.Event:2"))
+        self.start_after(start_step)
+
+    def start_after(self, step: int) -> None:
+        """Have the steps after ``step`` no longer shown that were written so far."""
         start = SessionLog(status=SessionLog.START)
-        self._write(Event(wall_time=began, step=start_step + 1, session_log=start))
+        self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write the numbers of ``step``."""

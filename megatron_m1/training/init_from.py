@@ -41,7 +41,7 @@ def load_initial(trained: TrainedModel, config: ResolvedConfig, init_from: str) 
         ValueError: it is damaged or of another shape.
     """
     checkpoint = (
-        _imported(config, init_from.removeprefix(HUGGING_FACE))
+        imported_checkpoint(config, init_from.removeprefix(HUGGING_FACE))
         if init_from.startswith(HUGGING_FACE)
         else find_checkpoint(Path(init_from))
     )
@@ -53,7 +53,13 @@ def load_initial(trained: TrainedModel, config: ResolvedConfig, init_from: str) 
     return checkpoint
 
 
-def _imported(config: ResolvedConfig, hub_folder: str) -> Path:
+def imported_checkpoint(config: ResolvedConfig, hub_folder: str) -> Path:
+    """Write a Hugging Face folder as a checkpoint of ``run.folder``, unless it is there; return that. Collective.
+
+    Raises:
+        ConversionError: it can't be written.
+        ValueError: the folder can't be read, or what is there was made of another one.
+    """
     source = Path(hub_folder)
     out = Path(config.run.folder) / IMPORTED
     ranks = Ranks(dist.get_rank(), dist.get_world_size())

@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl, TensorBoard, Weights & Biases and the console."""
+"""The record of a run: metrics.jsonl, starts.jsonl, TensorBoard, Weights & Biases and the console."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from megatron_m1.config.tree import RunConfig
-from megatron_m1.files import write_atomically
+from megatron_m1.config.written import STARTS
+from megatron_m1.files import refusal, write_atomically
 from megatron_m1.training.figures import Record, alarms, shown
 from megatron_m1.training.record_file import RecordFile
 from megatron_m1.training.tracking import Tracker
@@ -75,9 +76,10 @@ class MetricsLog:
         self._started = time.monotonic()
         self._open = ExitStack()
         self._console = Console() if console is None else console
-        path = folder / "metrics.jsonl"
-        rewind(path, start_step)
-        self._file = RecordFile(path, self.note)
+        self._starts: RecordFile | None = None
+        self._path = folder / "metrics.jsonl"
+        rewind(self._path, start_step)
+        self._file = RecordFile(self._path, self.note)
         self._open.callback(self._file.close)
         self._tensorboard = _event_file(folder, start_step, self.note) if run.tensorboard else None
         if self._tensorboard is not None:
@@ -120,11 +122,45 @@ class MetricsLog:
         self._write(step, record)
         self.note(self._line(step, record))
 
+    def log_start(self, record: Mapping[str, Any]) -> None:
+        """Append to starts.jsonl what begins to train: it is never rewound.
+
+        Args:
+            record: JSON-able, see ``starts.start_record``.
+
+        Raises:
+            OSError: the file can't be made.
+        """
+        path, torn = self._path.with_name(STARTS), b""
+        if self._starts is None:
+            # A start that was killed may have left half a line, which must not take this one with it.
+            content = path.read_bytes() if path.exists() else b""
+            torn = b"\n" if content and not content.endswith(b"\n") else b""
+            self._starts = RecordFile(path, self.note)
+            self._open.callback(self._starts.close)
+        self._starts.write(torn + (json.dumps(record) + "\n").encode())
+
     def note(self, line: str) -> None:
         """Print a line of text on the console, above the live status line if there is one."""
         print_line(self._console, line)
 
+    def go_back(self, step: int) -> None:
+        """Drop the records after ``step``, which the run will come to once more. W&B draws over what it has.
+
+        A disk that refuses is said: then some steps stand in a file twice.
+        """
+        # It opens again with the next record, and finds its end.
+        self._file.close()
+        try:
+            rewind(self._path, step)
+        except OSError as error:
+            self.note(f"{self._path} keeps the records after step {step}: {refusal(error, self._path.parent)}")
+        if self._tensorboard is not None:
+            self._tensorboard.start_after(step)
+
     def _write(self, step: int, record: Record) -> None:
+        if self._starts is not None:
+            self._starts.try_again()
         values = {figure.name: value for figure, value in record.items()}
         finite = {name: value if value is None or math.isfinite(value) else None for name, value in values.items()}
         self._file.write((json.dumps({"step": step, **finite}) + "\n").encode())

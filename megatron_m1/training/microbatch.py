@@ -29,6 +29,8 @@ class MicroBatch:
     """bool [1, n], true for the tokens that pad the pack, or None if none does. No router counts them."""
     params: PackedBatchParams
     """Carries the layout."""
+    label_shares: Tensor
+    """float32 [1, n]: those of the pack, which no rank could tell from its own tokens."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """[1, n, ...] by name: the pack's further tensors."""
 
@@ -72,13 +74,35 @@ def make_micro_batch(
         return layout.take_local(x).to(mesh.device, non_blocking=True)[None]
 
     padding = None
-    if pack_tokens > length:
-        padding = local(torch.arange(pack_tokens) >= length)
+    if padded.real_tokens is not None:
+        padding = local(torch.arange(pack_tokens) >= padded.real_tokens)
     return MicroBatch(
         local(padded.tokens),
         local(padded.labels),
         local(padded.loss_mask),
         padding,
         PackedBatchParams.of(layout),
+        local(label_shares(padded)),
         {name: local(rows) for name, rows in padded.extra.items()},
     )
+
+
+def label_shares(sample: PackedSample) -> Tensor:
+    """Each token's share of the learnt labels of its document in a pack.
+
+    Args:
+        sample: n tokens.
+
+    Returns:
+        float32 [n]: ``loss_mask`` divided by its sum over the document, so that a document sums up to 1; 0 all over
+        one without a label.
+    """
+    learnt = document_labels(sample)
+    documents = torch.arange(len(learnt)).repeat_interleave(sample.cu_seqlens.long().diff())  # [n]: of each token
+    return (sample.loss_mask.double() / torch.where(learnt > 0, learnt, 1.0)[documents]).float()
+
+
+def document_labels(sample: PackedSample) -> Tensor:
+    """float64 [documents]: the sum of ``loss_mask`` over each document of a pack."""
+    before = torch.cat((torch.zeros(1, dtype=torch.float64), sample.loss_mask.double().cumsum(0)))  # [n + 1]
+    return before[sample.cu_seqlens.long()].diff()

@@ -6,9 +6,10 @@ from typing import Protocol
 
 from torch import Tensor
 
+from megatron_m1.config import TrainConfig
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.training.figures import Figure
-from megatron_m1.training.microbatch import MicroBatch
+from megatron_m1.training.microbatch import MicroBatch, document_labels
 
 
 class Objective(Protocol):
@@ -54,3 +55,27 @@ class NextToken:
     def total(self, losses: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[Figure, Tensor]]:
         """Return the loss of the predicted tokens."""
         return (losses.float() * batch.loss_mask).sum(), {}
+
+
+class EverySample:
+    """Mean over documents of the mean negative log-likelihood of the labels that ``loss_mask`` leaves in each.
+
+    A document is what the bounds of a pack make one: a conversation, however long its answers are. The piece of one
+    that is cut at a pack's end counts as a document; nothing here knows the rest of it. Documents without a label do
+    not count.
+    """
+
+    figures: tuple[Figure, ...] = ()
+
+    def weight(self, sample: PackedSample) -> Tensor:
+        """Return the number of documents with a label."""
+        return (document_labels(sample) > 0).sum()
+
+    def total(self, losses: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[Figure, Tensor]]:
+        """Return the sum of the documents' means, as far as their tokens are this rank's."""
+        return (losses.float() * batch.label_shares).sum(), {}
+
+
+def objective_of(train: TrainConfig) -> Objective:
+    """What ``train.loss_normalization`` says: the mean over the batch's tokens, or over its documents."""
+    return EverySample() if train.loss_normalization == "sample" else NextToken()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from megatron_m1.config import ResolvedConfig
+from megatron_m1.config.schedules import Span
 from megatron_m1.data.corpora.blend import parse_blend
 from megatron_m1.data.corpora.prefix import check_prefix
 from megatron_m1.runtime.mesh import Mesh
@@ -21,28 +23,36 @@ from megatron_m1.training.description import (
     mesh_facts,
     model_fact,
     schedule_facts,
+    whole_tokens,
 )
-from megatron_m1.training.resume import Progress
+from megatron_m1.training.progress import Progress
 
 
-def opening_lines(config: ResolvedConfig, mesh: Mesh, progress: Progress) -> list[str]:
+def opening_lines(
+    config: ResolvedConfig, mesh: Mesh, progress: Progress, spans: Sequence[Span], *, goes_on: bool = False
+) -> list[str]:
     """Describe a run that is about to train, in lines of 80 columns.
 
     Args:
         config: of the run.
         mesh: its processes.
         progress: where it goes on.
+        spans: what is left of it, the present stage first.
+        goes_on: after the stage before, with the same processes: no word of these.
     """
     corpora = [check_prefix(prefix) for prefix in parse_blend(config.data.train)[0]]
-    facts: list[Fact] = [
+    processes: list[Fact] = [
         ("versions", _versions()),
         *mesh_facts(config.parallel, mesh.world_size),
         ("devices", _devices(config, mesh)),
         model_fact(config),
-        *corpora_facts(config, corpora),
-        *batch_facts(config, mesh.world_size),
-        *schedule_facts(config, step=progress.step, tokens=progress.tokens),
-        ("folder", str(Path(config.run.folder))),
+    ]
+    facts: list[Fact] = [
+        *([] if goes_on else processes),
+        *corpora_facts(config, corpora, whole_tokens(config)),
+        *batch_facts(config, mesh.world_size, spans[0].schedules, tokens=progress.tokens),
+        *schedule_facts(config, spans),
+        *([] if goes_on else [("folder", str(Path(config.run.folder)))]),
     ]
     return lines_of(facts, width=LINE_WIDTH)
 

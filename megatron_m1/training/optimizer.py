@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -77,12 +78,22 @@ def build_optimizer(
     return optimizer
 
 
-def step_if_finite(optimizer: ChainedOptimizer, lr: float) -> tuple[bool, float]:
-    """Clip and apply the gradients, unless their norm is not finite.
+def set_clip_grad(optimizer: ChainedOptimizer, norm: float) -> None:
+    """Scale gradients down to ``norm`` from now on; 0 turns clipping off."""
+    for part in optimizer.chained_optimizers:
+        part.config.clip_grad = norm
+
+
+def step_if_finite(
+    optimizer: ChainedOptimizer, lr: float, admits: Callable[[float], bool] = lambda norm: True
+) -> tuple[bool, float]:
+    """Clip and apply the gradients, unless their norm is not finite or not admitted.
 
     Args:
         optimizer: from ``build_optimizer``.
         lr: learning rate of this step.
+        admits: whether gradients of that finite norm are applied, the same on every rank; called before they are
+            clipped.
 
     Returns:
         Whether parameters were updated, and the gradient norm before clipping (the same on every rank).
@@ -92,7 +103,7 @@ def step_if_finite(optimizer: ChainedOptimizer, lr: float) -> tuple[bool, float]
         group["weight_decay"] = optimizer.config.weight_decay * group["wd_mult"]
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
+    if not math.isfinite(norm) or not admits(norm):
         return False, norm
     for part in optimizer.chained_optimizers:
         parameters = part.get_parameters()

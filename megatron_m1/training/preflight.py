@@ -198,6 +198,7 @@ def finished_at(config: ResolvedConfig) -> int | None:
         ValueError: the checkpoint is of a model of another shape.
     """
     newest = newest_checkpoint(config) if config.run.resume else None
+    # That of a run with stages has only the steps that are left in it.
     if newest is None or step_of(newest) < config.train.max_steps:
         return None
     try:

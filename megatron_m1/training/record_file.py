@@ -47,10 +47,14 @@ class RecordFile:
         self._kept.append(record)
         self._write_kept()
 
-    def close(self) -> None:
-        """Write what is kept, if the disk takes it now, and close."""
+    def try_again(self) -> None:
+        """Write what is kept, if anything is: for files whose next record may be long in coming."""
         if self._kept:
             self._write_kept()
+
+    def close(self) -> None:
+        """Write what is kept, if the disk takes it now, and close."""
+        self.try_again()
         self._close()
         if self._reason is not None:
             self._note(f"{self._path} lacks {counted(len(self._kept) + self._lost, 'record')}: {self._reason}")

@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from megatron_m1.checkpoint.folder import STATE, folder_name
+from megatron_m1.checkpoint.folder import folder_name
 from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import ResolvedConfig
-from megatron_m1.printing import shown
 from megatron_m1.training.changes import changes_since, stream_lines
 from megatron_m1.training.init_from import load_initial
+from megatron_m1.training.progress import Progress, stored_progress
+from megatron_m1.training.rollback import with_record
 from megatron_m1.training.trained_model import TrainedModel
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds besides tensors, the same on every rank."""
-
-    step: int = 0
-    tokens: int = 0
-    consumed_samples: int = 0
-    train_samples: int = 0
-    """Packs in one pass, as the run began: their order depends on it."""
-    skipped_total: int = 0
-    skipped_in_row: int = 0
-
-
-def stored_progress(state: Mapping[str, Any]) -> Progress:
-    """Read what a checkpoint's ``state.json`` says.
-
-    Raises:
-        ValueError: it has other names than a run's, or a value that is no count.
-    """
-    names = {field.name for field in fields(Progress)}
-    if state.keys() != names:
-        odd = ", ".join(shown(name) for name in sorted(state.keys() ^ names)[:4])
-        raise ValueError(f"{STATE} of the checkpoint lacks, or has besides what a run has: {odd}")
-    for name, value in state.items():
-        if type(value) is not int or not 0 <= value < 1 << 63:
-            raise ValueError(f"{STATE} of the checkpoint has {name} = {shown(value)}, which is no count")
-    return Progress(**state)
 
 
 def start_or_resume(
@@ -61,8 +31,11 @@ def start_or_resume(
     if state is None:
         if config.run.init_from is not None:
             note(f"starting from the weights of {load_initial(trained, config, config.run.init_from)}")
-        return Progress(train_samples=config.data.train_samples)
-    return stored_progress(state)
+        return Progress()
+    progress = with_record(Path(config.run.folder) / "checkpoints", stored_progress(state))
+    if progress.stream is None:
+        note("its checkpoint is of an older version, which knew no stream of data: the data are begun anew")
+    return progress
 
 
 def resume_lines(config: ResolvedConfig, progress: Progress) -> list[str]:
@@ -71,5 +44,12 @@ def resume_lines(config: ResolvedConfig, progress: Progress) -> list[str]:
         return []
     checkpoint = Path(config.run.folder) / "checkpoints" / folder_name(progress.step)
     changes = changes_since(checkpoint, config)
+    if progress.begins_stage:
+        name = list(progress.stages)[-1]
+        return [f"stage {name} begins after step {progress.step} ({progress.tokens:,} tokens): {_listed(changes)}"]
     what = ["changed since that checkpoint: " + ", ".join(changes.values())] if changes else []
     return [f"resumed from step {progress.step} ({progress.tokens:,} tokens)", *what, *stream_lines(changes)]
+
+
+def _listed(changes: dict[str, str]) -> str:
+    return ", ".join(changes.values()) or "nothing changes"

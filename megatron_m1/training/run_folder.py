@@ -24,9 +24,11 @@ from pathlib import Path
 from megatron_m1.checkpoint.contents import complete_checkpoints
 from megatron_m1.checkpoint.folder import TOKENIZER, run_folder_of
 from megatron_m1.config import Config
-from megatron_m1.config.io import load_config, parse_yaml
+from megatron_m1.config.fields import STAGES
+from megatron_m1.config.io import load_config
 from megatron_m1.config.portable import HERE
-from megatron_m1.config.written import CONFIG, RESOLVED, read_saved, yaml_text
+from megatron_m1.config.written import CONFIG, RESOLVED, STARTS, read_saved, yaml_text
+from megatron_m1.config.yaml_text import parse_yaml
 from megatron_m1.files import WITHOUT_LOCKS, is_file_at, refuse_overwriting, regular, warn_without_locks
 from megatron_m1.training.run_tokenizer import own_copy
 
@@ -34,7 +36,7 @@ LOCK = "run.lock"
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 IMPORTED = "initial"
 """Folder in which a Hugging Face folder that a run starts from lies as a checkpoint."""
-WRITTEN = (CONFIG, RESOLVED, METRICS, SUMMARY, "wandb_id")
+WRITTEN = (CONFIG, RESOLVED, METRICS, STARTS, SUMMARY, "wandb_id")
 """Files of a run folder that a run writes over."""
 BEAT_SECONDS = 5.0
 """Between two signs of life of the holder."""
@@ -90,7 +92,7 @@ def is_written_by_a_run(path: Path) -> bool:
         content = parse_yaml(text)
     except (OSError, ValueError):
         return False
-    if not isinstance(content, dict) or list(content) != _GROUPS:
+    if not isinstance(content, dict) or list(content) not in (_GROUPS, [*_GROUPS, STAGES]):
         return False
     return yaml_text(content) == text
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -21,6 +22,7 @@ from torch import distributed as dist
 from megatron_m1.data.packed import PackedSample
 from megatron_m1.layers.head import token_losses
 from megatron_m1.layers.router import Router
+from megatron_m1.parallel.balance import ModelCost
 from megatron_m1.runtime.mesh import Mesh
 from megatron_m1.training.expert_load import load_figures
 from megatron_m1.training.figures import Figure
@@ -45,7 +47,7 @@ class StepResult:
     """What a step reports, the same on every rank."""
 
     updated: bool
-    """False when the loss or the gradient norm is not finite: nothing was changed."""
+    """False when the loss or the gradient norm is not finite, or not admitted: nothing was changed."""
     weight: float
     """What the sum over the global batch was divided by; of next tokens the number of predicted ones."""
     figures: dict[Figure, float]
@@ -61,6 +63,37 @@ class StepResult:
         return self.figures[LOSS]
 
 
+class PackModel(Protocol):
+    """A rank's share of a model as far as passes over packs go: wrapped for training, or bare."""
+
+    @property
+    def mesh(self) -> Mesh:
+        """This rank's place."""
+
+    @property
+    def chunks(self) -> Sequence[Chunk]:
+        """Pipeline chunks of this rank."""
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a pack, at most."""
+
+    @property
+    def pack_tokens(self) -> int:
+        """Tokens of a pack once its end is padded."""
+
+    @property
+    def cost(self) -> ModelCost | None:
+        """What layouts balance over context-parallel ranks."""
+
+    def heartbeat(self) -> None:
+        """Called before every micro-batch's forward pass."""
+
+
+type AddUp = Callable[[Tensor, MicroBatch], tuple[Tensor, Tensor, Tensor]]
+"""What the schedule asks of the last stage: the sum, a count of tokens, and what to hand through."""
+
+
 def _padding_mask(batch: MicroBatch, model: Chunk, mesh: Mesh) -> Tensor | None:
     """bool [1, tokens] as the chunk wants it: only chunks with the embedding split it over tensor-parallel ranks."""
     if batch.padding is None or get_attr_wrapped_model(model, "pre_process"):
@@ -71,47 +104,65 @@ def _padding_mask(batch: MicroBatch, model: Chunk, mesh: Mesh) -> Tensor | None:
 
 
 def _forward_step(
-    batches: Iterator[MicroBatch], model: Chunk, *, trained: TrainedModel
+    batches: Iterator[MicroBatch], model: Chunk, *, share: PackModel, add_up: AddUp, with_choices: bool
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    trained.heartbeat()
+    share.heartbeat()
     batch = next(batches)
-    mask = _padding_mask(batch, model, trained.mesh)
-    output = token_losses(model, batch.tokens, batch.labels, batch.params, padding_mask=mask)
-    return output, partial(_add_up, batch=batch, objective=trained.objective)
+    mask = _padding_mask(batch, model, share.mesh)
+    output = token_losses(model, batch.tokens, batch.labels, batch.params, padding_mask=mask, with_choices=with_choices)
+    return output, lambda result: add_up(result, batch)
 
 
-def _add_up(losses: Tensor, *, batch: MicroBatch, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """What the schedule asks of the last stage: the sum, a count of tokens, and what to hand through."""
+def _add_up(losses: Tensor, batch: MicroBatch, *, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     total, figures = objective.total(losses, batch)
     report = torch.stack([value.detach().double() for value in (total, *(figures[f] for f in objective.figures))])
     # The schedule's count is a whole number; the step divides by the objective's weight instead.
     return total, total.new_zeros((), dtype=torch.int), report
 
 
-def shared_micro_batches(trained: TrainedModel, samples: list[PackedSample]) -> tuple[Iterator[MicroBatch], ...]:
+def shared_micro_batches(share: PackModel, samples: list[PackedSample]) -> tuple[Iterator[MicroBatch], ...]:
     """Return an iterator for each virtual chunk; a micro-batch is laid out once, when the first chunk asks for it."""
     lay_out = partial(
         make_micro_batch,
-        mesh=trained.mesh,
-        seq_length=trained.seq_length,
-        pack_tokens=trained.pack_tokens,
-        cost=trained.cost,
+        mesh=share.mesh,
+        seq_length=share.seq_length,
+        pack_tokens=share.pack_tokens,
+        cost=share.cost,
     )
-    return itertools.tee(map(lay_out, samples), len(trained.chunks))
+    return itertools.tee(map(lay_out, samples), len(share.chunks))
 
 
-def _run_schedule(trained: TrainedModel, samples: list[PackedSample], *, forward_only: bool) -> list[Tensor]:
+def run_schedule(
+    share: PackModel, samples: list[PackedSample], add_up: AddUp, *, forward_only: bool, with_choices: bool = False
+) -> list[Tensor]:
+    """Run this rank's micro-batches through megatron-core's schedule.
+
+    Args:
+        share: the model.
+        samples: this rank's packs, as many on every rank.
+        add_up: called on last stages with what ``token_losses`` returns there.
+        forward_only: leave out the backward passes.
+        with_choices: as of ``token_losses``.
+
+    Returns:
+        What ``add_up`` handed through, one a pack, on last stages.
+    """
     run = get_forward_backward_func()
-    iterators = shared_micro_batches(trained, samples)
+    iterators = shared_micro_batches(share, samples)
+    chunks = list(share.chunks)
     return run(
-        forward_step_func=partial(_forward_step, trained=trained),
+        forward_step_func=partial(_forward_step, share=share, add_up=add_up, with_choices=with_choices),
         data_iterator=list(iterators) if len(iterators) > 1 else iterators[0],
-        model=trained.chunks if len(trained.chunks) > 1 else trained.chunks[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(samples),
-        seq_length=trained.pack_tokens,
+        seq_length=share.pack_tokens,
         micro_batch_size=1,
         forward_only=forward_only,
     )
+
+
+def _run_schedule(trained: TrainedModel, samples: list[PackedSample], *, forward_only: bool) -> list[Tensor]:
+    return run_schedule(trained, samples, partial(_add_up, objective=trained.objective), forward_only=forward_only)
 
 
 def _routers(trained: TrainedModel) -> Iterator[tuple[int, Router]]:
@@ -200,17 +251,20 @@ def compute_gradients(trained: TrainedModel, samples: list[PackedSample]) -> tup
     return reports, weight
 
 
-def train_step(trained: TrainedModel, samples: list[PackedSample], lr: float) -> StepResult:
+def train_step(
+    trained: TrainedModel, samples: list[PackedSample], lr: float, admits: Callable[[float], bool] = lambda norm: True
+) -> StepResult:
     """One optimizer step on a global batch.
 
     Args:
         trained: what is trained.
         samples: this rank's packs of the batch.
         lr: learning rate.
+        admits: as of ``step_if_finite``.
 
     Returns:
         The batch's figures; ``updated`` is False, and no parameter or bias changed, when loss or
-        gradient are not finite.
+        gradient are not finite, or not admitted.
     """
     began = time.perf_counter()
     buffers = [buffer for _, router in _routers(trained) for buffer in router.named_buffers()]
@@ -221,7 +275,7 @@ def train_step(trained: TrainedModel, samples: list[PackedSample], lr: float) ->
     seconds = time.perf_counter() - began
     means = {figure: value / _divisor(weight) for figure, value in sums.items()}
     is_finite = math.isfinite(means[LOSS])
-    updated, norm = step_if_finite(trained.optimizer, lr) if is_finite else (False, math.nan)
+    updated, norm = step_if_finite(trained.optimizer, lr, admits) if is_finite else (False, math.nan)
     if not updated:
         # The library moves them along with the gradients' reduction.
         for bias, before in biases:

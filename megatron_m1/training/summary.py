@@ -17,18 +17,19 @@ from megatron_m1.config import ResolvedConfig
 from megatron_m1.evaluation.ngrams import ngram_entropy
 from megatron_m1.training.description import Fact, lines_of
 from megatron_m1.training.feed import Feed
+from megatron_m1.training.progress import Progress
 from megatron_m1.training.run_folder import METRICS
 
 
 def summarise(
-    config: ResolvedConfig, feed: Feed, progress: dict[str, int], validation_loss: float | None, interrupted: str | None
+    config: ResolvedConfig, feed: Feed, progress: Progress, validation_loss: float | None, interrupted: str | None
 ) -> dict[str, Any]:
     """Collect the summary. Collective: rank 0 counts the n-grams for all.
 
     Args:
         config: resolved.
         feed: its held-out packs are what unigram and bigram models of the training data are scored on.
-        progress: step, tokens, skipped steps.
+        progress: of the run, at its end.
         validation_loss: held-out loss in nats per token, None when it was not measured.
         interrupted: name of the signal that ended the run, None when it came to its end.
 
@@ -37,9 +38,10 @@ def summarise(
     """
     summary: dict[str, Any] = {
         "run_folder": config.run.folder,
-        "step": progress["step"],
-        "tokens": progress["tokens"],
-        "skipped_steps": progress["skipped_total"],
+        "step": progress.step,
+        "tokens": progress.tokens,
+        "skipped_steps": progress.skipped_total,
+        "spikes": progress.spike_guard.get("total", 0),
         "interrupted": interrupted,
         "validation_loss": validation_loss,
     }
@@ -96,13 +98,13 @@ def _program(name: str) -> str:
 
 
 def show_summary(summary: dict[str, Any]) -> None:
-    """Print ``summary`` as a table on standard output."""
+    """Print ``summary`` as a table on standard output; spikes only if there were some."""
     table = Table(title="run", show_header=False)
     losses = ("validation_loss", "unigram_entropy", "bigram_entropy", "below_unigram")
     units = dict.fromkeys(losses, "nat/token")
     for name, value in summary.items():
         # One number a rank may be thousands: the file has them.
-        if value is None or isinstance(value, list):
+        if value is None or isinstance(value, list) or (name == "spikes" and not value):
             continue
         shown = f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), f"{shown} {units.get(name, '')}".rstrip())

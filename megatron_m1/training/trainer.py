@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,19 +12,25 @@ import torch
 from megatron_m1.checkpoint.folder import folder_name
 from megatron_m1.checkpoint.store import Checkpoints
 from megatron_m1.config import ResolvedConfig
+from megatron_m1.config.schedules import Span
 from megatron_m1.plan.flops import peak_bf16_flops
+from megatron_m1.printing import counted
 from megatron_m1.runtime.interrupt import any_rank
-from megatron_m1.training.aux_coefficient import aux_loss_coefficient, set_aux_loss_coefficient
+from megatron_m1.training.aux_coefficient import set_aux_loss_coefficient
 from megatron_m1.training.feed import Feed, useful_flops
 from megatron_m1.training.figures import Figure
-from megatron_m1.training.lr import learning_rate
+from megatron_m1.training.gradient_watch import SPIKES, GradientWatch
 from megatron_m1.training.metrics import MetricsLog
+from megatron_m1.training.optimizer import set_clip_grad
+from megatron_m1.training.progress import Progress, stored_progress
 from megatron_m1.training.resources import FORWARD_BACKWARD_SECONDS, OPTIMIZER_SECONDS, SAVE_SECONDS, Taken, share
-from megatron_m1.training.resume import Progress
+from megatron_m1.training.rollback import STAYS, write_record
 from megatron_m1.training.step import GRAD_NORM, StepResult, evaluate, train_step
 from megatron_m1.training.steps_guard import StepsGuard
 from megatron_m1.training.trained_model import TrainedModel
 
+STAGE = Figure("stage", "stage {}", importance=1)
+"""Number of the stage, from 1; only in runs with stages."""
 TOKENS = Figure("tokens", "tokens {}", is_count=True, short="{} tok", importance=2)
 """Of the run so far."""
 LR = Figure("lr", "lr {:.2e}", short="lr {:.1e}", importance=5)
@@ -44,18 +50,23 @@ class Trainer:
     """One process's share of a run, between the start (or resume) and the end."""
 
     config: ResolvedConfig
-    """What the run uses, not what was asked for: its number of packs in a pass is that of ``progress``."""
+    """Of the stage."""
     trained: TrainedModel
     checkpoints: Checkpoints
     feed: Feed
     progress: Progress
-    log: MetricsLog | None
-    """Rank 0's."""
+    span: Span
+    """What is left of the stage."""
     note: Callable[[str], None]
     """Shows a line on rank 0's console."""
+    log: MetricsLog | None = None
+    """Rank 0's."""
     guard: StepsGuard = field(init=False)
+    watch: GradientWatch = field(init=False)
     last_save: float = field(init=False)
     """By the monotonic clock; the start counts as one."""
+    step_tokens: int = field(init=False, default=0)
+    """Of the last step, without what pads the packs' ends."""
     save_seconds: float = field(init=False, default=0.0)
     """Of the checkpoints since the last record."""
     memory_peaks: list[float] = field(init=False, default_factory=list)
@@ -68,6 +79,8 @@ class Trainer:
         self.peak_flops = peak_bf16_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         self.guard = StepsGuard(self.config.train.max_skipped_steps)
         self.guard.load_state_dict({"total": self.progress.skipped_total, "in_row": self.progress.skipped_in_row})
+        self.watch = GradientWatch(self.config, self.trained, self.note)
+        self.watch.guard.load_state_dict(self.progress.spike_guard)
         self.last_save = time.monotonic()
 
     @property
@@ -80,18 +93,24 @@ class Trainer:
 
         Raises:
             NonFiniteError: one step too many in a row was not finite; it is recorded as well.
+            SpikeError: its gradient norm was a spike with which the run ends; it is recorded as well.
         """
         config, progress = self.config, self.progress
         began = time.perf_counter()
-        samples = self.feed.training.microbatches(progress.consumed_samples)
+        schedules = self.span.schedules
+        packs = schedules.packs(progress.tokens)
+        plans = self.feed.take(packs, tokens=progress.tokens)
+        samples = self.feed.read(plans)
         data_seconds = time.perf_counter() - began
-        reached = progress.tokens + config.tokens_per_step
-        lr = learning_rate(reached, config.optimizer)
-        set_aux_loss_coefficient(self.trained, aux_loss_coefficient(reached, config))
-        result = train_step(self.trained, samples, lr)
+        self.step_tokens = packs * config.data.seq_length
+        reached = progress.tokens + self.step_tokens
+        lr = schedules.learning_rate(reached)
+        set_aux_loss_coefficient(self.trained, schedules.aux_loss_coefficient(reached))
+        set_clip_grad(self.trained.optimizer, schedules.clip_grad(reached))
+        result = train_step(self.trained, samples, lr, self.watch.of_step(number))
         progress.step = number
-        progress.tokens += config.tokens_per_step
-        progress.consumed_samples += config.train.global_batch_size
+        progress.tokens = reached
+        progress.consumed_samples += packs
         # Waits for the device as well: what the optimizer has queued there is done then.
         taken = share(self.trained.mesh, useful_flops(config, samples), data_seconds)
         seconds = time.perf_counter() - began
@@ -102,10 +121,13 @@ class Trainer:
             SAVE_SECONDS: self.save_seconds,
         }
         self.save_seconds = 0.0
+        self.watch.tell(samples, lambda: [plan.pieces for plan in plans])
         try:
             self.guard.record(number, result.loss, result.figures[GRAD_NORM])
+            self.watch.check()
         finally:
             progress.skipped_total, progress.skipped_in_row = self.guard.total, self.guard.in_row
+            progress.spike_guard = self.watch.guard.state_dict()
             self._record(result, lr, taken, seconds, parts)
         return result
 
@@ -114,24 +136,60 @@ class Trainer:
             return
         achieved = taken.flops / seconds / self.trained.mesh.world_size
         record = {
+            **({STAGE: self.span.stage.index + 1} if self.config.recipe.stages else {}),
             TOKENS: self.progress.tokens,
             **result.figures,
             LR: lr,
-            TOKENS_PER_SECOND: self.config.tokens_per_step / seconds,
+            TOKENS_PER_SECOND: self.step_tokens / seconds,
             TFLOPS: achieved / 1e12,
             **({MFU: achieved / self.peak_flops} if self.peak_flops is not None else {}),
             **result.routing,
             SKIPPED_STEPS: self.progress.skipped_total,
+            SPIKES: self.watch.guard.total,
             **taken.figures,
             **parts,
+            **self.watch.norms,
         }
         self.log.log_step(self.progress.step, record)
 
+    def go_back(self) -> bool:
+        """Load the newest checkpoint, if the last step asks for it, with the data behind that step's batch. Collective.
+
+        Steps, tokens and learning rate go on from the checkpoint's: batches that are left out were not trained on.
+
+        Returns:
+            Whether the run is at that checkpoint now; there may be none.
+
+        Raises:
+            CheckpointError: all checkpoints are damaged.
+        """
+        if not self.watch.goes_back:
+            return False
+        self.checkpoints.wait()
+        self.trained.heartbeat()
+        self.progress.stream = self.feed.stream.state()
+        state, now = self.checkpoints.load_newest(self.trained), asdict(self.progress)
+        if state is None:
+            self.note(f"step {self.progress.step}: there is no checkpoint to go back to; the step is skipped")
+            return False
+        stored = stored_progress(state)
+        self.watch.guard.go_back(stored.spike_guard)
+        kept = {name: now[name] for name in STAYS} | {"spike_guard": self.watch.guard.state_dict()}
+        self.progress = replace(stored, **kept)
+        self.guard.load_state_dict({"total": self.progress.skipped_total, "in_row": self.progress.skipped_in_row})
+        if self.log is not None:
+            write_record(self.folder / "checkpoints", asdict(self.progress), self.note)
+            self.log.go_back(self.progress.step)
+        packs = counted(now["consumed_samples"] - stored.consumed_samples, "pack")
+        self.note(f"went back to {folder_name(stored.step)}; the data go on behind the spike, {packs} later")
+        return True
+
     def validate(self) -> float | None:
         """Loss over the held-out packs in nats per token; None without any."""
-        if self.feed.validation is None:
+        packs = self.feed.held_out_share()
+        if not packs:
             return None
-        loss = evaluate(self.trained, self.feed.validation.microbatches(0)).loss
+        loss = evaluate(self.trained, packs).loss
         if self.log is not None:
             self.log.log_validation(self.progress.step, {VALIDATION_LOSS: loss})
         return loss
@@ -143,6 +201,7 @@ class Trainer:
             CheckpointError: it can't be written, and training can't go on without it.
         """
         began = time.monotonic()
+        self.progress.stream = self.feed.stream.state()
         is_written = self.checkpoints.save(self.trained, asdict(self.progress), is_last=is_last)
         self.last_save = time.monotonic()
         self.save_seconds += self.last_save - began

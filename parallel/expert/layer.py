@@ -16,10 +16,14 @@ from megatron_m1.parallel.expert.links import Links
 from megatron_m1.parallel.expert.plan import ExpertPlan
 from megatron_m1.parallel.expert.schedule import Kind, Lane, Operation, schedule
 from megatron_m1.parallel.expert.travel import Travel, spread
+from megatron_m1.parallel.weight_gradient import main_gradient, mark_added
 
 
 class Experts(Protocol):
-    """The local experts' products, in three passes. Rows are sorted by expert; ``counts`` has those of each."""
+    """The local experts' products, in three passes. Rows are sorted by expert; ``counts`` has those of each.
+
+    Weights whose ``requires_grad`` is false get no gradient, and no work or memory goes there.
+    """
 
     def forward(self, x: Tensor, scale: Tensor, counts: list[int], weights: Sequence[Tensor]) -> tuple[Tensor, Any]:
         """Output [rows, hidden] of x [rows, hidden] and scale [rows], and what the backward passes need."""
@@ -34,9 +38,9 @@ class Experts(Protocol):
         ...
 
     def add_weight_gradients(self, pending: Any, totals: list[Tensor | None], *, more: bool) -> None:
-        """Add the weights' gradients to ``totals``, in the weights' order; None stands for zero.
+        """Add the weights' gradients to ``totals``, in the weights' order and in place; None stands for zero.
 
-        ``more`` says that others are added to the same totals, so that these must not be rounded to 16 bits.
+        ``more`` says that others are added to the same totals, so that new ones must not be rounded to 16 bits.
         """
         ...
 
@@ -191,7 +195,7 @@ class _Backward(_Pass):
         super().__init__(call, source, grad.shape[1])
         self.weights, self.kept = weights, kept
         self.pending: dict[int, Any] = {}
-        self.totals: list[Tensor | None] = [None] * len(weights)
+        self.totals = [main_gradient(weight) if weight.requires_grad else None for weight in weights]
         rows = call.plan.scales.rows[0]
         self.laid_scales = scales.new_zeros(rows.arrived)
         self.scales: Travel | None = None
@@ -233,10 +237,23 @@ class _Backward(_Pass):
         self.scales.start_all_to_all(plan.sends, plan.receives, self.links.expert)
 
 
-def _rounded(totals: list[Tensor | None], index: int, weight: Tensor) -> Tensor:
-    """The weight's gradient in its dtype, taken out of ``totals``: so never all exist in both precisions."""
-    total, totals[index] = totals[index], None
-    return torch.zeros_like(weight) if total is None else total.to(weight.dtype)
+def _weight_gradients(totals: list[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """What autograd gets: gradients in the weights' dtype, taken out of ``totals``; None for weights that need none.
+
+    So never do all exist in both precisions, and those in main gradients exist once.
+    """
+    in_main = [w.requires_grad and main_gradient(w) is not None for w in weights]
+    blanks = iter(mark_added([w for w, is_in_main in zip(weights, in_main, strict=True) if is_in_main]))
+    found: list[Tensor | None] = []
+    for index, weight in enumerate(weights):
+        total, totals[index] = totals[index], None
+        if not weight.requires_grad:
+            found.append(None)
+        elif in_main[index]:
+            found.append(next(blanks))
+        else:
+            found.append(torch.zeros_like(weight) if total is None else total.to(weight.dtype))
+    return found
 
 
 def _all_pairs(plan: ExpertPlan) -> tuple[Tensor, Tensor]:
@@ -257,7 +274,8 @@ class _ExpertLayer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, probs, *weights = ctx.saved_tensors
+        hidden, probs, *saved = ctx.saved_tensors
+        weights = [w if needed else w.detach() for w, needed in zip(saved, ctx.needs_input_grad[3:], strict=True)]
         if ctx.kept is None:
             raise RuntimeError("the experts' backward pass has run already, and kept nothing: it runs once")
         tokens, experts = ctx.pairs
@@ -266,7 +284,7 @@ class _ExpertLayer(torch.autograd.Function):
         ctx.kept = None
         grad_probs = torch.zeros_like(probs)
         grad_probs[tokens, experts] = grad_scales
-        return done.result, grad_probs, None, *(_rounded(done.totals, index, w) for index, w in enumerate(weights))
+        return done.result, grad_probs, None, *_weight_gradients(done.totals, weights)
 
 
 def expert_layer(hidden: Tensor, probs: Tensor, weights: Sequence[Tensor], call: Call) -> Tensor:
@@ -275,7 +293,8 @@ def expert_layer(hidden: Tensor, probs: Tensor, weights: Sequence[Tensor], call:
     Args:
         hidden: [n, hidden], this rank's tokens.
         probs: [n, experts], the router's, in its dtype.
-        weights: of the local experts, as ``call.experts`` takes them.
+        weights: of the local experts, as ``call.experts`` takes them. Under megatron-core's DDP their gradients are
+            added to its fp32 sums, ``main_grad``, group by group; else summed in fp32 and returned in their dtype.
         call: the plan of these tokens, and how it is run.
 
     Returns:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.config import Config
+from megatron_m1.config.fields import field_types, path_fields
 from megatron_m1.config.help import tree_help
-from megatron_m1.config.io import field_types, load_config, parse_config, path_fields
+from megatron_m1.config.io import load_config, parse_config
 from megatron_m1.config.presets import PRESETS, preset
 from megatron_m1.config.written import config_text, write_config
 
@@ -101,7 +102,7 @@ def test_a_wrong_flag_is_one_line(flags: list[str], parts: list[str]) -> None:
         ("train: 5", ["train must hold fields", "5"]),
         ("train: {max_steps: abc}", ["train.max_steps = 'abc'"]),
         ("train: {max_steps: true}", ["train.max_steps = True"]),
-        ("train: {max_steps: }", ["train.max_steps has no value"]),
+        ("train: {seed: }", ["train.seed has no value"]),
         ("train: [", ["no valid YAML", "line 1"]),
         ("train:\n  seed: 1\n  seed: 2\n", ["no valid YAML", "line 3", "'seed' is there twice"]),
         ("- a\n- b", ["the top level"]),
@@ -178,6 +179,7 @@ def test_a_path_that_means_nothing_is_refused(given: str, part: str, monkeypatch
 def test_every_field_that_names_files_is_known_as_one() -> None:
     assert path_fields() == {
         *["data.embedded_corpus", "data.train", "data.validation", "data.tokenizer", "data.cache_folder"],
+        "data.max_epochs",
         *["run.folder", "run.init_from"],
     }
 

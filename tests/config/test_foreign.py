@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_m1.commands.pretrain import command_parser
+from megatron_m1.config.fields import field_types
 from megatron_m1.config.foreign.answer import TABLES, answer, find_meaning
 from megatron_m1.config.foreign.meaning import Meaning, Unit, normal_name
-from megatron_m1.config.io import field_types, parse_config
+from megatron_m1.config.io import parse_config
 from tests.config.test_config import message_of
 
 ROWS = [row for rows in TABLES.values() for row in rows]
@@ -63,7 +64,7 @@ def test_values_that_flags_give_are_values_of_their_fields() -> None:
         ("--bf16", ["here it is --train.precision bf16"]),
         ("--lr-warmup-fraction .01", ["--optimizer.lr_warmup_tokens, in tokens"]),
         ("--lr-warmup-iters 500", ["--optimizer.lr_warmup_tokens", "iterations x train.global_batch_size"]),
-        ("--rampup-batch-size 16 16 5859375", ["the batch size is constant"]),
+        ("--rampup-batch-size 16 16 5859375", ["train.global_batch_size_schedule has points"]),
         ("--exit-duration-in-mins 230", ["USR1"]),
         ("--recompute-activations", ["--train.recompute_granularity selective"]),
         ("--distributed-timeout-minutes=30", ["--parallel.distributed_timeout_seconds 1800"]),

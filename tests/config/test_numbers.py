@@ -42,7 +42,7 @@ def test_a_count_of_tokens_is_the_same_in_yaml_and_in_a_flag(text: str, number: 
 
 def test_every_other_count_is_read_so_too() -> None:
     flags = [
-        "--data.train_samples=1M",
+        "--data.train_transition_tokens=1M",
         "--train.max_steps",
         "2e3",
         "--train.eval_samples",
@@ -50,9 +50,9 @@ def test_every_other_count_is_read_so_too() -> None:
         "--run.save_interval=1e2",
     ]
     config = parse_config([], flags)
-    assert (config.data.train_samples, config.train.max_steps) == (1_000_000, 2_000)
+    assert (config.data.train_transition_tokens, config.train.max_steps) == (1_000_000, 2_000)
     assert (config.train.eval_samples, config.run.save_interval) == (1_000, 100)
-    assert parse_config([], ["--data.train_samples=none"]).data.train_samples is None
+    assert parse_config([], ["--train.max_steps=none"]).train.max_steps is None
 
 
 @pytest.mark.parametrize(

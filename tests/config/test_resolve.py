@@ -39,7 +39,6 @@ def test_derived_fields_on_a_cpu() -> None:
     assert config.parallel.virtual_pipeline_model_parallel_size is None
     assert (config.parallel.distributed_backend, config.train.precision) == ("gloo", "fp32")
     assert config.data.cache_folder == "runs/x/data_cache"
-    assert config.data.train_samples == 20
     assert data_parallel_size(config.parallel, 4) == 2
 
 
@@ -64,7 +63,7 @@ def test_the_file_of_a_run_has_the_fields_of_the_tree_and_nothing_left_to_derive
         "parallel.sequence_parallel": True,
         "parallel.distributed_backend": "gloo",
         "data.cache_folder": "runs/m1/data_cache",
-        "data.train_samples": 8000,
+        "train.max_steps": 1000,
         "train.precision": "fp32",
     }
     write_config(resolved, tmp_path / "config.yaml")
@@ -178,7 +177,6 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("optimizer.adam_beta2=1", 1, ["adam_beta2 = 1.0"]),
         ("train.max_steps=0", 1, ["max_steps = 0"]),
         ("data.seq_length=1", 1, ["data.seq_length = 1", "at least 2"]),
-        ("data.train_samples=7", 1, ["train_samples = 7"]),
         ("train.profile_step_start=3", 1, ["profile_step_start = 3"]),
         ("run.folder=", 1, ["run.folder is empty"]),
         ("data.cache_folder=", 1, ["data.cache_folder is empty"]),

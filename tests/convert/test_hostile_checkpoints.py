@@ -13,7 +13,7 @@ import torch
 
 from megatron_m1.checkpoint import folder as folders
 from megatron_m1.runtime.pool import WorkerPool
-from megatron_m1.training.resume import stored_progress
+from megatron_m1.training.progress import stored_progress
 from tests.convert.hostile import Shell, change_metadata, commands, refused, replace_object, resume, seal
 
 

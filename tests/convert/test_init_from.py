@@ -41,7 +41,7 @@ LOSS_TOLERANCE = 1e-5
 def settings(folder: Path, corpus: dict[str, Any], ranks: int = 2, **changes: Any) -> list[str]:
     """Options of a run in ``folder``, on two ranks TP2 x EP2."""
     tree: dict[str, Any] = {
-        "data": {**corpus, "seq_length": 64, "train_samples": 64},
+        "data": {**corpus, "seq_length": 64},
         "parallel": {"tensor_model_parallel_size": ranks, "expert_model_parallel_size": ranks},
         "optimizer": {"lr": 3e-3},
         "train": {"global_batch_size": 4, "eval_samples": 4, "max_steps": 1, **changes},

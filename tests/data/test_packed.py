@@ -295,6 +295,7 @@ def test_further_tensors_are_padded_like_tokens_each_with_its_value() -> None:
     assert padded.extra["pairs"].tolist() == [[0, 1], [2, 3], [4, 5], [-1, -1], [-1, -1]]
     assert padded.extra["pairs"].dtype == torch.int64
     assert pad_pack(padded, 5) is padded
+    assert (padded.real_tokens, pad_pack(padded, 8).real_tokens) == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -344,3 +345,22 @@ class _Nested:
 
     def __reduce__(self) -> tuple[object, tuple[bytes]]:
         return torch.storage._load_from_bytes, (self._content,)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_a_loss_mask_beside_the_corpus_masks_labels(tmp_path: Path, reset: bool) -> None:
+    """Over several passes and with empty documents; ids count from 2 on, so that each label tells its byte."""
+    documents = unique_documents([*LENGTHS[:6], 0, *LENGTHS[6:], 0, 0], eod=None)
+    prefix = write_corpus(tmp_path / "c", documents)
+    plain = build([prefix], tmp_path, num_samples=60, reset_at_documents=reset)
+    samples = [plain[index] for index in range(60)]
+    learnt = np.random.default_rng(3).integers(0, 2, sum(LENGTHS)).astype(np.uint8)
+    Path(f"{prefix}.loss").write_bytes(learnt.tobytes())
+    masked = build([prefix], tmp_path, num_samples=60, reset_at_documents=reset)
+    for index, sample in enumerate(samples):
+        said = torch.from_numpy(learnt[sample.labels.numpy() - 2]).float()
+        assert torch.equal(masked[index].loss_mask, sample.loss_mask * said)
+        assert torch.equal(masked[index].labels, sample.labels)
+    Path(f"{prefix}.loss").write_bytes(b"1")
+    with pytest.raises(ValueError, match=r"c\.loss has 1 bytes"):
+        build([prefix], tmp_path)

@@ -31,6 +31,7 @@ from megatron_m1.data.tokenize.encode import EncodedBatch, token_dtype
 from megatron_m1.data.tokenize.token_files import TokenWriter
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
 from megatron_m1.data.tokenizers.cuts import LineCut
+from megatron_m1.data.tokenizers.token_ids import TokenIds
 from megatron_m1.data.tokenizers.train import train_tokenizer
 from megatron_m1.files import file_lock
 from tests.data.test_tokenizers import hugging_face_folder
@@ -291,7 +292,7 @@ def test_files_are_those_of_megatrons_own_builder(tmp_path: Path, vocab_size: in
             tokens = np.array([i for ids in group for i in ids], dtype=token_dtype(vocab_size))
             lengths = np.array([len(ids) for ids in group], dtype=np.int32)
             writer.add(EncodedBatch(tokens, lengths, 0, Counter()))
-        writer.commit(prefix)
+        writer.commit(prefix, described={})
     builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size))
     for ids in documents:
         builder.add_document(torch.tensor(ids, dtype=torch.int32), [len(ids)])
@@ -308,6 +309,10 @@ class NumberedTokenizer:
     eod: int = 0
     notes: tuple[str, ...] = ()
     line_cut: LineCut | None = None
+
+    @property
+    def ids(self) -> TokenIds:
+        raise NotImplementedError
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
@@ -353,9 +358,9 @@ def test_tokenising_imports_no_torch(tmp_path: Path, model: Path, kind: str) -> 
         "from megatron_m1.data.tokenize import tokenize_corpus\ntokenize_corpus(['a.jsonl'], 'out', path, workers=1)"
     )
     worker = (
-        "from megatron_m1.data.tokenize.encode import encode_batch_in_worker\n"
+        "from megatron_m1.data.tokenize.encode import Encoder, encode_batch_in_worker\n"
         "from megatron_m1.data.tokenize.documents import RawBatch\n"
-        "encode_batch_in_worker(Path(path), RawBatch(Path('a'), 'text', [b'some text'], 9), 'text', True)"
+        "encode_batch_in_worker(Encoder(Path(path), 'text', True), RawBatch(Path('a'), 'text', [b'some text'], 9))"
     )
     for lines, refused in (
         (command, {"torch", "transformers", "megatron"}),

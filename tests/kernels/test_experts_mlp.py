@@ -81,3 +81,25 @@ def test_equals_the_formula(compute: Callable[..., Tensor], name: str, dtype: to
             continue
         assert ours.shape == expected.shape
         assert (ours.double() - expected).norm() <= tolerance(dtype, max(counts), hidden, ffn) * expected.norm()
+
+
+@pytest.mark.parametrize("compute", [one_by_one, grouped])
+def test_frozen_weights_get_nothing(compute: Callable[..., Tensor]) -> None:
+    """And change nothing for the others."""
+    counts = COUNTS["an expert without rows"]
+    given, grad = arguments(counts, 16, 24)
+    low = [given[1] if index == 1 else t.bfloat16() for index, t in enumerate(given)]
+
+    def gradients(frozen: set[int]) -> list[Tensor | None]:
+        leaves = [t.detach().requires_grad_(index not in frozen) for index, t in enumerate(low)]
+        compute(leaves[0], leaves[1], counts, leaves[2:]).backward(grad.bfloat16())
+        return [leaf.grad for leaf in leaves]
+
+    everything = gradients(set())
+    for frozen in ({3}, {2, 4, 6, 8}, set(range(2, len(low)))):
+        for index, (found, wanted) in enumerate(zip(gradients(frozen), everything, strict=True)):
+            if index in frozen:
+                assert found is None
+            else:
+                assert found is not None and wanted is not None
+                assert torch.equal(found, wanted)

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_m1.config.io import field_types
+from megatron_m1.config.fields import field_types
 from megatron_m1.launch import (
     SAME_PRESS_SECONDS,
     Launch,

@@ -39,7 +39,7 @@ MEMBERS = {
     "Model": ["config", "device", "dtype", "generate", "logits", "loss", "module", "parameter_counts", "tokenizer"],
     "Generation": ["ids", "text"],
     "PackedData": ["seq_length", "tokenizer"],
-    "Pack": ["cu_seqlens", "documents", "extra", "labels", "loss_mask", "padding", "tokens"],
+    "Pack": ["cu_seqlens", "documents", "extra", "labels", "loss_mask", "padding", "real_tokens", "tokens"],
     "PackedDocument": ["corpus", "end", "index", "offset", "start", "text", "tokenizer", "tokens"],
     "ParameterCounts": ["active", "all", "layers", "total"],
 }

@@ -14,8 +14,8 @@ import torch
 
 import megatron_m1
 from megatron_m1.cli import run
-from megatron_m1.data.packed import build_packed_dataset
-from megatron_m1.data.packed.loader import PackedLoader
+from megatron_m1.data.corpora.blend import parse_blend
+from megatron_m1.data.stream import StreamConfig, open_stream
 from megatron_m1.data.tokenizers.load import SentencePieceTokenizer
 from megatron_m1.runtime.pool import WorkerPool
 from tests.library import library_runs
@@ -74,22 +74,22 @@ def test_a_run_its_checkpoint_and_its_export_are_one_model(
     assert model.config.train.max_steps == STEPS
 
 
-def test_packs_of_a_run_are_those_that_it_took(trained: TrainedRun, tiny_corpus: Corpus, tmp_path: Path) -> None:
+def test_packs_of_a_run_are_those_of_its_stream(trained: TrainedRun, tiny_corpus: Corpus) -> None:
     data = megatron_m1.packed_data(trained.folder)
-    dataset = build_packed_dataset(
-        tiny_corpus["train"],
-        sequence_length=64,
-        num_samples=loop_runs.PACKS_IN_A_PASS,
-        seed=1234,
+    prefixes, weights = parse_blend(tiny_corpus["train"])
+    stream = open_stream(
+        StreamConfig(prefixes, 64, seed=1234),
         tokenizer=data.tokenizer,
-        cache_folder=tmp_path,
+        weights=lambda tokens: weights,
+        state=None,
+        note=print,
     )
-    steps = PackedLoader(dataset, global_batch_size=4, data_parallel_rank=0, data_parallel_size=1)
     for step in range(STEPS):
-        for ours, theirs in zip(data[4 * step : 4 * step + 4], steps.microbatches(4 * step), strict=True):
+        plans = stream.take(4, tokens=4 * 64 * step)
+        for ours, plan in zip(data[4 * step : 4 * step + 4], plans, strict=True):
             for name in ("tokens", "labels", "loss_mask", "cu_seqlens"):
-                assert torch.equal(getattr(ours, name), getattr(theirs, name))
-    assert (len(data), data.seq_length) == (loop_runs.PACKS_IN_A_PASS, 64)
+                assert torch.equal(getattr(ours, name), getattr(stream.read(plan), name))
+    assert (len(data), data.seq_length) == (4 * STEPS, 64)
     assert torch.equal(data[-1].tokens, data[len(data) - 1].tokens)
     with pytest.raises(IndexError):
         data[len(data)]
@@ -101,7 +101,7 @@ def test_packs_of_a_corpus_with_their_documents(tiny_corpus: Corpus) -> None:
     (prefix,) = tiny_corpus["train"]
     documents = corpus_documents(prefix)
     data = megatron_m1.packed_data(prefix, seq_length=100, tokenizer=tiny_corpus["tokenizer"])
-    assert len(data) == (sum(map(len, documents)) - 1) // 100, "one pass"
+    assert len(data) == sum(map(len, documents)) // 100, "one pass"
     seen = 0
     for pack in data:
         assert torch.equal(torch.cat([document.tokens for document in pack.documents]), pack.tokens)
@@ -113,12 +113,14 @@ def test_packs_of_a_corpus_with_their_documents(tiny_corpus: Corpus) -> None:
             assert document.text == data.tokenizer.decode(document.tokens.tolist())
         seen += len(pack.tokens)
     assert seen == 100 * len(data)
-    first = data[0]
+    first = max(data, key=lambda pack: len(pack.documents))
     assert repr(data) == f"<PackedData: {len(data)} packs of 100 tokens>"
     assert repr(first) == f"<Pack: 100 tokens, {len(first.documents)} documents>"
-    assert re.fullmatch(r"<PackedDocument \d+ of .*: \d+ tokens from 0>", repr(first.documents[1]))
-    assert first in (data[1], first), "packs are compared by identity"
-    assert torch.equal(data[-len(data)].tokens, first.tokens)
+    piece = first.documents[1]
+    size = piece.end - piece.start
+    assert re.fullmatch(rf"<PackedDocument \d+ of .*: {size} tokens from {piece.offset}>", repr(piece))
+    assert first in (data[0], first), "packs are compared by identity"
+    assert torch.equal(data[-len(data)].tokens, data[0].tokens)
     for index in (len(data), -len(data) - 1):
         with pytest.raises(IndexError, match=f"pack {index} of {len(data)}: give one from -"):
             data[index]

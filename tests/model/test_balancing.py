@@ -14,7 +14,7 @@ from megatron_m1.layers.router import Router
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.training.step import AUX_LOSS, GRAD_NORM, LOSS, train_step
 from tests.model.meshes import COPIES, assemble, packs, router_gradient, run_config, start, step_with_gradients
-from tests.model.test_capacity import joined
+from tests.model.partitions import joined
 
 CP, TP, EP, PP, G = (
     "context_parallel_size",
@@ -146,3 +146,35 @@ def test_z_loss_by_its_formula(workers: WorkerPool) -> None:
     packs_losses = [(x.double() @ leaf.t()).exp().sum(1).log().square().mean() for x in inputs]
     (expected,) = torch.autograd.grad(coefficient * torch.stack(packs_losses).mean(), leaf)
     assert ((with_loss - without).double() - expected).norm() <= 1e-4 * expected.norm()
+
+
+Seen = list[tuple[Tensor, Tensor, Tensor]]
+
+
+def two_steps(rank: int, world_size: int, config: Config) -> tuple[Tensor, Tensor, Seen, Seen]:
+    """The last router's weight, its bias after the first step, and by pack its input, probabilities and choices."""
+    seen: Seen = []
+
+    def keep(module: Router, arguments: tuple[Tensor, ...], found: tuple[Tensor, Tensor]) -> None:
+        seen.append((arguments[0].detach().flatten(0, 1), found[0].detach(), found[1].detach()))
+
+    trained = start(config, world_size)
+    router = trained.chunks[0].module.decoder.layers[-1].mlp.router
+    router.register_forward_hook(keep)
+    step_with_gradients(trained, packs())
+    bias = router.expert_bias.clone()
+    step_with_gradients(trained, packs())
+    return router.weight.detach().clone(), bias, seen[:4], seen[4:]
+
+
+def test_the_bias_by_its_formula(workers: WorkerPool) -> None:
+    """DeepSeek-V3's: raised where fewer tokens came than the mean; it chooses, and weighs nothing."""
+    ((weight, bias, first, second),) = workers.run(two_steps, run_config({}, **KINDS["bias"]), world_size=1)
+    counts = torch.stack([chosen.sum(0) for _, _, chosen in first]).sum(0).float()
+    assert torch.equal(bias, SIGMOID["moe_router_bias_update_rate"] * (counts.mean() - counts).sign())
+    for x, probs, chosen in second:
+        scores = (x @ weight.t()).sigmoid()
+        wanted = torch.zeros_like(chosen).scatter_(1, (scores + bias).topk(2).indices, True)
+        assert torch.equal(chosen, wanted)
+        shares = scores * chosen
+        torch.testing.assert_close(probs, shares / shares.sum(1, keepdim=True))

@@ -1,132 +1,115 @@
-"""Meshes with an expert capacity against one process that drops, by a plain loop, what their ranks would drop."""
+"""Experts over ranks against one process: token groups, an expert capacity, recomputation, on every kind of mesh.
+
+With a capacity the one process drops, by a plain loop, what the mesh's ranks would drop. Runs are not the whole
+product of meshes, groups, drops and recomputation, but a choice in which every two values of two of them meet, and
+every three of groups, drops and recomputation.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
+from itertools import combinations, product
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_m1.config import Config
-from megatron_m1.data.packed import PackedSample
-from megatron_m1.layers.router import Router
-from megatron_m1.parallel.layout import SequenceLayout
 from megatron_m1.runtime.pool import WorkerPool
-from megatron_m1.training.step import GRAD_NORM, LOSS
-from tests.model.meshes import COPIES, PACKS, assemble, packs, run_config, start, step_with_gradients
+from megatron_m1.training.expert_load import EXPERT_LOAD
+from megatron_m1.training.step import AUX_LOSS, GRAD_NORM, LOSS
+from tests.model.meshes import COPIES, assemble, packs, run_config
+from tests.model.partitions import Outcome, Partition, alone, on_mesh, outputs_in_order
 
-FACTOR = 1.0
-CP, TP, EP, ETP, G = (
+CP, TP, PP, VPP, EP, ETP, G = (
     "context_parallel_size",
     "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
     "moe_token_groups",
 )
+MESHES: dict[str, tuple[int, Partition, dict[str, int]]] = {
+    "ep2": (2, Partition(data=2), {EP: 2}),
+    "ep4": (4, Partition(data=2, context=2), {EP: 4, CP: 2}),
+    "ep2-etp2": (4, Partition(data=2, tensor=2), {EP: 2, ETP: 2, TP: 2}),
+    "ep2-tp2-etp1": (2, Partition(tensor=2), {EP: 2, TP: 2, ETP: 1}),
+    "ep2-cp2": (2, Partition(context=2), {EP: 2, CP: 2}),
+    "ep2-pp2-interleaved": (4, Partition(data=2), {EP: 2, PP: 2, VPP: 2}),
+    "ep4-padded": (4, Partition(context=4), {EP: 4, CP: 4}),  # 4 ranks don't divide 50 tokens
+}
+GROUPS = (1, 2, 4)
+DROPS = (None, 1.0)
+"""Capacity factors; None drops nothing."""
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "kept": {},
+    "full": {"recompute_granularity": "full"},
+    "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+}
+Run = tuple[str, int, float | None, str]
 
 
-def on_mesh(rank: int, world_size: int, config: Config) -> Any:
-    """One global batch with every gradient."""
-    result, parts = step_with_gradients(start(config, world_size), packs())
-    return {"result": result, "parts": parts}
+def choose() -> list[Run]:
+    """A run of every mesh and number of groups; what they drop and recompute is dealt so that all pairs meet."""
+    drops = ("101", "110", "011", "011", "001", "100", "110")
+    runs = []
+    for (row, mesh), (column, groups) in product(enumerate(MESHES), enumerate(GROUPS)):
+        runs.append((mesh, groups, DROPS[int(drops[row][column])], list(RECOMPUTE)[(row + column) % 3]))
+    return runs
 
 
-def drop_by_a_loop(owners: Iterator[list[int]], probs: Tensor, chosen: Tensor, factor: float, counted: Any) -> Tensor:
-    """``Router._within_capacity`` of tokens that lie on several ranks: ``owners`` gives each micro-batch's."""
-    owner = next(owners)
-    tokens, experts = chosen.shape
-    limit = -(-int(chosen.sum()) * factor // experts)
-    kept = torch.zeros_like(chosen)
-    for expert in range(experts):
-        by_rank: dict[int, list[int]] = {rank: [] for rank in sorted(set(owner))}
-        for token in range(tokens):
-            if chosen[token, expert]:
-                by_rank[owner[token]].append(token)
-        total = sum(map(len, by_rank.values()))
-        shares = {
-            rank: len(mine) if total <= limit else int(len(mine) * limit // total) for rank, mine in by_rank.items()
-        }
-        for rank, mine in by_rank.items():
-            if total > limit and sum(shares.values()) < limit and len(mine) * limit % total:
-                shares[rank] += 1
-        for rank, mine in by_rank.items():
-            for token in sorted(mine, key=lambda t: -float(probs[t, expert]))[: shares[rank]]:
-                kept[token, expert] = True
-    assert bool((kept != chosen).any()), "nothing is dropped: the test would prove nothing"
-    return kept
+RUNS = choose()
 
 
-def alone(rank: int, world_size: int, config: Config, batch: list[PackedSample], owners: list[list[int]]) -> Any:
-    """The same on one process."""
-    trained = start(config, world_size)
-    for module in trained.chunks[0].modules():
-        if isinstance(module, Router):
-            module._within_capacity = partial(drop_by_a_loop, iter(owners))  # type: ignore[method-assign]
-    result, parts = step_with_gradients(trained, batch)
-    return {"result": result, "parts": parts}
+def test_every_pair_of_values_meets() -> None:
+    values = (tuple(MESHES), GROUPS, DROPS, tuple(RECOMPUTE))
+    for chosen in [*combinations(range(4), 2), (1, 2, 3)]:
+        met = {tuple(run[which] for which in chosen) for run in RUNS}
+        assert met == set(product(*(values[which] for which in chosen)))
 
 
-def joined(first: PackedSample, second: PackedSample) -> PackedSample:
-    """Two packs as one: no document sees another."""
-    ends = second.cu_seqlens[1:] + len(first.tokens)
-    both = (first, second)
-    return PackedSample(
-        torch.cat([sample.tokens for sample in both]),
-        torch.cat([sample.labels for sample in both]),
-        torch.cat([sample.loss_mask for sample in both]),
-        torch.cat([first.cu_seqlens, ends]),
+def config_of(parallel: dict[str, int], factor: float | None, recompute: str = "kept") -> Config:
+    """Four layers, two of a kind."""
+    return run_config(
+        parallel,
+        RECOMPUTE[recompute],
+        num_layers=4,
+        mixers=["lightning", "softmax"],
+        moe_expert_capacity_factor=factor,
     )
 
 
-def split_owners(bounds: list[int], context: int, tensor: int) -> list[int]:
-    """The rank of each of a pack's tokens: context ranks by the layout, then tensor ranks by sequence."""
-    owner = [0] * bounds[-1]
-    for rank in range(context):
-        layout = SequenceLayout.build(bounds, context_parallel_size=context, context_parallel_rank=rank)
-        local = layout.take_local(torch.arange(bounds[-1])).tolist()
-        for place, token in enumerate(local):
-            owner[token] = rank * tensor + place * tensor // len(local)
-    return owner
+@pytest.fixture(scope="module")
+def truths() -> dict[Partition | None, Outcome]:
+    """Of one process, by what it emulates: made once."""
+    return {}
 
 
-MESHES: dict[str, tuple[int, dict[str, Any]]] = {
-    "cp2-ep2": (2, {CP: 2, EP: 2}),
-    "tp2-ep2-etp1-groups": (2, {TP: 2, EP: 2, G: 2}),
-    "cp2-groups": (2, {CP: 2, G: 3}),
-}
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(map(str, run)))
+def test_meshes_compute_what_one_process_computes(
+    run: Run, workers: WorkerPool, truths: dict[Partition | None, Outcome]
+) -> None:
+    mesh, groups, factor, recompute = run
+    world_size, partition, parallel = MESHES[mesh]
+    emulated = None if factor is None else partition
+    if emulated not in truths:
+        (truths[emulated],) = workers.run(alone, config_of({}, factor), packs(), emulated, world_size=1)
+    config = config_of(parallel | {G: groups}, factor, recompute)
+    by_rank = workers.run(on_mesh, config, packs(), world_size=world_size)
+    compare(by_rank, truths[emulated], partition, config)
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_ranks_of_a_pack_share_the_capacity(name: str, workers: WorkerPool) -> None:
-    world_size, parallel = MESHES[name]
-    owners = [split_owners(bounds, parallel.get(CP, 1), parallel.get(TP, 1)) for bounds in PACKS]
-    by_rank = workers.run(on_mesh, run_config(parallel, moe_expert_capacity_factor=FACTOR), world_size=world_size)
-    (truth,) = workers.run(alone, run_config({}, moe_expert_capacity_factor=FACTOR), packs(), owners, world_size=1)
-    compare(by_rank, truth)
-
-
-def test_data_parallel_ranks_share_the_capacity(workers: WorkerPool) -> None:
-    """Two packs at once on two ranks are one pack of two on one process; aux losses, which are per pack, are off."""
-    model: dict[str, Any] = {"moe_expert_capacity_factor": FACTOR, "moe_aux_loss_coeff": 0.0}
-    by_rank = workers.run(on_mesh, run_config({EP: 2, G: 2}, **model), world_size=2)
-    batch = packs()
-    pairs = [joined(batch[i], batch[i + 1]) for i in (0, 2)]
-    length = len(batch[0].tokens)
-    config = run_config({}, documents=[[0, 2 * length]] * 2, **model)
-    (truth,) = workers.run(alone, config, pairs, [[0] * length + [1] * length] * 2, world_size=1)
-    compare(by_rank, truth)
-
-
-def compare(by_rank: list[Any], truth: Any) -> None:
-    expected = assemble([truth["parts"]])
-    gradients = assemble([result["parts"] for result in by_rank])
+def compare(by_rank: list[Outcome], truth: Outcome, partition: Partition, config: Config) -> None:
+    """Every token's loss, what a step reports, and every gradient."""
+    outputs = outputs_in_order(by_rank, partition, packs(), config)
+    wanted_outputs = torch.cat(truth.outputs)
+    assert (outputs - wanted_outputs).norm() <= COPIES * wanted_outputs.norm()
+    expected = assemble([truth.parts])
+    gradients = assemble([rank.parts for rank in by_rank])
     assert gradients.keys() == expected.keys()
     for key, wanted in expected.items():
         assert (gradients[key] - wanted).norm() <= COPIES * wanted.norm(), key
-    for result in by_rank:
-        for figure in (LOSS, GRAD_NORM):
-            value = truth["result"].figures[figure]
-            assert result["result"].figures[figure] == pytest.approx(value, rel=COPIES), figure.name
+    for rank in by_rank:
+        for figure in (LOSS, AUX_LOSS, GRAD_NORM):
+            assert rank.result.figures[figure] == pytest.approx(truth.result.figures[figure], rel=COPIES), figure.name
+        assert rank.result.routing[EXPERT_LOAD] == pytest.approx(truth.result.routing[EXPERT_LOAD], rel=COPIES)

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_m1.parallel.vocab_head import vocab_logits, vocab_parallel_loss
+from megatron_m1.parallel.vocab_head import vocab_logits, vocab_parallel_choice, vocab_parallel_loss
 from megatron_m1.runtime.pool import WorkerPool
 
 FACTOR = 2.0
@@ -164,6 +164,72 @@ def test_ranks_together_are_as_exact_as_whole_logits(world_size: int, workers: W
             assert torch.equal(loss, parts[0][0]), name
         together = [parts[0][0], torch.cat([part[1] for part in parts]), torch.cat([part[2] for part in parts])]
         assert_as_exact_as_torch(case, together)
+
+
+def chosen(case: Case, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, int]:
+    """Loss and most likely token of every token, and the elements of the largest tensor."""
+    rank, ranks = group.rank(), group.size()
+    hidden, weight, labels, _ = case.inputs()
+    hidden, weight = (leaf.chunk(ranks)[rank].clone() for leaf in (hidden, weight))
+    with Allocations(hidden, weight, labels) as allocations:
+        loss, choice = vocab_parallel_choice(
+            hidden, weight, labels, group=group, chunk_bytes=case.chunk_bytes, ieee_fp32=True
+        )
+    return loss, choice, allocations.largest_elements
+
+
+def assert_likeliest(case: Case, loss: Tensor, choice: Tensor, trained: Tensor) -> None:
+    """The loss is training's, bit for bit; no logit is above the chosen one's by more than the products' rounding."""
+    assert torch.equal(loss, trained)
+    assert choice.dtype == torch.int64
+    hidden, weight, _, _ = case.inputs()
+    exact = hidden.double() @ weight.double().t()
+    behind = exact.max(dim=1).values - exact.gather(1, choice[:, None])[:, 0]
+    dtype = case.weight_dtype
+    assert float((behind / exact.abs().max()).max()) <= 4 * torch.finfo(dtype).eps
+
+
+def every_choice(rank: int, world_size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of all cases: loss, choice, and the loss of training."""
+    assert dist.group.WORLD is not None
+    group = dist.group.WORLD
+    return [(*chosen(case, group)[:2], chunked(case, group)[0][0]) for case in CASES.values()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_rank_chooses_the_most_likely_token(name: str, alone: dist.ProcessGroup, nan_memory: None) -> None:
+    case = CASES[name]
+    loss, choice, _ = chosen(case, alone)
+    assert_likeliest(case, loss, choice, chunked(case, alone)[0][0])
+
+
+def test_ranks_together_choose_the_most_likely_token(workers: WorkerPool) -> None:
+    by_rank = workers.run(every_choice, world_size=2)
+    for index, case in enumerate(CASES.values()):
+        loss, choice, trained = by_rank[0][index]
+        assert torch.equal(choice, by_rank[1][index][1]) and torch.equal(loss, by_rank[1][index][0])
+        assert_likeliest(case, loss, choice, trained)
+
+
+def first_of_equals(rank: int, world_size: int) -> list[int]:
+    """Choices where rows 2, 3 and 5 of six are the same and the largest, for tokens of both signs."""
+    assert dist.group.WORLD is not None
+    weight = torch.tensor([[1.0], [-1.0], [2.0], [2.0], [-1.0], [2.0]]).chunk(world_size)[rank]
+    hidden = torch.tensor([[1.0], [-1.0]]).chunk(world_size)[rank]
+    _, choice = vocab_parallel_choice(
+        hidden, weight, torch.tensor([0, -100]), group=dist.group.WORLD, chunk_bytes=1, ieee_fp32=True
+    )
+    return choice.tolist()
+
+
+def test_of_equals_the_first_is_chosen_on_every_mesh(workers: WorkerPool) -> None:
+    for world_size in (1, 2):
+        assert workers.run(first_of_equals, world_size=world_size) == [[2, 1]] * world_size
+
+
+def test_choosing_needs_one_chunk_of_logits(alone: dist.ProcessGroup) -> None:
+    _, _, largest = chosen(WIDE, alone)
+    assert largest * 4 <= WIDE.chunk_bytes < WIDE.tokens * WIDE.vocab * 4
 
 
 WIDE = Case(tokens=240, width=4, vocab=996, chunk_bytes=100_000)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import ast
 import bdb
+import calendar
 import inspect
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,3 +37,13 @@ def tiny_corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "validation": [write_corpus(folder / "held_out", documents[-20:], tokenizer_digest=digest)],
         "tokenizer": str(folder / "tokenizer.model"),
     }
+
+
+@pytest.fixture(scope="session")
+def second_corpus(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: dict[str, Any]) -> str:
+    """Prefix of a further corpus of that tokenizer: documents of 61 tokens."""
+    tokenizer = load_tokenizer(Path(tiny_corpus["tokenizer"]))
+    tokens = tokenizer.encode(inspect.getsource(calendar))
+    documents = [[*piece, tokenizer.eod] for piece in itertools.batched(tokens, 60)]
+    folder = tmp_path_factory.mktemp("second_corpus")
+    return write_corpus(folder / "more", documents, tokenizer_digest=tokenizer.digest())

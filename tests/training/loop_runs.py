@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import io
 import json
 import os
@@ -30,8 +31,6 @@ from megatron_m1.training.steps_guard import NonFiniteError
 from megatron_m1.training.trainer import Trainer
 
 STEPS = 12
-PACKS_IN_A_PASS = 16
-"""Four steps: a run of ``STEPS`` goes through the data three times, each time in another order."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "model": dict(
         num_layers=4,
@@ -44,7 +43,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         num_moe_experts=4,
         vocab_size=504,
     ),
-    "data": dict(seq_length=64, train_samples=PACKS_IN_A_PASS),
+    "data": dict(seq_length=64),
     "optimizer": dict(lr=3e-3, lr_warmup_tokens=512),
     "train": dict(max_steps=STEPS, global_batch_size=4, eval_interval=2, eval_samples=4),
     "run": dict(save_interval=3, keep_checkpoints=0, tensorboard=False),
@@ -68,7 +67,7 @@ def write_settings(path: Path, corpus: dict[str, Any], folder: Path, *settings: 
 
 def train(rank: int, world_size: int, settings: Path) -> dict[str, Any]:
     """Run the loop as the console command does."""
-    return trained(_config(settings, world_size))
+    return trained(config_of(settings, world_size))
 
 
 def trained(config: ResolvedConfig) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def trained(config: ResolvedConfig) -> dict[str, Any]:
 
 def train_nothing(rank: int, world_size: int, settings: Path) -> dict[str, Any] | None:
     """Run the loop of a run that may have nothing to train."""
-    return pretrain(_config(settings, world_size))
+    return pretrain(config_of(settings, world_size))
 
 
 def command(rank: int, world_size: int, words: list[str], folder: Path | None = None) -> tuple[int, str]:
@@ -108,7 +107,7 @@ def train_with_variables(
     before = dict(os.environ)
     os.environ.update(variables)
     try:
-        return pretrain(_config(settings, world_size))
+        return pretrain(config_of(settings, world_size))
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -116,7 +115,7 @@ def train_with_variables(
 
 def train_on_a_known_device(rank: int, world_size: int, settings: Path, peak_flops: float) -> None:
     """One step, a save and a validation of a device of so many FLOP/s at most."""
-    config = _config(settings, world_size)
+    config = config_of(settings, world_size)
     grid = mesh.initialise(config.parallel, seed=config.train.seed)
     with ExitStack() as held:
         trainer = open_trainer(config, grid, held, console=Console(file=io.StringIO()))
@@ -128,7 +127,8 @@ def train_on_a_known_device(rank: int, world_size: int, settings: Path, peak_flo
         trainer.validate()
 
 
-def _config(settings: Path, world_size: int) -> ResolvedConfig:
+def config_of(settings: Path, world_size: int) -> ResolvedConfig:
+    """The configuration of a run, as one of the processes has it."""
     return resolve(parse_config([str(settings)], []), world_size, has_gpu=False)
 
 
@@ -170,7 +170,7 @@ def once(condition: Callable[[], bool], action: Callable[[], None]) -> Iterator[
 
 def train_until_killed(rank: int, world_size: int, settings: Path, step: int) -> None:
     """Die of SIGKILL while the checkpoint of ``step`` is being written."""
-    config = _config(settings, world_size)
+    config = config_of(settings, world_size)
     unfinished = Path(config.run.folder) / "checkpoints" / f"step_{step:08d}.tmp"
     with once(unfinished.exists, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         pretrain(config)
@@ -178,7 +178,7 @@ def train_until_killed(rank: int, world_size: int, settings: Path, step: int) ->
 
 def train_with_a_full_disk(rank: int, world_size: int, settings: Path, step: int) -> dict[str, Any]:
     """Train while rank 0's disk takes no file of a checkpoint's size until more than ``step`` steps are recorded."""
-    config = _config(settings, world_size)
+    config = config_of(settings, world_size)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def make_room() -> None:
@@ -196,7 +196,7 @@ def train_with_a_full_disk(rank: int, world_size: int, settings: Path, step: int
 def train_in_a_taken_folder(rank: int, world_size: int, settings: Path) -> str:
     """The error of every rank when another process has the run folder."""
     try:
-        pretrain(_config(settings, world_size))
+        pretrain(config_of(settings, world_size))
     except ValueError as error:
         return str(error)
     return "trained"
@@ -204,7 +204,7 @@ def train_in_a_taken_folder(rank: int, world_size: int, settings: Path) -> str:
 
 def train_until_signal(rank: int, world_size: int, settings: Path, number: signal.Signals, to: int) -> dict[str, Any]:
     """Send ``number`` to rank ``to`` alone, after some steps."""
-    config = _config(settings, world_size)
+    config = config_of(settings, world_size)
     folder = Path(config.run.folder)
     with once(lambda: rank == to and steps_recorded(folder) > 3, lambda: os.kill(os.getpid(), number)):
         return trained(config)
@@ -213,7 +213,7 @@ def train_until_signal(rank: int, world_size: int, settings: Path, number: signa
 def train_until_not_finite(rank: int, world_size: int, settings: Path) -> str:
     """The message with which the run ends."""
     try:
-        pretrain(_config(settings, world_size))
+        pretrain(config_of(settings, world_size))
     except NonFiniteError as error:
         return str(error)
     return "came to its end"
@@ -237,7 +237,7 @@ def _same(trainer: Trainer, before: list[torch.Tensor]) -> bool:
 
 def poison_one_gradient(rank: int, world_size: int, settings: Path, value: float) -> dict[str, Any]:
     """Four steps; in the third, one element of one gradient on the last rank alone is ``value``."""
-    config = _config(settings, world_size)
+    config = config_of(settings, world_size)
     grid = mesh.initialise(config.parallel, seed=config.train.seed)
     with ExitStack() as held:
         trainer = open_trainer(config, grid, held, console=Console(file=io.StringIO()))
@@ -284,3 +284,8 @@ def wait_for(condition: Callable[[], bool], process_ended: Callable[[], bool], *
         assert not process_ended(), "the run ended too early"
         assert time.monotonic() < deadline, f"nothing after {seconds} s"
         time.sleep(0.005)
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file, as a checkpoint's manifest has it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

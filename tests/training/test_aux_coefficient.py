@@ -11,10 +11,15 @@ from torch import Tensor
 from megatron_m1.config import Config
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.resolve import resolve
+from megatron_m1.config.schedules import schedules_at
 from megatron_m1.runtime.pool import WorkerPool
-from megatron_m1.training.aux_coefficient import aux_loss_coefficient, set_aux_loss_coefficient
+from megatron_m1.training.aux_coefficient import set_aux_loss_coefficient
 from megatron_m1.training.step import AUX_LOSS
 from tests.model.meshes import packs, run_config, start, step_with_gradients
+
+
+def aux_loss_coefficient(tokens: int, config: Config) -> float:
+    return schedules_at(config).aux_loss_coefficient(tokens)
 
 
 def scheduled(points: list[float]) -> Config:

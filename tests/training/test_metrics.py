@@ -16,6 +16,7 @@ from megatron_m1.training import step, trainer
 from megatron_m1.training.expert_load import EXPERT_LOAD
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.metrics import MetricsLog, rewind
+from tests.checkpoint.checkpoint_runs import file_size_limit
 
 LOSS, VALIDATION_LOSS = step.LOSS, trainer.VALIDATION_LOSS
 RECORD: dict[Figure, float] = {
@@ -50,6 +51,37 @@ def printed(log: MetricsLog) -> str:
 
 def records(folder: Path) -> list[dict[str, float | None]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_starts_are_appended_and_never_rewound(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        log.log_start({"step": 0})
+        for step in range(1, 7):
+            log.log_step(step, RECORD)
+    with (tmp_path / "starts.jsonl").open("a") as file:
+        file.write('{"step": 6, "ti')  # killed
+    with open_log(tmp_path, start_step=3) as log:
+        log.log_start({"step": 3})
+        log.go_back(2)
+        log.log_start({"step": 4})
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
+    assert (tmp_path / "starts.jsonl").read_text() == '{"step": 0}\n{"step": 6, "ti\n{"step": 3}\n{"step": 4}\n'
+
+
+def test_a_start_on_a_full_disk_comes_with_the_next_step(tmp_path: Path) -> None:
+    with open_log(tmp_path) as log:
+        log.log_start({"step": 0})
+        with file_size_limit(13):
+            log.log_start({"step": 5})
+            log.log_step(6, {})
+        assert (tmp_path / "starts.jsonl").read_text() == '{"step": 0}\n'
+        log.log_step(7, {})
+        assert (tmp_path / "starts.jsonl").read_text() == '{"step": 0}\n{"step": 5}\n'
+        said = [line for line in printed(log).splitlines() if "starts.jsonl" in line]
+    assert [line.removeprefix(f"{tmp_path}/").split(":")[0] for line in said] == [
+        "starts.jsonl can't be written",
+        "starts.jsonl is written again",
+    ]
 
 
 def test_one_strict_json_line_per_record(tmp_path: Path) -> None:
@@ -156,3 +188,20 @@ def test_a_line_of_text_is_shown_as_it_is(tmp_path: Path) -> None:
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="log_interval is 0"):
         open_log(tmp_path, log_interval=0)
+
+
+def test_a_run_that_goes_back_has_every_step_once(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    with MetricsLog(tmp_path, RunConfig(), start_step=0, total_steps=9, console=console) as log:
+        for number, loss in ((1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)):
+            log.log_step(number, {**RECORD, LOSS: loss})
+        log.log_validation(2, {VALIDATION_LOSS: 2.5})
+        log.go_back(2)
+        for number, loss in ((3, 30.0), (4, 40.0)):
+            log.log_step(number, {**RECORD, LOSS: loss})
+    expected = [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0)]
+    assert [(line["step"], line["loss"]) for line in records(tmp_path) if "loss" in line] == expected
+    assert [line["step"] for line in records(tmp_path) if "validation_loss" in line] == [2]
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+    assert [event.step for event in events.Scalars("validation_loss")] == [2]

@@ -161,7 +161,7 @@ def config_of(folder: Path) -> Config:
     return config
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "summary.json", "wandb_id"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "starts.jsonl", "summary.json", "wandb_id"])
 def test_somebodys_files_in_a_run_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("train: {max_steps: 5}  # mine\n")
     with pytest.raises(ValueError, match=rf"^run\.folder = {tmp_path} has a {name} that no run has written: move it"):
@@ -170,7 +170,7 @@ def test_somebodys_files_in_a_run_folder(tmp_path: Path, name: str) -> None:
 
 def test_the_files_of_a_run_are_its_own(tmp_path: Path) -> None:
     write_config(config_of(tmp_path), tmp_path / "config.yaml")
-    for name in ("metrics.jsonl", "summary.json"):
+    for name in ("metrics.jsonl", "starts.jsonl", "summary.json"):
         (tmp_path / name).write_text("{}\n")
     check_run_folder(config_of(tmp_path))
     # One of an earlier version, with fewer fields.

@@ -43,7 +43,7 @@ def a_command_line_is_translated(checkout: Checkout, shell: Shell) -> None:
     for line in (
         "#   --micro-batch-size 2: a micro-batch is always one pack ",
         "#   --split 969,30,1: ",
-        "#   --rampup-batch-size 16 16 1000: the batch size is constant during a run",
+        "#   --rampup-batch-size 16 16 1000: train.global_batch_size_schedule has points of tokens and packs",
         "#   --num-lears 3\n",
         "  tensor_model_parallel_size: 8\n",
         "  train: ['0.5', a, '0.5', b]\n",
@@ -152,7 +152,7 @@ def a_job_requeues_itself_and_goes_on(checkout: Checkout) -> None:
     assert second.returncode == 0, second.stderr
     assert f"resumed from step {saved} " in second.stdout
     assert (checkout.folder / "asked").read_text() == "requeue 17\n"
-    refused = job(checkout, "--train.max_steps", "none", restarts=2)
+    refused = job(checkout, "--train.max_steps", "0", restarts=2)
     assert refused.returncode == 2 and "pretrain_m1.sbatch: status 2 after 2 restarts: not requeued" in refused.stderr
     assert (checkout.folder / "asked").read_text() == "requeue 17\n"
 
@@ -166,7 +166,7 @@ def its_records_are_what_the_page_says(checkout: Checkout) -> None:
     table = page.partition("## A training step")[2].partition("## A validation")[0]
     # The peak of a CPU is not known, and two layers have no quarters three and four.
     missing = {name for name in re.findall(r"\w+", table) if re.search(r"_quarter_[34]$", name)}
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {*records[-1], "mfu"} | missing
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == {*records[-1], "mfu", "stage"} | missing
     assert list((run / "wandb").glob("offline-run-*")) and (run / "wandb_id").read_text()
     assert (run / "profile" / "steps_2_to_2_rank_0.json").stat().st_size > 1000
     assert list((run / "tensorboard").iterdir())

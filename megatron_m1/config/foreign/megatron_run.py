@@ -5,9 +5,7 @@ from __future__ import annotations
 from megatron_m1.config.foreign.meaning import Meaning, Unit, always, converted, nothing, same, turned
 
 _PACK = "a micro-batch is always one pack of data.seq_length tokens: train.global_batch_size packs are a step"
-_CONSTANT_BATCH = (
-    "the batch size is constant during a run; start a new run, or go on with another train.global_batch_size"
-)
+_RAMP = "train.global_batch_size_schedule has points of tokens and packs, such as [0, 2048, 69e9, 4096]"
 _SPLIT = "documents are held out when a corpus is tokenised: megatron-m1 tokenize --split A,B; then data.validation"
 _SIGNALS = "SIGTERM, and SLURM's USR1 before the time is over, let the step finish and save"
 _WEIGHTS = "run.init_from (--init-from) starts a new run from weights alone: a checkpoint, a run, or hf:FOLDER"
@@ -25,15 +23,13 @@ RUN: tuple[Meaning, ...] = (
     # Batches and length.
     nothing("micro-batch-size", _PACK),
     same("global-batch-size", "train.global_batch_size"),
-    nothing("rampup-batch-size", _CONSTANT_BATCH),
-    nothing("step-batch-size-schedule", _CONSTANT_BATCH),
+    nothing("rampup-batch-size", _RAMP),
+    nothing("step-batch-size-schedule", _RAMP),
     nothing("decrease-batch-size-if-needed", "train.global_batch_size must be a multiple of the data-parallel size"),
     same("seq-length", "data.seq_length"),
     same("encoder-seq-length", "data.seq_length"),
     same("train-iters", "train.max_steps"),
-    converted(
-        "train-samples", "train.max_steps", Unit.STEPS, "data.train_samples is the length of a pass over the data"
-    ),
+    converted("train-samples", "train.max_steps", Unit.STEPS),
     nothing("exit-interval", "train.max_steps ends a run, and may be raised to go on"),
     nothing("exit-duration-in-mins", _SIGNALS),
     always("exit-signal-handler", _SIGNALS),

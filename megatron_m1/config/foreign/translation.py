@@ -7,15 +7,18 @@ from typing import Literal, get_args, get_origin
 
 import yaml
 
+from megatron_m1.config.check_training import check_optimizer
+from megatron_m1.config.fields import alternatives, describe, field_types
 from megatron_m1.config.foreign import schedule, shape
 from megatron_m1.config.foreign.answer import MEGATRON, find_meaning
 from megatron_m1.config.foreign.command_line import CommandLine, Given, read_command_line
 from megatron_m1.config.foreign.meaning import Meaning, Unit
 from megatron_m1.config.foreign.schedule import Said, Schedule
 from megatron_m1.config.foreign.shape import is_whole_shape, translate_shape
-from megatron_m1.config.io import NONE_WORDS, alternatives, describe, field_types, parse_config
-from megatron_m1.config.resolve import check_model, check_optimizer
+from megatron_m1.config.io import parse_config
+from megatron_m1.config.resolve import check_model
 from megatron_m1.config.tree import Config
+from megatron_m1.config.values import NONE_WORDS
 from megatron_m1.printing import cut
 
 _DEFAULTS: dict[str, tuple[str, object]] = {

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
+from benchmarks.common.expert_ranks import process_groups
 from megatron_m1.kernels.expert_mlp.one_by_one import OneByOne
 from megatron_m1.parallel.expert.layer import Call, expert_layer
-from megatron_m1.parallel.expert.links import Links
+from megatron_m1.parallel.expert.links import GroupLink, Links, Work
 from megatron_m1.parallel.expert.plan import Ranks, plan_exchange
 from megatron_m1.runtime.pool import WorkerPool
 from tests.parallel.expert.ranks import Case, Outcome, run_rank, shard, truth
@@ -70,3 +78,99 @@ def test_groups_change_no_bit_but_of_the_weights_sums(groups: int) -> None:
         assert torch.equal(getattr(cut, name), getattr(one, name)), name
     for found, wanted in zip(cut.weights, one.weights, strict=True):
         assert _error(found, wanted) < TOLERANCE
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products by the shape of their result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, and go on."""
+        found = func(*args, **(kwargs or {}))
+        if any(part in str(func) for part in ("mm", "linear")):
+            self.shapes[tuple(found.shape)] += 1
+        return found
+
+
+def with_frozen(case: Case, frozen: set[int]) -> tuple[list[Tensor | None], Counter[tuple[int, ...]]]:
+    """Gradients of hidden, probs and every weight, and what products were made."""
+    hidden, probs, chosen, grad = case.inputs(0)
+    leaves = [hidden, probs, *case.weights()]
+    for index, leaf in enumerate(leaves):
+        leaf.requires_grad_(index - 2 not in frozen)
+    plan = plan_exchange(chosen, case.groups, Ranks(None, None, None))
+    with Products() as products:
+        output = expert_layer(hidden, probs, leaves[2:], Call(plan, Links(None, None), OneByOne(), case.recompute))
+        output.backward(grad)
+    return [leaf.grad for leaf in leaves], products.shapes
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frozen_weights_cost_no_products(recompute: bool) -> None:
+    """Nor do they change what others get."""
+    case = Case(1, 1, 2, (32,), experts=3, hidden=12, ffn=5, recompute=recompute)
+    everything, all_products = with_frozen(case, set())
+    for frozen in ({1}, {0, 2}, set(range(6))):
+        found, products = with_frozen(case, frozen)
+        for index, (ours, wanted) in enumerate(zip(found, everything, strict=True)):
+            if index - 2 in frozen:
+                assert ours is None
+            else:
+                assert ours is not None and wanted is not None
+                assert torch.equal(ours, wanted)
+        saved = Counter((2 * case.ffn, case.hidden) if index % 2 == 0 else (case.hidden, case.ffn) for index in frozen)
+        # Of every group.
+        assert all_products - products == Counter({shape: case.groups * times for shape, times in saved.items()})
+
+
+def test_a_frozen_layer_keeps_no_tokens() -> None:
+    """What an expert keeps of its input is for fc1's gradient alone."""
+    weights = Case(1, 1, 1, (8,)).weights()
+    hidden = torch.randn(8, 10, dtype=torch.float64)
+    for is_frozen in (True, False):
+        for weight in weights:
+            weight.requires_grad_(not is_frozen)
+        with torch.no_grad():
+            _, kept = OneByOne().forward(hidden, hidden[:, 0], [2, 2, 2, 2], weights)
+        assert all((one.x is None) == is_frozen for one in kept)
+
+
+class CountedLink(GroupLink):
+    """Counts the numbers of the rows that it sends."""
+
+    sent = 0
+
+    def all_to_all(self, output: Tensor, input: Tensor, receives: list[int], sends: list[int]) -> Work:
+        """As ``GroupLink``'s, counted; the scales are no rows."""
+        self.sent += input.numel() if input.dim() == 2 else 0
+        return super().all_to_all(output, input, receives, sends)
+
+
+def travelled(rank: int, world_size: int, case: Case, *, again: bool) -> tuple[int, int]:
+    """Numbers sent there and back, and those of every pair's token; ``again``: under full recomputation."""
+    ranks = process_groups(case.expert_ranks, case.tensor_ranks, rank)
+    hidden, probs, chosen, grad = case.inputs(rank)
+    assert ranks.expert is not None
+    link = CountedLink(ranks.expert)
+    weights = shard(case.weights(), case, rank, 0)
+    leaves = [x.requires_grad_() for x in (hidden, probs, *weights)]
+    call = Call(plan_exchange(chosen, case.groups, ranks), Links(link, None), OneByOne(), case.recompute)
+    if again:
+        output = checkpoint(expert_layer, hidden, probs, weights, call, use_reentrant=False)
+    else:
+        output = expert_layer(hidden, probs, weights, call)
+    torch.autograd.grad(output, leaves, grad)
+    return link.sent, int(chosen.sum()) * case.hidden
+
+
+@pytest.mark.parametrize(("recompute", "again", "times"), [(False, False, 4), (True, False, 5), (False, True, 6)])
+def test_how_often_tokens_travel(recompute: bool, again: bool, times: int, workers: WorkerPool) -> None:
+    """There, and back with results; gradients the same way. Recomputed experts want the token once more; a layer that
+    is run again, its result as well.
+    """
+    case = Case(2, 1, 2, (13, 11), recompute=recompute)
+    found = workers.run(partial(travelled, again=again), case, world_size=2)
+    assert sum(sent for sent, _ in found) == times * sum(once for _, once in found)

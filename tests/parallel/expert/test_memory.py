@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ def exchange_bytes(plan: GroupPlan, ranks: Ranks, row_bytes: int) -> int:
     return rows * row_bytes
 
 
-def held(rank: int, world_size: int, case: Case) -> Held:
-    """Run a layer there and back, and watch what tensors there are."""
+def held(rank: int, world_size: int, case: Case, *, under_ddp: bool = False) -> Held:
+    """Run a layer there and back, and watch what tensors there are; DDP's sums, if it has any, are there before."""
     ranks = process_groups(case.expert_ranks, case.tensor_ranks, rank)
     hidden, probs, chosen, grad = case.inputs(rank)
     weights = shard(case.weights(), case, rank // case.tensor_ranks, rank % case.tensor_ranks)
@@ -87,6 +88,10 @@ def held(rank: int, world_size: int, case: Case) -> Held:
     plan = plan_exchange(chosen, case.groups, ranks)
     tracker = MemTracker()
     tracker.track_external(*leaves, grad)
+    if under_ddp:
+        for weight in leaves[2:]:
+            weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+            tracker.track_external(weight.main_grad)  # type: ignore[attr-defined]
     before = tracker.get_tracker_snapshot()[CPU]["Total"]
     with tracker:
         output = expert_layer(hidden, probs, weights, Call(plan, links, OneByOne(), case.recompute))
@@ -129,18 +134,37 @@ def test_groups_hold_no_more(expert_ranks: int, tensor_ranks: int, recompute: bo
         assert cut.peak < 0.8 * whole.peak
 
 
+def all_weights(expert_ranks: int, tensor_ranks: int) -> Case:
+    """In bfloat16, with few tokens: what groups save elsewhere does not hide what they do with weights."""
+    tokens = (16,) * (expert_ranks * tensor_ranks)
+    case = case_of(expert_ranks, tensor_ranks, 1)
+    return replace(case, tokens=tokens, hidden=128, ffn=256, dtype=torch.bfloat16)
+
+
 @pytest.mark.parametrize(("expert_ranks", "tensor_ranks"), MESHES)
-def test_sums_of_16_bit_gradients_cost_two_bytes_a_weight(
+def test_in_training_sums_of_16_bit_gradients_cost_nothing(
     expert_ranks: int, tensor_ranks: int, workers: WorkerPool
 ) -> None:
-    """Where weights' gradients are bfloat16, several groups' are added up in float32, and rounded one by one.
+    """Groups' gradients are added to DDP's sums: four groups hold no more than one and two groups' exchange buffers.
 
-    The layer is all weights here, so that what groups save elsewhere does not hide it.
+    One group's are returned in 16 bits, as without groups.
     """
-    ranks = expert_ranks * tensor_ranks
-    case = replace(
-        case_of(expert_ranks, tensor_ranks, 1), tokens=(16,) * ranks, hidden=128, ffn=256, dtype=torch.bfloat16
-    )
+    case = all_weights(expert_ranks, tensor_ranks)
+    four = workers.run(partial(held, under_ddp=True), replace(case, groups=4), world_size=expert_ranks * tensor_ranks)
+    one = workers.run(held, case, world_size=expert_ranks * tensor_ranks)
+    sizes = [weight.numel() for weight in shard(case.weights(), case, 0, 0)]
+    for whole, cut in zip(one, four, strict=True):
+        assert cut.peak <= whole.peak + 2 * max(cut.of_groups)
+        # Less than the gradients alone, in 16 bits.
+        assert cut.peak < 2 * sum(sizes) < whole.peak
+
+
+@pytest.mark.parametrize(("expert_ranks", "tensor_ranks"), MESHES)
+def test_elsewhere_sums_of_16_bit_gradients_cost_two_bytes_a_weight(
+    expert_ranks: int, tensor_ranks: int, workers: WorkerPool
+) -> None:
+    """Where there is no such sum, several groups' are added up in float32, and rounded one by one."""
+    ranks, case = expert_ranks * tensor_ranks, all_weights(expert_ranks, tensor_ranks)
     one, four = (workers.run(held, replace(case, groups=groups), world_size=ranks) for groups in (1, 4))
     sizes = [weight.numel() for weight in shard(case.weights(), case, 0, 0)]
     for whole, cut in zip(one, four, strict=True):

@@ -7,7 +7,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LinearLR, SequentialLR
 
 from megatron_m1.config import OptimizerConfig
-from megatron_m1.training.lr import learning_rate
+from megatron_m1.config.lr import learning_rate
 
 WARMUP, CONSTANT, DECAY = 5, 3, 7
 PEAK, FINAL = 3e-4, 2e-5

@@ -1,0 +1,52 @@
+"""A run whose load-balancing loss changes its weight by tokens, against runs with a constant one: the loop sets it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_m1.runtime.pool import WorkerPool
+from tests.training import loop_runs as runs
+
+STEPS = 4
+SCHEDULE = "train.moe_aux_loss_coeff_schedule"
+COEFFICIENT = "model.moe_aux_loss_coeff"
+BEFORE, AFTER = 0.0, 5.0
+TOKENS_A_STEP = 256
+CHANGES_AT = 3
+"""The first step with the other weight."""
+
+
+def figures(
+    name: str, tmp_path: Path, corpus: dict[str, Any], workers: WorkerPool, *settings: runs.Setting
+) -> list[tuple[Any, ...]]:
+    """What a run records of every step, exactly."""
+    common = [("train.max_steps", STEPS), ("train.eval_interval", 0), ("run.save_interval", 0)]
+    path = runs.write_settings(tmp_path / f"{name}.yaml", corpus, tmp_path / name, *common, *settings)
+    workers.run(runs.train, path, world_size=1)
+    return runs.trace(tmp_path / name)[:STEPS]
+
+
+def test_a_step_uses_the_weight_of_its_tokens(tmp_path: Path, tiny_corpus: dict[str, Any], workers: WorkerPool) -> None:
+    """Bit for bit a constant run until the weight changes, and at the change the gradient of the other's."""
+    end = TOKENS_A_STEP * CHANGES_AT
+    jump = [0, BEFORE, end - 1, BEFORE, end, AFTER]
+    scheduled = figures("scheduled", tmp_path, tiny_corpus, workers, (SCHEDULE, jump))
+    before = figures("before", tmp_path, tiny_corpus, workers, (COEFFICIENT, BEFORE))
+    after = figures("after", tmp_path, tiny_corpus, workers, (COEFFICIENT, AFTER))
+    assert len(scheduled) == STEPS
+    assert scheduled[: CHANGES_AT - 1] == before[: CHANGES_AT - 1]
+    assert after[0] != before[0], "the weight is seen nowhere: the test would prove nothing"
+    # The weights are still those of the constant run, and so is the loss; what the step adds to it is not.
+    step, reference = scheduled[CHANGES_AT - 1], before[CHANGES_AT - 1]
+    loss, norm = (1 + runs.EXACT.index(name) for name in ("loss", "grad_norm"))
+    assert step[loss] == reference[loss]
+    assert step[norm] > 1.1 * reference[norm]
+    assert scheduled[-1][loss] != before[-1][loss]
+
+
+def test_a_constant_schedule_is_a_constant(tmp_path: Path, tiny_corpus: dict[str, Any], workers: WorkerPool) -> None:
+    """Of the schedule's weight, not of the model's."""
+    scheduled = figures("scheduled", tmp_path, tiny_corpus, workers, (SCHEDULE, [0, AFTER]))
+    constant = figures("constant", tmp_path, tiny_corpus, workers, (COEFFICIENT, AFTER))
+    assert scheduled == constant
