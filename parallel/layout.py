@@ -118,11 +118,6 @@ class SequenceLayout:
         return sum(end - start for start, end in self.segments)
 
     @property
-    def num_documents(self) -> int:
-        """Documents of the whole pack."""
-        return len(self.document_bounds) - 1
-
-    @property
     def max_document_length(self) -> int:
         """Tokens of the pack's longest document."""
         return max(end - start for start, end in itertools.pairwise(self.document_bounds))

@@ -84,7 +84,8 @@ def test_data_of_all_stages_are_checked_before_the_first_starts(
         assert_refused(command(*words, "--stages.long.optimizer.lr", 1e-3), "begins with the learning rate 0.001")
         assert_refused(command(*words, "--stages.long.parallel.context_parallel_size", 16), "at most 8")
         assert_refused(command(*words, "--stages.long.tokens", 0), "stage long: tokens = ", "above 0")
-    assert not (corpus.parent / "run").exists()
+    # Nothing but what was found in the corpora.
+    assert {path.name for path in (corpus.parent / "run").iterdir()} == {"data_cache"}
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,7 @@ def build_packed_dataset(
         blend: ``[weight, prefix, weight, prefix, ...]`` or ``[prefix, ...]``, see ``blend.parse_blend``. The weights
             are shares of packs. Training and validation have blends, and datasets, of their own.
         sequence_length: tokens n of one pack, at least 2.
-        num_samples: packs, at least 1. The order depends on it: keep it for the life of a run.
+        num_samples: packs, at least 1. Which packs they are depends on it: with another number all are others.
         seed: of the order of documents and packs.
         tokenizer: the one that made the corpora.
         cache_folder: sample indices are kept here and reused; made if missing.

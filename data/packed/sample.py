@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -26,6 +27,16 @@ class PackedSample:
     """What each of ``extra`` is padded with where the pack's end is; 0 where nothing is said."""
     real_tokens: int | None = None
     """Where the padding at its end begins, which no router counts; None: it has none."""
+
+
+class Packs(Protocol):
+    """A sized, indexed source of packs, such as ``packed.PackedDataset``."""
+
+    def __len__(self) -> int:
+        """Number of packs."""
+
+    def __getitem__(self, index: int) -> PackedSample:
+        """Pack ``index``."""
 
 
 @dataclass(frozen=True)

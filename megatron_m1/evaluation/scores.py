@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_m1.data.packed import PackedSample
-from megatron_m1.data.packed.loader import Packs
+from megatron_m1.data.packed import PackedSample, Packs
 from megatron_m1.evaluation.model import EvaluatedModel
 from megatron_m1.training.microbatch import MicroBatch
 from megatron_m1.training.step import run_schedule

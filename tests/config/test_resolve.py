@@ -178,6 +178,11 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("train.max_steps=0", 1, ["max_steps = 0"]),
         ("data.seq_length=1", 1, ["data.seq_length = 1", "at least 2"]),
         ("train.profile_step_start=3", 1, ["profile_step_start = 3"]),
+        (
+            "train.loss_normalization=sample data.reset_at_documents=false",
+            1,
+            ["loss_normalization = sample", "reset_at_documents = false", "a pack as one sample"],
+        ),
         ("run.folder=", 1, ["run.folder is empty"]),
         ("data.cache_folder=", 1, ["data.cache_folder is empty"]),
     ],

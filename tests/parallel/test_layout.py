@@ -25,7 +25,6 @@ def test_random_packs(lengths: list[int], as_tensor: bool) -> None:
     assert layout.local_document_bounds == layout.document_bounds == tuple(bounds)
     assert layout.segments == ((0, sum(lengths)),)
     assert layout.total_tokens == layout.local_tokens == sum(lengths)
-    assert layout.num_documents == len(lengths)
     assert layout.max_document_length == max(lengths)
 
 

@@ -1,7 +1,7 @@
 """Runs whose data have garbage in them: what a spike of the gradient norm does to the run, and what is left of it.
 
-The first pack of garbage is in the batch of step 9, the second in that of step 17, whatever the documents are: where a
-blend has which corpus depends on the weights only.
+The first pack of garbage is in the batch of step 9, the second in the 17th batch, whatever the documents are: which
+corpus gives which pack depends on the weights only, and they are chosen by asking the stream.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_m1.data.stream import StreamConfig, open_stream
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.runtime import mesh
 from megatron_m1.runtime.pool import WorkerPool
@@ -33,21 +34,44 @@ from tests.training.test_loop import MESH_TOLERANCE
 
 SPIKE = 9
 """Step of the first spike."""
+SECOND = 17
+"""Batch of the second one."""
+BATCHES = 21
+"""That the longest run takes, some of which it leaves out."""
+BATCH, SEQUENCE = 4, 64
+"""Packs of a batch, and tokens of a pack."""
 GUARD: list[Setting] = [
     *[("train.spike_factor", 2.0), ("train.spike_window", 8), ("train.eval_interval", 0)],
-    *[("data.train_samples", 96), ("train.max_steps", SPIKE)],
+    ("train.max_steps", SPIKE),
 ]
+
+
+def batches_with(prefixes: list[str], blend: list[Any], tokenizer: str) -> list[int]:
+    """Which batches of a run, from 1 to ``BATCHES``, have packs of some corpora, once for every pack."""
+    stream = open_stream(
+        StreamConfig(blend[1::2], SEQUENCE),
+        tokenizer=load_tokenizer(tokenizer),
+        weights=lambda tokens: blend[::2],
+        state=None,
+        note=print,
+    )
+    plans = stream.take(BATCHES * BATCH, tokens=0)
+    return [1 + index // BATCH for index, plan in enumerate(plans) if {piece.corpus for piece in plan.pieces} & {*prefixes}]
 
 
 @pytest.fixture(scope="module")
 def garbage(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: dict[str, Any]) -> dict[str, Any]:
-    """``data`` settings: text, and a few documents of one token over and over."""
+    """``data`` settings: text, and two corpora of documents of one token over and over, each of which gives a pack."""
     tokenizer = load_tokenizer(tiny_corpus["tokenizer"])
-    documents = [[*[7 + index % 2] * 70, tokenizer.eod] for index in range(40)]
-    prefix = write_corpus(
-        tmp_path_factory.mktemp("garbage") / "garbage", documents, tokenizer_digest=tokenizer.digest()
-    )
-    return {"train": [0.97, *tiny_corpus["train"], 0.03, prefix], "tokenizer": tiny_corpus["tokenizer"]}
+    folder, prefixes = tmp_path_factory.mktemp("garbage"), []
+    for name, token in (("garbage", 7), ("rubbish", 9)):
+        documents = [[*[token + index % 2] * 70, tokenizer.eod] for index in range(40)]
+        prefixes.append(write_corpus(folder / name, documents, tokenizer_digest=tokenizer.digest()))
+    for share in (0.0080 + index * 0.0001 for index in range(50)):
+        blend = [1.0 - 2 * share, *tiny_corpus["train"], share, prefixes[0], share, prefixes[1]]
+        if batches_with(prefixes, blend, tiny_corpus["tokenizer"]) == [SPIKE, SECOND]:
+            return {"train": blend, "tokenizer": tiny_corpus["tokenizer"]}
+    raise AssertionError("no blend has its garbage where the tests want it")
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +359,7 @@ def test_stop_ends_the_run_with_status_1(workers: WorkerPool, settings: Callable
 def test_a_run_that_goes_back_again_and_again_ends(workers: WorkerPool, settings: Callable[..., Path]) -> None:
     """Every gradient above 1.01 times the median is a spike: it never comes far."""
     changes: list[Setting] = [("train.spike_factor", 1.01), ("train.max_spikes", 3), ("train.max_steps", 99)]
-    path = settings("rollback", *changes, ("data.train_samples", 396))
+    path = settings("rollback", *changes)
     messages = workers.run(the_error, path, world_size=2, process_group=False)
     assert messages[0] == messages[1]
     assert "3 spikes within 8 steps (train.max_spikes)" in messages[0]

@@ -216,6 +216,9 @@ def test_meshes_change_between_stages_and_the_loss_does_not(workers: WorkerPool,
     workers.run(runs.train, one, world_size=1, process_group=False)
     ours, theirs = steps_of(folder), steps_of(one.with_suffix(""))
     assert [line["stage"] for line in ours] == [line["stage"] for line in theirs] == [1, 1, 2, 2, 3]
+    begun = [(line["step"], line["stage"], line["world_size"], line["same_processes"]) for line in starts_of(folder)]
+    assert begun == [(0, "ep2", 2, False), (2, "cp2", 2, False), (4, "ep4", 4, False)], "none that was refused"
+    assert [mark.step for mark in marks_of([told_of(folder)[0]]) if mark.kind == "restart"] == [2, 4]
     for name in ("loss", "aux_loss", "tokens"):
         assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], rel=MESH_TOLERANCE), name
 
