@@ -25,9 +25,9 @@ from tests.training.test_loop import MESH_TOLERANCE
 LENGTH, BATCH, STEPS = 128, 4, 4
 
 
-def conversations() -> list[dict[str, object]]:
+def conversations() -> list[dict[str, Any]]:
     """Of 20, every third has two answers; one is longer than a pack."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number in range(20):
         answer = f"It is {number} times {number}: {number * number}." + " So it is." * (
             30 if number == 7 else number % 4

@@ -34,8 +34,8 @@ def test_packs_do_not_depend_on_the_number_of_ranks(prefix: str, tmp_path: Path,
 
     alone, ranks = feed(0, 1), [feed(rank, size) for rank in range(size)]
     for step in range(2):
-        whole = [plan.pieces for plan in alone.plans(PACKS, tokens=6 * PACKS * step)]
-        shares = [[plan.pieces for plan in rank.plans(PACKS, tokens=6 * PACKS * step)] for rank in ranks]
+        whole = [plan.pieces for plan in alone.take(PACKS, tokens=6 * PACKS * step)]
+        shares = [[plan.pieces for plan in rank.take(PACKS, tokens=6 * PACKS * step)] for rank in ranks]
         assert [shares[n % size][n // size] for n in range(PACKS)] == whole
     held = [[pack.tokens.tolist() for pack in rank.held_out_share()] for rank in ranks]
     assert [held[n % size][n // size] for n in range(PACKS)] == [

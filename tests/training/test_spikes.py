@@ -56,7 +56,9 @@ def batches_with(prefixes: list[str], blend: list[Any], tokenizer: str) -> list[
         note=print,
     )
     plans = stream.take(BATCHES * BATCH, tokens=0)
-    return [1 + index // BATCH for index, plan in enumerate(plans) if {piece.corpus for piece in plan.pieces} & {*prefixes}]
+    return [
+        1 + index // BATCH for index, plan in enumerate(plans) if {piece.corpus for piece in plan.pieces} & {*prefixes}
+    ]
 
 
 @pytest.fixture(scope="module")
