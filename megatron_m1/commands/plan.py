@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_m1.commands.options import CommandParser, positive_integer, split_flags
+from megatron_m1.config import Config
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
 from megatron_m1.config.resolve import resolve
+from megatron_m1.config.schedules import DEFAULT_STEPS
+from megatron_m1.config.stages import stages_of
 from megatron_m1.plan.hardware import Hardware, load_hardware
 from megatron_m1.plan.memory import PARTS
 from megatron_m1.plan.outline import GIB, Outline, outline, recompute_choices, smallest_change, with_length
@@ -29,7 +33,7 @@ def command_parser() -> CommandParser:
     parser = CommandParser(
         "plan",
         DESCRIPTION,
-        "[--config FILE.yaml] [--preset NAME] --gpus N --gpu NAME [--seq TOKENS] [--hardware FILE.yaml] [--json] "
+        "[--config FILE.yaml] [--preset NAME] --gpus N --gpu NAME [--stage NAME] [--seq TOKENS] [--hardware FILE.yaml] [--json] "
         "[--GROUP.FIELD VALUE ...]",
     )
     parser.add_argument(
@@ -41,6 +45,7 @@ def command_parser() -> CommandParser:
     parser.add_argument(
         "--seq", type=positive_integer, metavar="TOKENS", help="tokens of a pack; a step keeps its tokens where it can"
     )
+    parser.add_argument("--stage", metavar="NAME", help="of a recipe, the stage to plan, with the batch of its end")
     parser.add_argument("--hardware", type=path_option, metavar="FILE.yaml", help="your GPUs, and your assumptions")
     parser.add_argument("--json", action="store_true", help="all numbers, in bytes, FLOPs and seconds")
     return parser
@@ -56,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
     options = command_parser().parse_all(own)
     hardware = load_hardware(options.hardware)
     gpu = hardware.find(options.gpu)
-    asked = parse_config(options.config, flags, options.preset)
+    asked = _of_stage(parse_config(options.config, flags, options.preset), options.stage)
     if options.seq is not None:
         asked = with_length(asked, options.seq, options.gpus)
     plan = outline(resolve(asked, options.gpus, has_gpu=True), options.gpus, gpu, hardware)
@@ -83,6 +88,27 @@ def run(arguments: Sequence[str]) -> int:
         ]
         print("\n".join(part for line in lines for part in folded(line, columns, indent=2)))
     return 0 if plan.fits else DOES_NOT_FIT
+
+
+def _of_stage(config: Config, name: str | None) -> Config:
+    """What one stage of a recipe trains with, as a run of its own.
+
+    Raises:
+        ValueError: the configuration has no such stage, or has stages and none is named.
+    """
+    stages = {stage.name: stage for stage in stages_of(config)} if config.stages else {}
+    if name is None and not stages:
+        steps = DEFAULT_STEPS if config.train.max_steps is None else config.train.max_steps
+        return replace(config, train=replace(config.train, max_steps=steps))
+    if name not in stages:
+        what = f"has the stages {', '.join(stages)}: plan one of them with --stage NAME" if stages else "has no stages"
+        raise ValueError(f"the configuration {what}" + ("" if stages else ": leave --stage out"))
+    stage = stages[name]
+    packs = int((stage.config.train.global_batch_size_schedule or [0, stage.config.train.global_batch_size])[-1])
+    batch = replace(stage.config.train, global_batch_size=packs, global_batch_size_schedule=[])
+    alone = replace(stage.config, train=batch, stages=[])
+    steps = max(1, round((stage.tokens or 0) / alone.tokens_per_step))
+    return replace(alone, train=replace(batch, max_steps=steps))
 
 
 def _head_lines(plan: Outline) -> list[str]:

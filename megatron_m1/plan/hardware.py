@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_m1.config.io import parse_yaml
+from megatron_m1.config.yaml_text import parse_yaml
 from megatron_m1.printing import shown
 
 OWN = Path(__file__).with_name("hardware.yaml")

@@ -138,6 +138,7 @@ def with_length(config: Config, length: int, world_size: int) -> Config:
     if parallel.virtual_pipeline_model_parallel_size:
         every *= parallel.pipeline_model_parallel_size
     changed.train.global_batch_size = max(1, round(config.tokens_per_step / length / every)) * every
+    assert config.train.max_steps is not None, "a plan is of so many steps"
     tokens = config.tokens_per_step * config.train.max_steps
     changed.train.max_steps = max(1, round(tokens / changed.tokens_per_step))
     return changed
