@@ -33,8 +33,8 @@ def command_parser() -> CommandParser:
     parser = CommandParser(
         "plan",
         DESCRIPTION,
-        "[--config FILE.yaml] [--preset NAME] --gpus N --gpu NAME [--stage NAME] [--seq TOKENS] [--hardware FILE.yaml] [--json] "
-        "[--GROUP.FIELD VALUE ...]",
+        "[--config FILE.yaml] [--preset NAME] --gpus N --gpu NAME [--stage NAME] [--seq TOKENS] [--hardware FILE.yaml] "
+        "[--json] [--GROUP.FIELD VALUE ...]",
     )
     parser.add_argument(
         "--config", type=path_option, metavar="FILE.yaml", action="append", default=[], help="configuration to plan"

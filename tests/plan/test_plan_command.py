@@ -118,3 +118,34 @@ def test_planning_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+RECIPE = ["plan", "--config", "examples/configs/m1-long-context.yaml", "--gpus", "2048", "--gpu", "h800"]
+
+
+def test_a_stage_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is planned with what it inherits, and with its own tokens."""
+    status, lines = printed([*RECIPE, "--stage", "1m"], capsys)
+    text = "\n".join(lines)
+    assert status == 0
+    assert "packs of 1,048,576 tokens" in text and "x CP 32 x" in text
+    assert any(line.startswith("run         20,8") for line in lines)
+
+
+def test_a_batch_that_grows_is_planned_at_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--config", "examples/configs/text-01-pretrain.yaml", "--gpus", "2048", "--gpu", "h800"]
+    status, lines = printed([*words, "--stage", "pre-training"], capsys)
+    assert status == 0 and any("16,384 packs of 8,192 tokens" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (RECIPE, r"has the stages 32k, 32k-qa, .*: plan one of them with --stage NAME"),
+        ([*RECIPE, "--stage", "2m"], r"has the stages 32k, 32k-qa, "),
+        ([*ASK, "--stage", "2m"], "has no stages: leave --stage out"),
+    ],
+)
+def test_stages_that_are_not_there(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan.run(words[1:])
