@@ -59,6 +59,7 @@ setup(
     package_data={
         "megatron_m1": ["py.typed"],
         "megatron_m1.data.chat": ["templates/*.jinja"],
+        "megatron_m1.plan": ["hardware.yaml"],
         "megatron_m1.report": ["page.html"],
     },
     install_requires=[

@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "continue prompts with a checkpoint, a run or a Hugging Face folder",
     "evaluate": "perplexity, needle retrieval and standard tasks of a checkpoint, on any mesh",
     "inspect": "parameter counts of a preset, contents of a checkpoint or of a run folder",
+    "plan": "memory, messages and time of a configuration on GPUs that you need not have",
     "report": "one HTML page of what runs have recorded",
     "translate": "a command line of Megatron-LM into YAML for pretrain --config",
 }

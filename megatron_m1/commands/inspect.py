@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_m1.checkpoint.contents import CheckpointContents, StoredTensor, complete_checkpoints, read_checkpoint
-from megatron_m1.commands.options import CommandParser, positive_integer
+from megatron_m1.commands.options import CommandParser, positive_integer, split_flags
 from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.fields import STAGES
 from megatron_m1.config.io import parse_config
@@ -63,7 +63,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     parser = command_parser()
     # Dotted flags take a value, which would look like RUN_FOLDER: they are cut off first.
-    own, flags = _split_flags(arguments)
+    own, flags = split_flags(arguments)
     options = parser.parse_all(own)
     described = options.preset is not None or bool(options.config) or bool(flags)
     if sum([options.folder is not None, options.checkpoint is not None, described]) != 1:
@@ -82,21 +82,6 @@ def run(arguments: Sequence[str]) -> int:
     # A line of a table that fits stays as it is: it is laid out by the width as well.
     print("\n".join(part for line in lines for part in folded(line, columns, indent=2)))
     return 0
-
-
-def _split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    own: list[str] = []
-    flags: list[str] = []
-    rest = list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if not (word.startswith("--") and "." in word.partition("=")[0]):
-            own.append(word)
-            continue
-        flags.append(word)
-        if "=" not in word and rest and not rest[0].startswith("--"):
-            flags.append(rest.pop(0))
-    return own, flags
 
 
 MOST_RANKS = 64

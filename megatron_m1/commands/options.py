@@ -48,6 +48,22 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
 
+def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part a command's own words from the dotted flags of the configuration, which take a value."""
+    own: list[str] = []
+    flags: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if not (word.startswith("--") and "." in word.partition("=")[0]):
+            own.append(word)
+            continue
+        flags.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            flags.append(rest.pop(0))
+    return own, flags
+
+
 def positive_integer(text: str) -> int:
     """Read an integer above 0, also one written 1e3 or 4_096; argparse puts the option's name before the error."""
     return _above_zero(text, counts=False)

@@ -1,4 +1,4 @@
-"""Useful floating-point operations of one training step, and what known devices can do at most.
+"""Useful floating-point operations of one training step.
 
 Convention ("useful FLOPs", also called model FLOPs): what the mathematics asks for, whichever way it is computed.
 
@@ -19,24 +19,10 @@ from collections.abc import Iterable
 
 from megatron_m1.config import ModelConfig
 from megatron_m1.parallel.balance import ModelCost
+from megatron_m1.plan.hardware import peak_bf16_flops as peak_bf16_flops  # for what measures a run's utilisation
+from megatron_m1.plan.parameters import HEAD
 from megatron_m1.shapes.kind import MixerShape
 from megatron_m1.shapes.registry import FFNS, MIXERS, layer_ffns, layer_mixers
-
-PEAK_BF16_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800 PCIe": 756e12,
-    "H800": 989e12,
-    "H200 NVL": 835e12,
-    "H200": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "GB200": 2500e12,
-    "B200": 2250e12,
-}
-"""Dense BF16 tensor-core FLOP/s from the vendor's data sheets; of two names that fit, the more specific comes first."""
-
 
 FLOPS_PER_BYTE = 8000.0
 """What an H100 computes at 40% of its BF16 peak while 50 GB/s of network (400 Gbit/s a GPU) bring one byte."""
@@ -77,16 +63,25 @@ def training_flops(model_config: ModelConfig, document_lengths: Iterable[int]) -
     return 3 * (tokens * _forward_flops_per_token(model_config) + pairs * _forward_flops_per_pair(model_config))
 
 
-def peak_bf16_flops(device_name: str) -> float | None:
-    """Return the dense BF16 FLOP/s of a device as ``torch.cuda.get_device_name`` calls it, None if it is unknown.
+def flops_by_part(model: ModelConfig, document_length: int) -> dict[str, float]:
+    """Forward and backward FLOPs of a token of documents of one length, by part: mixers by kind, experts, router, head.
 
-    A CPU's peak is unknown to us: pass ``"cpu"`` and get None, so that no utilisation is reported.
+    torch's ``flop_counter`` counts the same for plain modules. It does not count what is no operation of torch's
+    own (Triton's kernels, oneDNN's products on a CPU), and it counts more where a kernel does more than the mathematics
+    asks for: the products inside the chunks of lightning attention, all pairs of a masked softmax.
     """
-    words = device_name.replace("-", " ").split()
-    for name, flops in PEAK_BF16_FLOPS.items():
-        if all(word in words for word in name.split()):
-            return flops
-    return None
+    found: dict[str, float] = {}
+    pairs = (document_length + 1) / 2
+    for mixer, count in _mixers(model):
+        for part, flops in mixer.flops_parts(model).items():
+            found[part] = found.get(part, 0) + count * flops
+        group = next(iter(mixer.flops_parts(model)))
+        found[group] += count * mixer.flops_per_pair(model) * pairs
+    for name, count in Counter(layer_ffns(model)).items():
+        for part, flops in FFNS[name].flops_parts(model).items():
+            found[part] = found.get(part, 0) + count * flops
+    found[HEAD] = 2 * model.hidden_size * model.vocab_size
+    return {part: 3 * flops for part, flops in found.items()}
 
 
 def _mixers(config: ModelConfig) -> list[tuple[MixerShape, int]]:

@@ -65,7 +65,8 @@ def _count(parameters: Iterable[Parameter], size: Callable[[Parameter], int]) ->
 
 
 def _vocabulary(model: ModelConfig, group: str) -> Parameter:
-    return Parameter("weight", (model.vocab_size, model.hidden_size), group, "tensor")
+    is_fp32 = group == HEAD and model.lm_head_precision == "fp32"
+    return Parameter("weight", (model.vocab_size, model.hidden_size), group, "tensor", is_fp32=is_fp32)
 
 
 def _norm(model: ModelConfig) -> Parameter:
@@ -107,6 +108,18 @@ def model_counts(model: ModelConfig, *, active: bool = False) -> Counts:
     return sum([*_layers(model, size), _count(outside, size)], Counts(dict.fromkeys(order, 0)))
 
 
+def chunk_parameters(model: ModelConfig, chunk: StageLayers) -> list[Parameter]:
+    """All parameters of one model chunk, those of each layer by themselves."""
+    mixers, ffns = layer_mixers(model), layer_ffns(model)
+    of_kinds = {kind: MIXERS[kind].parameters(model) for kind in dict.fromkeys(mixers)}
+    of_ffns = {kind: FFNS[kind].parameters(model) for kind in dict.fromkeys(ffns)}
+    norms = [_norm(model), _norm(model)]
+    found = [_vocabulary(model, EMBEDDING)] if chunk.has_embedding else []
+    for index in chunk.layers:
+        found += [*of_kinds[mixers[index]], *of_ffns[ffns[index]], *norms]
+    return found + ([_norm(model), _vocabulary(model, HEAD)] if chunk.has_head else [])
+
+
 def rank_counts(model: ModelConfig, parallel: ResolvedParallelConfig) -> list[Counts]:
     """Count what one rank of each pipeline stage holds (all its virtual chunks; ranks of a stage hold equally many).
 
@@ -121,12 +134,7 @@ def rank_counts(model: ModelConfig, parallel: ResolvedParallelConfig) -> list[Co
     def held(parameter: Parameter) -> int:
         return parameter.held(parallel)
 
-    layers = _layers(model, held)
-
-    def chunk_counts(chunk: StageLayers) -> Counts:
-        outside = [_vocabulary(model, EMBEDDING)] if chunk.has_embedding else []
-        outside += [_norm(model), _vocabulary(model, HEAD)] if chunk.has_head else []
-        return sum((layers[index] for index in chunk.layers), _count(outside, held))
-
     stages = plan_stages(model, parallel)
-    return [sum(map(chunk_counts, chunks), Counts({})) for chunks in stages.by_rank]
+    return [
+        sum((_count(chunk_parameters(model, chunk), held) for chunk in chunks), Counts({})) for chunks in stages.by_rank
+    ]

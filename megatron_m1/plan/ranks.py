@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 
 from megatron_m1.config.resolve import check_mesh
 from megatron_m1.config.resolved import ResolvedParallelConfig
@@ -50,11 +49,29 @@ def place(rank: int, axes: list[Axis]) -> dict[str, int]:
     return found
 
 
-def groups_along(name: str, axes: list[Axis]) -> tuple[tuple[int, ...], ...]:
-    """The ranks that differ on one axis only, for every place on the others."""
+def first_group(names: str, parallel: ResolvedParallelConfig, world_size: int) -> tuple[int, ...]:
+    """The group of rank 0 over some axes of one grid, of axes named as in ``TP x CP``."""
+    wanted = set(names.split(" x "))
+    members, stride = [0], 1
+    for axis, size in _grid_of(wanted, parallel, world_size):
+        if axis in wanted:
+            members = [member + step * stride for step in range(size) for member in members]
+        stride *= size
+    return tuple(members)
+
+
+def _grid_of(wanted: set[str], parallel: ResolvedParallelConfig, world_size: int) -> list[Axis]:
+    grids = (dense_axes(parallel, world_size), expert_axes(parallel, world_size))
+    return next(grid for grid in grids if wanted <= {name for name, _ in grid})
+
+
+def groups_over(names: str, parallel: ResolvedParallelConfig, world_size: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks that differ on some axes of one grid only, of axes named as in ``TP x CP``."""
+    wanted = set(names.split(" x "))
+    axes = _grid_of(wanted, parallel, world_size)
     found: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(prod(size for _, size in axes)):
-        others = tuple(value for axis, value in place(rank, axes).items() if axis != name)
+    for rank in range(world_size):
+        others = tuple(value for axis, value in place(rank, axes).items() if axis not in wanted)
         found.setdefault(others, []).append(rank)
     return tuple(sorted(map(tuple, found.values())))
 
@@ -78,8 +95,8 @@ def process_groups(parallel: ResolvedParallelConfig, world_size: int) -> list[Gr
     """
     check_mesh(parallel, world_size)
     dense, expert = dense_axes(parallel, world_size), expert_axes(parallel, world_size)
-    names = [(name, dense) for name, _ in dense] + [(name, expert) for name, _ in expert[:-1]]
-    return [Group(name, SHARES[name], groups_along(name, axes)) for name, axes in names]
+    names = [name for name, _ in [*dense, *expert[:-1]]]
+    return [Group(name, SHARES[name], groups_over(name, parallel, world_size)) for name in names]
 
 
 def spelled(ranks: tuple[int, ...]) -> str:

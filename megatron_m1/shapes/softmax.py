@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_m1.config.tree import ModelConfig
-from megatron_m1.shapes.kind import MixerShape, Parameter
+from megatron_m1.shapes.kind import Message, MixerShape, Parameter, Share, parallel_linears
 
 GROUP = "softmax attention"
 MOST_FLASH_CHANNELS = 256
@@ -40,6 +40,61 @@ class Softmax(MixerShape):
     def flops_per_pair(self, model: ModelConfig) -> int:
         """Scores, and the weighted sum of values."""
         return 4 * model.num_attention_heads * model.kv_channels
+
+    def saved_bytes(self, model: ModelConfig, share: Share) -> int:
+        """Input; projection A + 2 G, in which v lies; q A and k G rotated, sine and cosine of both; output A; LSE.
+
+        On a CPU without context parallelism the output is there twice: of each document, and put together.
+        """
+        heads = model.num_attention_heads // share.tensor
+        inner = heads * model.kv_channels
+        # With fewer groups than ranks, all ranks have the whole projection and take a slice.
+        groups = max(1, model.num_query_groups // share.tensor)
+        few = model.num_query_groups < share.tensor
+        key_value = groups * model.kv_channels
+        width = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+        projected = width if few else inner + 2 * key_value
+        before = share.outside * model.hidden_size * share.itemsize
+        if "core_attn" in share.recomputed:
+            return before + share.tokens * (projected + inner) * share.itemsize
+        is_copied = not share.on_gpu and share.parallel.context_parallel_size == 1
+        numbers = projected + inner + key_value + (2 if is_copied else 1) * inner
+        return before + share.tokens * (numbers * share.itemsize + 4 * 2 * rotary_dim(model) + 4 * heads)
+
+    def working_bytes(self, model: ModelConfig, share: Share) -> int:
+        """Gradients of the matrices, and of queries, keys, values, output and projection."""
+        inner = model.num_attention_heads * model.kv_channels // share.tensor
+        key_value = max(1, model.num_query_groups // share.tensor) * model.kv_channels
+        matrices = 2 * (inner + key_value) * model.hidden_size
+        return (matrices + share.tokens * (4 * inner + 4 * key_value)) * share.itemsize
+
+    def exchange_bytes(self, model: ModelConfig, share: Share) -> int:
+        """Ring: two blocks of keys and values, and the fp32 gradients of three."""
+        if share.parallel.context_parallel_size == 1:
+            return 0
+        key_value = max(1, model.num_query_groups // share.tensor) * model.kv_channels
+        return share.tokens * 2 * key_value * (2 * share.itemsize + 3 * 4)
+
+    def messages(self, model: ModelConfig, share: Share) -> list[Message]:
+        """Besides the linears' the ring's, of the rank that sends most, for a pack of one document in zigzag order.
+
+        Of 2 R segments rank r has r and 2 R - 1 - r. All others attend to the first, the ranks before it to the second:
+        the last rank sends both to all, and gets the first one of each.
+        """
+        ranks = share.parallel.context_parallel_size
+        key_value = max(1, model.num_query_groups // share.tensor) * model.kv_channels
+        sent, received = (ranks - 1) * share.tokens, (ranks - 1) * share.tokens / 2
+        keys, gradients = 2 * key_value * share.itemsize, 2 * key_value * 4
+        found = [
+            *parallel_linears(model, share),
+            Message("CP", "send", sent * keys, sent * keys + received * gradients, module="core_attn"),
+        ]
+        if model.num_query_groups < share.tensor:
+            # megatron-core puts the whole projection together, and each rank takes its heads' groups.
+            width = (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
+            size = share.tokens * width * share.itemsize
+            found += [Message("TP", "all-gather", size, 0), Message("TP", "reduce-scatter", 0, size)]
+        return found
 
     def cache_bytes_per_token(self, model: ModelConfig, itemsize: int) -> int:
         """A key and a value a group."""

@@ -33,7 +33,7 @@ from megatron_m1.plan.flops import FLOPS_PER_BYTE, layout_cost, training_flops
 from megatron_m1.plan.parameters import model_counts, rank_counts
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.shapes import registry as shapes
-from megatron_m1.shapes.kind import MixerShape, Parameter
+from megatron_m1.shapes.kind import MixerShape, Parameter, Share
 from megatron_m1.shapes.residual import inner_gain, output_gain
 from megatron_m1.training.step import GRAD_NORM
 from tests.checkpoint import checkpoint_runs
@@ -64,6 +64,11 @@ class AverageShape(MixerShape):
 
     def flops_per_token(self, model: ModelConfig) -> int:
         return 6 * model.hidden_size * model.num_attention_heads * model.kv_channels
+
+    def saved_bytes(self, model: ModelConfig, share: Share) -> int:
+        # The input; opened gates, means and their product; and what the sums are divided by.
+        width = model.num_attention_heads * model.kv_channels // share.tensor
+        return share.outside * model.hidden_size * share.itemsize + share.tokens * (3 * width * share.itemsize + 4)
 
     def state_bytes(self, model: ModelConfig) -> int:
         return 4 * model.num_attention_heads * model.kv_channels

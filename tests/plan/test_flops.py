@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_m1.config import ModelConfig
-from megatron_m1.config.presets import m1_456b
-from megatron_m1.plan.flops import peak_bf16_flops, training_flops
+from megatron_m1.config.presets import PRESETS, m1_456b, preset
+from megatron_m1.plan.flops import flops_by_part, training_flops
 
 DOCUMENTS = [3, 1, 4]
 
@@ -82,6 +84,39 @@ def test_against_counted_products() -> None:
     assert training_flops(config, DOCUMENTS) == counter.get_total_flops()
 
 
+def test_every_part_against_counted_products() -> None:
+    """Of one document: each part alone, as often as the model has it."""
+    config, length = small_model(), 6
+
+    def counted(run: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            run(weight(length, config.hidden_size)).sum().backward()
+        return counter.get_total_flops() / length
+
+    def router(x: torch.Tensor) -> torch.Tensor:
+        return x @ weight(x.shape[1], config.num_moe_experts)
+
+    def head(x: torch.Tensor) -> torch.Tensor:
+        return x @ weight(x.shape[1], config.vocab_size)
+
+    layers = config.num_layers
+    assert flops_by_part(config, length) == {
+        "lightning attention": 2 * counted(lambda x: lightning_attention(x, config)),
+        "softmax attention": counted(lambda x: softmax_attention(x, config)),
+        "experts": layers * (counted(lambda x: experts(x, config)) - counted(router)),
+        "router": layers * counted(router),
+        "head": counted(head),
+    }
+
+
+def test_the_parts_are_the_whole() -> None:
+    for name in PRESETS:
+        model = preset(name)
+        assert sum(flops_by_part(model, 4096).values()) == pytest.approx(
+            training_flops(model, [4096]) / 4096, rel=1e-12
+        )
+
+
 def test_m1_is_six_flops_per_active_parameter() -> None:
     """45.9B active parameters per token outside embedding and head, 1.23B in the head; attention itself is extra."""
     config = m1_456b()
@@ -100,20 +135,3 @@ def test_documents_cost_less_than_one_sequence() -> None:
 def test_empty_document_is_refused() -> None:
     with pytest.raises(ValueError, match="a document has 0 tokens"):
         training_flops(small_model(), [3, 0])
-
-
-@pytest.mark.parametrize(
-    ("name", "flops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA H200", 989e12),
-        ("NVIDIA A100-SXM4-80GB", 312e12),
-        ("NVIDIA B200", 2250e12),
-        ("NVIDIA GB200", 2500e12),
-        ("NVIDIA H1000", None),
-        ("cpu", None),
-    ],
-)
-def test_peak(name: str, flops: float | None) -> None:
-    assert peak_bf16_flops(name) == flops

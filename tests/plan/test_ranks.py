@@ -10,7 +10,7 @@ from torch import distributed as dist
 from megatron_m1 import cli
 from megatron_m1.config import Config
 from megatron_m1.config.resolve import resolve
-from megatron_m1.plan.ranks import process_groups, spelled
+from megatron_m1.plan.ranks import first_group, groups_over, process_groups, spelled
 from megatron_m1.runtime import mesh
 from megatron_m1.runtime.pool import WorkerPool
 from tests.model.meshes import run_config
@@ -40,6 +40,12 @@ def test_groups_are_those_that_train(world_size: int, parallel: dict[str, Any], 
     by_rank = workers.run(real_groups, config, world_size=world_size)
     for group in process_groups(resolve(config, world_size, has_gpu=False).parallel, world_size):
         assert sorted(group.members) == sorted({groups[group.name] for groups in by_rank}), group.name
+
+
+@pytest.mark.parametrize("names", ["TP", "CP", "DP x CP", "TP x CP", "EP x ETP", "EDP", "PP", "ETP"])
+def test_the_first_group_is_the_first_of_all(names: str) -> None:
+    parallel = resolve(run_config({TP: 2, CP: 2, PP: 2, EP: 2, ETP: 2}), 16, has_gpu=False).parallel
+    assert tuple(sorted(first_group(names, parallel, 16))) == groups_over(names, parallel, 16)[0]
 
 
 def test_a_table_of_all_ranks(capsys: pytest.CaptureFixture[str]) -> None:
