@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_m1.checkpoint.folder import folder_name
-from megatron_m1.checkpoint.store import Checkpoints
+from megatron_m1.checkpoint.store import CheckpointError, Checkpoints
 from megatron_m1.config import ResolvedConfig
 from megatron_m1.config.schedules import Span
 from megatron_m1.plan.flops import peak_bf16_flops
@@ -161,7 +161,7 @@ class Trainer:
             Whether the run is at that checkpoint now; there may be none.
 
         Raises:
-            CheckpointError: all checkpoints are damaged.
+            CheckpointError: all checkpoints are damaged, or those since this stage began.
         """
         if not self.watch.goes_back:
             return False
@@ -173,6 +173,12 @@ class Trainer:
             self.note(f"step {self.progress.step}: there is no checkpoint to go back to; the step is skipped")
             return False
         stored = stored_progress(state)
+        stage, begun = list(self.progress.stages.items())[-1]
+        if stored.tokens < begun:
+            raise CheckpointError(
+                f"{folder_name(stored.step)}, the newest checkpoint that can be read, is in a stage before {stage}: "
+                "start the run again, which goes on from there"
+            )
         self.watch.guard.go_back(stored.spike_guard)
         kept = {name: now[name] for name in STAYS} | {"spike_guard": self.watch.guard.state_dict()}
         self.progress = replace(stored, **kept)

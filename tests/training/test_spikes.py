@@ -1,8 +1,4 @@
-"""Runs whose data have garbage in them: what a spike of the gradient norm does to the run, and what is left of it.
-
-The first pack of garbage is in the batch of step 9, the second in the 17th batch, whatever the documents are: which
-corpus gives which pack depends on the weights only, and they are chosen by asking the stream.
-"""
+"""Runs whose data have garbage in them: what a spike of the gradient norm does to the run, and what is left of it."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -19,7 +16,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_m1.data.stream import StreamConfig, open_stream
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.runtime import mesh
 from megatron_m1.runtime.pool import WorkerPool
@@ -27,53 +23,15 @@ from megatron_m1.training.loop import open_trainer
 from megatron_m1.training.progress import Progress
 from megatron_m1.training.rollback import with_record
 from megatron_m1.training.spike_guard import SpikeError
-from tests.data.corpora import write_corpus
 from tests.training import loop_runs as runs
 from tests.training.loop_runs import Setting
+from tests.training.spike_runs import GUARD, SPIKE, documents, garbage_data, said, steps_of
 from tests.training.test_loop import MESH_TOLERANCE
-
-SPIKE = 9
-"""Step of the first spike."""
-SECOND = 17
-"""Batch of the second one."""
-BATCHES = 21
-"""That the longest run takes, some of which it leaves out."""
-BATCH, SEQUENCE = 4, 64
-"""Packs of a batch, and tokens of a pack."""
-GUARD: list[Setting] = [
-    *[("train.spike_factor", 2.0), ("train.spike_window", 8), ("train.eval_interval", 0)],
-    ("train.max_steps", SPIKE),
-]
-
-
-def batches_with(prefixes: list[str], blend: list[Any], tokenizer: str) -> list[int]:
-    """Which batches of a run, from 1 to ``BATCHES``, have packs of some corpora, once for every pack."""
-    stream = open_stream(
-        StreamConfig(blend[1::2], SEQUENCE),
-        tokenizer=load_tokenizer(tokenizer),
-        weights=lambda tokens: blend[::2],
-        state=None,
-        note=print,
-    )
-    plans = stream.take(BATCHES * BATCH, tokens=0)
-    return [
-        1 + index // BATCH for index, plan in enumerate(plans) if {piece.corpus for piece in plan.pieces} & {*prefixes}
-    ]
 
 
 @pytest.fixture(scope="module")
 def garbage(tmp_path_factory: pytest.TempPathFactory, tiny_corpus: dict[str, Any]) -> dict[str, Any]:
-    """``data`` settings: text, and two corpora of documents of one token over and over, each of which gives a pack."""
-    tokenizer = load_tokenizer(tiny_corpus["tokenizer"])
-    folder, prefixes = tmp_path_factory.mktemp("garbage"), []
-    for name, token in (("garbage", 7), ("rubbish", 9)):
-        documents = [[*[token + index % 2] * 70, tokenizer.eod] for index in range(40)]
-        prefixes.append(write_corpus(folder / name, documents, tokenizer_digest=tokenizer.digest()))
-    for share in (0.0080 + index * 0.0001 for index in range(50)):
-        blend = [1.0 - 2 * share, *tiny_corpus["train"], share, prefixes[0], share, prefixes[1]]
-        if batches_with(prefixes, blend, tiny_corpus["tokenizer"]) == [SPIKE, SECOND]:
-            return {"train": blend, "tokenizer": tiny_corpus["tokenizer"]}
-    raise AssertionError("no blend has its garbage where the tests want it")
+    return garbage_data(tmp_path_factory.mktemp("garbage"), tiny_corpus)
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +45,6 @@ def settings(tmp_path_factory: pytest.TempPathFactory, garbage: dict[str, Any]) 
         )
 
     return write
-
-
-def steps_of(folder: Path, name: str) -> list[Any]:
-    return [line[name] for line in runs.records(folder)]
-
-
-def documents(folder: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "spikes" / f"{name}.jsonl").read_text().splitlines()]
-
-
-def say(rank: int, world_size: int, path: Path) -> tuple[int, str]:
-    """Status and standard output of the command."""
-    return runs.command(rank, world_size, ["pretrain", "--config", str(path)])
 
 
 def the_error(rank: int, world_size: int, path: Path) -> str:
@@ -151,7 +96,7 @@ def test_what_is_done_with_a_spiking_step(
 def alone(workers: WorkerPool, settings: Callable[..., Path]) -> tuple[Path, str]:
     """Folder and output of a run of one process that skips the spike."""
     path = settings("skip", ("train.grad_norm_interval", 4))
-    ((status, printed),) = workers.run(say, path, world_size=1, process_group=False)
+    ((status, printed),) = workers.run(said, path, world_size=1, process_group=False)
     assert status == 0
     return path.parent / "run", printed
 
@@ -234,7 +179,7 @@ def test_a_mesh_finds_the_same_spike_and_the_same_documents(
 def back(workers: WorkerPool, settings: Callable[..., Path]) -> tuple[Path, str]:
     """YAML and output of a run that goes back to step 6 and later, at step 14, to step 12."""
     path = settings("rollback", ("train.max_steps", 16), ("run.tensorboard", True))
-    ((status, printed),) = workers.run(say, path, world_size=1, process_group=False)
+    ((status, printed),) = workers.run(said, path, world_size=1, process_group=False)
     assert status == 0
     return path, printed
 
@@ -261,7 +206,8 @@ def test_a_run_goes_back_and_on_behind_the_batch(back: tuple[Path, str]) -> None
         *["step_00000009_spike_1.json", "step_00000009_spike_1.jsonl"],
         *["step_00000014_spike_2.json", "step_00000014_spike_2.jsonl"],
     ]
-    assert all(norm < 1.2 for norm in steps_of(folder, "grad_norm")[1:])
+    norms = steps_of(folder, "grad_norm")
+    assert max(norms) < 1.5 * median(norms)
 
 
 def test_a_run_that_is_killed_after_it_went_back_has_the_same_trace(
@@ -298,13 +244,13 @@ def test_a_run_that_is_resumed_before_a_spike_goes_back_as_well(
 
 def what_is_refused(rank: int, world_size: int, folder: Path, contents: list[str]) -> list[str]:
     """What is said of each content of the file that tells of a way back."""
-    said = []
+    messages = []
     for content in contents:
         (folder / "went_back.json").write_text(content)
         with pytest.raises(ValueError, match="went_back") as refused:
             with_record(folder, Progress(step=6))
-        said.append(str(refused.value))
-    return said
+        messages.append(str(refused.value))
+    return messages
 
 
 def test_a_record_of_no_way_back_is_one_line(workers: WorkerPool, tmp_path: Path) -> None:
@@ -317,9 +263,11 @@ def test_a_record_of_no_way_back_is_one_line(workers: WorkerPool, tmp_path: Path
         '{"step": 6, "consumed_samples": 1, "spike_guard": {}, "stages": [], "stream": null}',
         '{"step": 6, "consumed_samples": 1, "spike_guard": {}, "stages": {}, "stream": 3}',
     ]
-    (said,) = workers.run(what_is_refused, tmp_path, contents, world_size=1)
-    assert len(said) == len(contents) and not any("\n" in line for line in said)
-    assert said[2] == f"{tmp_path / 'went_back.json'} is no record of a run that went back (it has other names): " + (
+    (messages,) = workers.run(what_is_refused, tmp_path, contents, world_size=1)
+    assert len(messages) == len(contents) and not any("\n" in line for line in messages)
+    assert messages[
+        2
+    ] == f"{tmp_path / 'went_back.json'} is no record of a run that went back (it has other names): " + (
         "remove it to go on from the checkpoint alone"
     )
 
@@ -339,7 +287,7 @@ def test_data_parallel_ranks_go_back_together(
 
 def test_without_a_checkpoint_the_step_is_skipped(workers: WorkerPool, settings: Callable[..., Path]) -> None:
     path = settings("rollback", ("run.save_interval", 0), ("train.max_steps", SPIKE + 1))
-    ((status, printed),) = workers.run(say, path, world_size=1, process_group=False)
+    ((status, printed),) = workers.run(said, path, world_size=1, process_group=False)
     assert status == 0
     assert f"step {SPIKE}: there is no checkpoint to go back to; the step is skipped\n" in printed
     folder = path.parent / "run"
@@ -350,7 +298,7 @@ def test_without_a_checkpoint_the_step_is_skipped(workers: WorkerPool, settings:
 
 def test_stop_ends_the_run_with_status_1(workers: WorkerPool, settings: Callable[..., Path]) -> None:
     path = settings("stop", ("train.max_steps", SPIKE + 1))
-    ((status, printed),) = workers.run(say, path, world_size=1, process_group=False)
+    ((status, printed),) = workers.run(said, path, world_size=1, process_group=False)
     assert status == 1
     folder = path.parent / "run"
     assert steps_of(folder, "spikes") == [0] * 8 + [1]
