@@ -173,8 +173,19 @@ def the_run_holds_what_readme_says(checkout: Checkout, shell: Shell) -> None:
     assert out.startswith("The module")
     shell.refuses(*words, "--max-tokens", 0, said="'0' is not an integer above 0")
     shell.refuses(*words, "--top-p", 3, said="top_p = 3.0")
+    evaluated = shell.says(*checkout.command("README.md", "evaluate", "runs/tiny"))
+    summary = json.loads((checkout.folder / "runs" / "tiny" / "summary.json").read_text())
+    assert f"{summary['validation_loss']:.3f}" in evaluated
+    assert "report.html" in shell.says(*checkout.command("README.md", "report", "runs/tiny"))
     for name in re.findall(r"`([\w.]+)`", (checkout.folder / "README.md").read_text().split("holds the run:")[1][:300]):
         assert (checkout.folder / "runs" / "tiny" / name).exists(), name
+
+
+def the_recipe_is_a_table(checkout: Checkout, shell: Shell) -> None:
+    """Every stage has a row, whatever is built first."""
+    out = shell.says(*checkout.command("README.md", "--nproc-per-node", "2", "--dry-run"))
+    for name in ("pre-training", "continued", "context-256", "context-2048", "fine-tuning"):
+        assert re.search(rf"\b{name}\b", out), name
 
 
 def it_goes_on_elsewhere_until_two_ctrl_cs(checkout: Checkout, shell: Shell, tmp_path: Path) -> None:
@@ -210,4 +221,5 @@ def test_the_walk(checkout: Checkout, shell: Shell, own_texts: Path, tmp_path: P
     the_first_run_ends_at_ctrl_c_in_80_columns(checkout)
     it_goes_on_in_200_columns(checkout, shell)
     the_run_holds_what_readme_says(checkout, shell)
+    the_recipe_is_a_table(checkout, shell)
     it_goes_on_elsewhere_until_two_ctrl_cs(checkout, shell, tmp_path)
