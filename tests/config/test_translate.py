@@ -233,9 +233,11 @@ def test_a_value_that_only_megatron_has_is_a_reason() -> None:
 def test_flags_of_experts_are_fields(tmp_path: Path) -> None:
     """DeepSeek-V3's kind of router, and what else weighs, biases and drops."""
     text = translate_command(
-        """--num-experts 8 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-z-loss-coeff 1e-3
+        [
+            """--num-experts 8 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-z-loss-coeff 1e-3
         --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 2e-3
-        --moe-expert-capacity-factor 1.25 --moe-token-drop-policy probs --global-batch-size 8""".split()
+        --moe-expert-capacity-factor 1.25 --moe-token-drop-policy probs --global-batch-size 8"""
+        ]
     )
     model = loaded(text, tmp_path).model
     assert (model.moe_router_load_balancing_type, model.moe_router_score_function) == ("none", "sigmoid")
