@@ -12,7 +12,7 @@ from megatron_m1.config import Config, ModelConfig
 from megatron_m1.config.fields import STAGES
 from megatron_m1.config.io import parse_config
 from megatron_m1.config.paths import path_option
-from megatron_m1.config.resolve import check_model, resolve_mesh
+from megatron_m1.config.resolve import check_model, resolve_split
 from megatron_m1.config.written import config_text, tree_values
 from megatron_m1.convert.places import CONFIG
 from megatron_m1.library.load import parameter_counts
@@ -92,9 +92,9 @@ def describe_mesh(config: Config, world_size: int) -> list[str]:
     """Describe who is in which process group, line by line.
 
     Raises:
-        ValueError: the mesh does not tile the world.
+        ValueError: the mesh does not tile the world, or can't cut the model; one line.
     """
-    parallel = resolve_mesh(config, has_gpu=False)
+    parallel = resolve_split(config, world_size, has_gpu=False).parallel
     rows = [["group", "ranks", "groups", "the first", "the last", "share"]]
     for group in process_groups(parallel, world_size):
         first, last = spelled(group.members[0]), spelled(group.members[-1])

@@ -94,6 +94,7 @@ def takes_integer(annotation: Any) -> bool:
 def describe(annotation: Any) -> str:
     """Say in words what values a type takes, e.g. ``an integer or none``."""
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", types.NoneType: "none"}
+    words[list[float]] = "a list of numbers such as [0, 0.01]"
     parts = []
     for member in alternatives(annotation):
         if get_origin(member) is Literal:

@@ -52,13 +52,22 @@ def parse_config(
             set.
     """
     values: dict[str, Any] = {}
+    origins: dict[str, str | Path] = {}
     for file in files:
-        values |= read_yaml(file)
+        read = read_yaml(file)
+        values |= read
+        origins |= dict.fromkeys(read, file)
     given = read_flags(flags, command_options)
     stages = with_flags(values.pop(STAGES, base.stages if base else []), given)
     values |= {path: value for path, value in given.items() if not path.startswith(FLAG)}
     name = str(preset_name or values.get("preset") or (base or Config()).preset)
-    tree = typed({**values, "preset": name}, base or preset_config(name))
+    try:
+        tree = typed({**values, "preset": name}, base or preset_config(name))
+    except ValueError as error:
+        path = str(error).partition(" ")[0]
+        if path not in origins or path in given:
+            raise
+        raise ValueError(f"config file {origins[path]}: {error}") from error
     tree.stages = typed_stages(stages, tree, expand_paths=expand_paths)
     return expanded(tree, values) if expand_paths else tree
 

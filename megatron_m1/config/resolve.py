@@ -80,12 +80,23 @@ def _resolved(config: Config, world_size: int, *, has_gpu: bool) -> ResolvedConf
     check_model(config.model)
     check_run(config)
     check_optimizer(config.optimizer)
+    resolved = resolve_split(config, world_size, has_gpu=has_gpu)
+    check_batch(resolved, world_size)
+    _check_capacity(resolved, world_size)
+    _check_recompute(resolved.train, plan_stages(resolved.model, resolved.parallel))
+    _check_software(resolved, has_gpu=has_gpu)
+    return resolved
+
+
+def resolve_split(config: Config, world_size: int, *, has_gpu: bool) -> ResolvedConfig:
+    """Return ``config`` filled in, after checking that its mesh tiles the world and can cut its model; nothing else.
+
+    Raises:
+        ValueError: with one line that names the value and the fix.
+    """
     resolved = _filled_in(copy.deepcopy(config), has_gpu=has_gpu)
     check_mesh(resolved.parallel, world_size)
     check_split(resolved)
-    check_batch(resolved, world_size)
-    _check_recompute(resolved.train, plan_stages(resolved.model, resolved.parallel))
-    _check_software(resolved, has_gpu=has_gpu)
     return resolved
 
 
@@ -203,11 +214,12 @@ def check_mesh(parallel: ResolvedParallelConfig, world_size: int) -> None:
     stage_ranks = world_size // pipeline
     block = expert * expert_tensor
     if stage_ranks % block:
+        names = ("expert_model_parallel_size", "expert_tensor_parallel_size")
+        larger = " or ".join(f"parallel.{name}" for name in names if getattr(parallel, name) > 1)
         raise ValueError(
             f"the expert mesh does not divide a pipeline stage: expert {expert} x expert tensor {expert_tensor} = "
             f"{block} ranks, but a stage has {stage_ranks} (world {world_size} / pipeline {pipeline}): start a "
-            f"multiple of {pipeline * block} processes (--nproc-per-node here, --world-size for a dry run) or lower "
-            "parallel.expert_model_parallel_size"
+            f"multiple of {pipeline * block} processes or lower {larger}"
         )
 
 
@@ -244,6 +256,7 @@ def check_split(config: ResolvedConfig) -> None:
             f"parallel.sequence_parallel = false with parallel.tensor_model_parallel_size = {tensor}: experts need it, "
             "leave it out"
         )
+    _check_exchange(config)
 
 
 def check_batch(config: ResolvedConfig, world_size: int) -> None:
@@ -274,6 +287,17 @@ def check_batch(config: ResolvedConfig, world_size: int) -> None:
                 f"interleaved stages need a multiple of parallel.pipeline_model_parallel_size = {pipeline}: use a "
                 f"multiple of {replicas * pipeline}"
             )
+
+
+def _check_capacity(config: ResolvedConfig, world_size: int) -> None:
+    factor = config.model.moe_expert_capacity_factor
+    tokens = config.data.seq_length * data_parallel_size(config.parallel, world_size)
+    share = tokens * config.model.moe_router_topk / config.model.num_moe_experts
+    if factor is not None and factor * share < 1:
+        raise ValueError(
+            f"model.moe_expert_capacity_factor = {factor} leaves an expert less than one of a micro-batch's "
+            f"{tokens:,} tokens, of which {share:g} are its balanced share: give 1 or so"
+        )
 
 
 def _check_recompute(train: TrainConfig, stages: Stages) -> None:
@@ -317,11 +341,18 @@ def _check_software(config: ResolvedConfig, *, has_gpu: bool) -> None:
     if model.fp8 is not None and config.train.precision != "bf16":
         raise ValueError(f"model.fp8 = {model.fp8} needs train.precision bf16, but it is {config.train.precision}")
     check_layers_device(model, precision=config.train.precision, has_gpu=has_gpu)
+
+
+def _check_exchange(config: ResolvedConfig) -> None:
+    model, parallel = config.model, config.parallel
     check_positive("parallel", parallel, ["moe_token_groups"])
-    if parallel.moe_token_groups > config.data.seq_length:
+    sharers = parallel.context_parallel_size * parallel.tensor_model_parallel_size
+    tokens = config.padded_pack_tokens // sharers
+    if parallel.moe_token_groups > tokens:
         raise ValueError(
-            f"parallel.moe_token_groups = {parallel.moe_token_groups} is more than the tokens of a pack, "
-            f"data.seq_length = {config.data.seq_length}: use a few"
+            f"parallel.moe_token_groups = {parallel.moe_token_groups} is more than the {counted(tokens, 'token')} that "
+            f"a rank has of a pack, data.seq_length = {config.data.seq_length} / context and tensor ranks {sharers}: "
+            "use a few"
         )
     if parallel.moe_token_groups > 1 and model.moe_token_dispatcher_type != "alltoall":
         raise ValueError(

@@ -109,8 +109,9 @@ class ParallelConfig:
     expert_tensor_parallel_size: int | None = None
     """Ranks that share one expert's matrices; none means 1."""
     moe_token_groups: int = 1
-    """Groups into which a rank's tokens are split, so that the experts' products of one run while others travel (EP,
-    ETP or both above 1; needs model.moe_token_dispatcher_type alltoall); 1 is off."""
+    """Groups into which a rank's tokens are split, so that the experts' products of one run while others travel; of
+    use with EP or ETP above 1, without which nothing travels; needs model.moe_token_dispatcher_type alltoall. 1 is
+    off."""
     sequence_parallel: bool | None = None
     """Split activations outside the matrices over the tensor ranks; none turns it on when there are any."""
     overlap_grad_reduce: bool = False
@@ -222,7 +223,7 @@ class TrainConfig:
     """With selective: any of core_attn, moe."""
     moe_aux_loss_coeff_schedule: list[float] = field(default_factory=list)
     """Instead of model.moe_aux_loss_coeff, points of tokens and weight, [0, 0.01, 1e12, 0.001]: linear between them,
-    constant outside."""
+    constant outside. A step has the weight at the tokens after it."""
     eval_interval: int = 0
     """Steps between validations; 0 validates only at the end."""
     eval_samples: int = 16

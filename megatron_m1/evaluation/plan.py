@@ -245,12 +245,14 @@ def check_lengths(lengths: Sequence[int], config: ResolvedConfig) -> None:
         ValueError: a pack is too short for them; one line.
     """
     context = config.parallel.context_parallel_size
-    least = max(2, 2 * context if context > 1 else 2, config.parallel.moe_token_groups)
+    groups, sharers = config.parallel.moe_token_groups, context * config.parallel.tensor_model_parallel_size
+    # A pack is padded to what the ranks divide; each then has as many tokens as groups.
+    least = max(2, 2 * context if context > 1 else 2, (groups - 1) * sharers + 1)
     for length in lengths:
         if length < least:
             raise ValueError(
                 f"a pack of {counted(length, 'token')} is too short for parallel.context_parallel_size = {context} and "
-                f"parallel.moe_token_groups = {config.parallel.moe_token_groups}: give {least} or more, or lower these"
+                f"parallel.moe_token_groups = {groups}: give {least} or more, or lower these"
             )
 
 

@@ -54,6 +54,7 @@ FAMILIES = (
     Family("grad_norm", "Gradient norm", "before clipping", OPTIMIZER, is_log=True),
     Family(f"grad_norm{_BY}", "Gradient norm by layer kind", "before clipping", OPTIMIZER, is_log=True),
     Family("aux_loss", "Auxiliary loss", "1 at balance", EXPERTS),
+    Family("aux_loss_coeff", "Weight of the auxiliary loss", "", EXPERTS, is_plain=True),
     Family("expert_load_max_over_mean", "Expert load", "most loaded over mean", EXPERTS),
     Family(f"expert_load_max_over_mean{_BY}", "Expert load by depth", "most loaded over mean", EXPERTS),
     Family("expert_load_entropy", "Expert load, entropy", "1 at balance", EXPERTS),

@@ -37,7 +37,8 @@ type Chunk = DistributedDataParallel | GPTModel
 LOSS = Figure("loss", "loss {:.4f}", alarms=True, importance=9)
 """The objective over the global batch; of next tokens the mean over predicted ones, nats."""
 AUX_LOSS = Figure("aux_loss", "aux {:.4f}", short="aux {:.2f}", importance=4)
-"""Load-balancing loss, unweighted, mean over layers and packs (1 at balance); 0 for a validation."""
+"""Load-balancing loss, unweighted, mean over layers and packs (1 at balance); 0 for a validation, and where its weight
+is 0."""
 GRAD_NORM = Figure("grad_norm", "grad norm {:.3f}", short="grad {:.2f}", importance=7)
 """Before clipping; 0 for a validation."""
 

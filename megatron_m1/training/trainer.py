@@ -16,7 +16,7 @@ from megatron_m1.config.schedules import Span
 from megatron_m1.plan.flops import peak_bf16_flops
 from megatron_m1.printing import counted
 from megatron_m1.runtime.interrupt import any_rank
-from megatron_m1.training.aux_coefficient import set_aux_loss_coefficient
+from megatron_m1.training.aux_coefficient import balancing_figures, set_aux_loss_coefficient
 from megatron_m1.training.feed import Feed, useful_flops
 from megatron_m1.training.figures import Figure
 from megatron_m1.training.gradient_watch import SPIKES, GradientWatch
@@ -134,11 +134,12 @@ class Trainer:
     def _record(self, result: StepResult, lr: float, taken: Taken, seconds: float, parts: dict[Figure, float]) -> None:
         if self.log is None:
             return
+        is_scheduled = bool(self.config.train.moe_aux_loss_coeff_schedule)
         achieved = taken.flops / seconds / self.trained.mesh.world_size
         record = {
             **({STAGE: self.span.stage.index + 1} if self.config.recipe.stages else {}),
             TOKENS: self.progress.tokens,
-            **result.figures,
+            **balancing_figures(self.trained, result.figures, is_scheduled=is_scheduled),
             LR: lr,
             TOKENS_PER_SECOND: self.step_tokens / seconds,
             TFLOPS: achieved / 1e12,

@@ -116,6 +116,28 @@ def test_a_wrong_file_is_one_line(text: str, parts: list[str], tmp_path: Path) -
     assert [part for part in parts if part not in message] == [], message
 
 
+def test_a_wrong_value_is_said_with_its_file(tmp_path: Path) -> None:
+    """That of the last file that has it, and none where a flag does."""
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("train: {max_steps: abc, seed: x}\n")
+    second.write_text("train: {max_steps: 7}\n")
+    assert message_of([first], []) == f"config file {first}: train.max_steps = 'abc' is not an integer or none"
+    assert message_of([first, second], []) == f"config file {first}: train.seed = 'x' is not an integer"
+    assert (
+        message_of([second, first], ["--train.max_steps=1"])
+        == f"config file {first}: train.seed = 'x' is not an integer"
+    )
+    flags = ["--train.max_steps=1", "--train.seed=y"]
+    assert message_of([first], flags) == "train.seed = 'y' is not an integer"
+
+
+@pytest.mark.parametrize(
+    "path", ["train.moe_aux_loss_coeff_schedule", "train.global_batch_size_schedule", "optimizer.clip_grad_schedule"]
+)
+def test_a_schedule_is_a_list_of_numbers(path: str) -> None:
+    assert message_of([], [f"--{path}", "[0,a]"]) == f"{path} = '[0,a]' is not a list of numbers such as [0, 0.01]"
+
+
 def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
     assert "none.yaml can't be read: No such file" in message_of([tmp_path / "none.yaml"], [])
 

@@ -14,6 +14,7 @@ from megatron_m1.config.io import parse_config
 from tests.config.test_config import message_of
 
 ROWS = [row for rows in TABLES.values() for row in rows]
+GROUPS = ("model", "parallel", "train")
 
 
 def test_every_row_leads_to_a_field_that_exists_or_to_a_reason() -> None:
@@ -35,6 +36,14 @@ def test_reasons_name_no_field_that_does_not_exist() -> None:
             word = word.strip("().").removesuffix("'s")
             if word.partition(".")[0] in groups and "." in word:
                 assert word in field_types(), (row.flag, word)
+
+
+def test_what_a_field_of_experts_says_is_not_denied() -> None:
+    """Megatron-LM's name of a field of experts is that of the field."""
+    named = {f"{group}.{flag.replace('-', '_')}": row for row in ROWS for flag in [row.flag] for group in GROUPS}
+    for path in field_types():
+        if path.partition(".")[2].startswith("moe_") and path in named:
+            assert named[path].field == path
 
 
 def test_no_flag_stands_there_twice_and_there_are_many() -> None:
@@ -63,7 +72,13 @@ def test_values_that_flags_give_are_values_of_their_fields() -> None:
         ("--split 99,1,0", ["tokenize --split"]),
         ("--bf16", ["here it is --train.precision bf16"]),
         ("--lr-warmup-fraction .01", ["--optimizer.lr_warmup_tokens, in tokens"]),
-        ("--lr-warmup-iters 500", ["--optimizer.lr_warmup_tokens", "iterations x train.global_batch_size"]),
+        ("--lr-warmup-iters 500", ["here it is --optimizer.lr_warmup_steps"]),
+        ("--lr-decay-iters 500", ["--optimizer.lr_decay_tokens", "iterations x train.global_batch_size"]),
+        ("--moe-z-loss-coeff 1e-3", ["here it is --model.moe_z_loss_coeff"]),
+        ("--moe-router-enable-expert-bias", ["here it is --model.moe_router_enable_expert_bias"]),
+        ("--moe-router-score-function sigmoid", ["here it is --model.moe_router_score_function"]),
+        ("--moe-router-load-balancing-type none", ["here it is --model.moe_router_load_balancing_type"]),
+        ("--moe-router-bias-update-rate 1e-3", ["here it is --model.moe_router_bias_update_rate"]),
         ("--rampup-batch-size 16 16 5859375", ["train.global_batch_size_schedule has points"]),
         ("--exit-duration-in-mins 230", ["USR1"]),
         ("--recompute-activations", ["--train.recompute_granularity selective"]),
@@ -75,7 +90,7 @@ def test_values_that_flags_give_are_values_of_their_fields() -> None:
         ("--training.seq_len 4096", ["torchtitan's: here it is --data.seq_length"]),
         ("--training.local-batch-size 4", ["torchtitan's", "always one pack"]),
         ("--parallelism.data_parallel_shard_degree -1", ["torchtitan's", "what the other sizes leave"]),
-        ("--lr_scheduler.warmup_steps 5", ["--optimizer.lr_warmup_tokens", "iterations x"]),
+        ("--lr_scheduler.warmup_steps 5", ["here it is --optimizer.lr_warmup_steps"]),
         ("--job.config_file x", ["here it is --config"]),
         ("--train.micro_batch_size 4", ["there is no --train.micro_batch_size", "--micro-batch-size has no field"]),
         ("--train.lr 1e-4", ["there is no --train.lr", "Megatron-LM's --lr is here --optimizer.lr"]),

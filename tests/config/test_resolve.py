@@ -120,7 +120,7 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("cp=2", 3, ["tensor 1 x context 2 x pipeline 1 = 2", "3 processes"]),
         ("cp=5 data.seq_length=9", 5, ["context_parallel_size = 5", "10 tokens", "seq_length = 9", "at most 4"]),
         ("ep=2", 1, ["expert 2 x expert tensor 1 = 2", "world 1 / pipeline 1"]),
-        ("pp=2 ep=2 etp=2", 4, ["= 4 ranks", "world 4 / pipeline 2"]),
+        ("pp=2 ep=2 etp=2", 4, ["= 4 ranks", "world 4 / pipeline 2", "multiple of 8 processes"]),
         ("tp=3", 3, ["num_attention_heads = 4", "tensor_model_parallel_size = 3"]),
         ("tp=2 model.num_query_groups=3 model.num_attention_heads=6", 2, ["num_query_groups = 3"]),
         ("model.num_query_groups=3", 1, ["num_attention_heads = 4", "num_query_groups = 3"]),
@@ -136,7 +136,17 @@ def test_meshes_that_fit(settings: str, world_size: int) -> None:
         ("model.attention_period=3", 1, ["num_layers = 8", "3 kinds that model.mixers lists"]),
         ("model.moe_router_topk=9", 1, ["moe_router_topk = 9"]),
         ("parallel.moe_token_groups=0", 1, ["moe_token_groups = 0"]),
-        ("parallel.moe_token_groups=9 data.seq_length=8", 1, ["moe_token_groups = 9", "data.seq_length = 8"]),
+        (
+            "parallel.moe_token_groups=9 data.seq_length=8",
+            1,
+            ["moe_token_groups = 9", "8 tokens", "data.seq_length = 8"],
+        ),
+        (
+            "tp=2 cp=2 parallel.moe_token_groups=4 data.seq_length=11",
+            4,
+            ["moe_token_groups = 4", "3 tokens", "ranks 4"],
+        ),
+        ("model.moe_expert_capacity_factor=0.001 data.seq_length=512", 2, ["= 0.001", "1,024 tokens", "256 are"]),
         ("model.moe_router_topk=1", 1, ["moe_router_topk = 1", "at least 2"]),
         ("model.rotary_percent=0.3", 1, ["rotary_percent = 0.3"]),
         ("model.hidden_size=-1", 1, ["hidden_size = -1"]),
@@ -191,6 +201,31 @@ def test_what_cannot_run_is_one_line(settings: str, world_size: int, parts: list
     with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
         resolve(read(settings), world_size, has_gpu=False)
     assert [part for part in parts if part not in str(caught.value)] == [], str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "fix"),
+    [
+        ("ep=2", "expert_model_parallel_size"),
+        ("etp=2", "expert_tensor_parallel_size"),
+        ("ep=2 etp=2", "expert_model_parallel_size or parallel.expert_tensor_parallel_size"),
+    ],
+)
+def test_the_size_to_lower_is_one_that_is_above_one(settings: str, fix: str) -> None:
+    with pytest.raises(ValueError, match=rf": start a multiple of \d processes or lower parallel\.{fix}$"):
+        resolve(read(settings), 1, has_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "world_size"),
+    [
+        ("tp=2 cp=2 parallel.moe_token_groups=4 data.seq_length=13", 4),
+        ("model.moe_expert_capacity_factor=0.004 data.seq_length=512", 2),
+        ("model.moe_router_load_balancing_type=none model.moe_aux_loss_coeff=0.5", 1),
+    ],
+)
+def test_experts_that_are_just_possible(settings: str, world_size: int) -> None:
+    resolve(read(settings), world_size, has_gpu=False)
 
 
 @pytest.mark.parametrize(

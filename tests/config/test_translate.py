@@ -73,6 +73,9 @@ torchrun pretrain_gpt.py
 """examples/llama/train_llama3_8b_h100_fp8.sh"""
 
 
+SO_HERE = ["so here in any case"]
+
+
 def loaded(text: str, tmp_path: Path) -> Config:
     """Read a translation as pretrain reads a file."""
     (tmp_path / "run.yaml").write_text(text)
@@ -128,7 +131,7 @@ def test_mixtral(tmp_path: Path) -> None:
     assert (model.moe_aux_loss_coeff, model.moe_token_dispatcher_type) == (0.01, "alltoall")
     assert config.data.train == ["0.7", "corpora/code", "0.3", "corpora/web"]
     assert config.data.tokenizer == "tokenizers/mixtral"
-    assert config.optimizer.lr_warmup_tokens == 500 * step
+    assert (config.optimizer.lr_warmup_steps, config.optimizer.lr_warmup_tokens) == (500, 0)
     assert config.optimizer.lr_decay_tokens == (320_000 - 500) * step
     assert (config.train.precision, config.run.folder, config.run.save_interval) == ("bf16", "ckpt/mixtral", 10_000)
     assert config.parallel.overlap_param_gather
@@ -175,12 +178,12 @@ def test_what_is_said_is_the_whole_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "optimizer"),
     [
-        ("--lr-decay-style constant --lr-warmup-iters 5", {"lr_warmup_tokens": 500, "lr_decay_tokens": 0}),
+        ("--lr-decay-style constant --lr-warmup-iters 5", {"lr_warmup_steps": 5, "lr_decay_tokens": 0}),
         ("", {"lr_decay_tokens": 10_000, "lr_decay_style": "linear", "min_lr": 0.0}),
         ("--lr-warmup-fraction 0.1", {"lr_warmup_tokens": 1000, "lr_decay_tokens": 9000}),
         (
             "--lr-decay-style WSD --lr-wsd-decay-iters 20 --lr-wsd-decay-style cosine --lr-warmup-iters 10",
-            {"lr_warmup_tokens": 1000, "lr_constant_tokens": 7000, "lr_decay_tokens": 2000, "lr_decay_style": "cosine"},
+            {"lr_warmup_steps": 10, "lr_constant_tokens": 7000, "lr_decay_tokens": 2000, "lr_decay_style": "cosine"},
         ),
         (
             "--lr-decay-style WSD --lr-wsd-decay-iters 20",
@@ -225,6 +228,31 @@ def test_a_value_that_only_megatron_has_is_a_reason() -> None:
     text = translate_command(["--moe-token-dispatcher-type", "flex", "--num-layers", "8"])
     assert has_reason(text, "--moe-token-dispatcher-type flex", "one of allgather, alltoall")
     assert has_reason(translate_command(["--optimizer", "muon"]), "--optimizer muon", "AdamW")
+
+
+def test_flags_of_experts_are_fields(tmp_path: Path) -> None:
+    """DeepSeek-V3's kind of router, and what else weighs, biases and drops."""
+    text = translate_command(
+        [
+            """--num-experts 8 --moe-router-topk 2 --moe-router-load-balancing-type none --moe-z-loss-coeff 1e-3
+        --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 2e-3
+        --moe-expert-capacity-factor 1.25 --moe-token-drop-policy probs --global-batch-size 8"""
+        ]
+    )
+    model = loaded(text, tmp_path).model
+    assert (model.moe_router_load_balancing_type, model.moe_router_score_function) == ("none", "sigmoid")
+    assert (model.moe_z_loss_coeff, model.moe_router_bias_update_rate) == (1e-3, 2e-3)
+    assert (model.moe_router_enable_expert_bias, model.moe_expert_capacity_factor) == (True, 1.25)
+    assert set(comments(text)) == {"From a command line of Megatron-LM, by megatron-m1 translate.", *SO_HERE}
+    assert comments(text)[SO_HERE[0]] == ["--moe-token-drop-policy probs"]
+
+
+def test_kinds_of_balancing(tmp_path: Path) -> None:
+    flag = "--moe-router-load-balancing-type"
+    for kind in ("aux_loss", "global_aux_loss"):
+        model = loaded(translate_command([flag, kind]), tmp_path).model
+        assert model.moe_router_load_balancing_type == kind
+    assert has_reason(translate_command([flag, "sinkhorn"]), f"{flag} sinkhorn", "one of aux_loss, global_aux_loss")
 
 
 def test_texts_are_quoted_where_yaml_needs_it(tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ import megatron_m1
 from megatron_m1 import cli
 from megatron_m1.commands.evaluate import command_parser
 from megatron_m1.config.fields import field_types
+from megatron_m1.config.io import parse_config
+from megatron_m1.config.resolve import resolve
 from megatron_m1.data.tokenizers import load_tokenizer
 from megatron_m1.evaluation.needle import Haystack, NeedlePacks
-from megatron_m1.evaluation.plan import NeedlePlan
+from megatron_m1.evaluation.plan import NeedlePlan, check_lengths, padded_tokens
 from megatron_m1.evaluation.scores import CELLS, NOWHERE
 from megatron_m1.evaluation.sequences import Scored
 from megatron_m1.runtime.pool import WorkerPool
@@ -220,6 +222,15 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
         return err
 
     return run
+
+
+def test_a_rank_has_as_many_tokens_of_a_pack_as_token_groups() -> None:
+    sizes = {"tensor_model_parallel_size": 2, "context_parallel_size": 2, "moe_token_groups": 4}
+    config = resolve(parse_config([], [f"--parallel.{name}={size}" for name, size in sizes.items()]), 4, has_gpu=False)
+    check_lengths([13], config)
+    assert padded_tokens(13, config) == 4 * 4
+    with pytest.raises(ValueError, match=r"^a pack of 12 tokens is too short .*moe_token_groups = 4: give 13 or more"):
+        check_lengths([13, 12], config)
 
 
 def test_wrong_calls_get_one_line(said: Callable[..., str], run: TrainedRun, tmp_path: Path) -> None:

@@ -83,6 +83,28 @@ def test_wrong_meshes(words: list[str], message: str) -> None:
         cli.run(["inspect", *words])
 
 
+@pytest.mark.parametrize(
+    ("size", "settings", "message"),
+    [
+        (16, ["parallel.expert_model_parallel_size=16"], "model.num_moe_experts = 8"),
+        (3, ["parallel.tensor_model_parallel_size=3"], "model.num_attention_heads = 4"),
+        (2, ["parallel.moe_token_groups=0"], "parallel.moe_token_groups = 0"),
+        (2, ["parallel.overlap_param_gather=true"], "parallel.overlap_param_gather needs"),
+        (2, ["parallel.context_parallel_size=2", "data.seq_length=3"], "data.seq_length = 3"),
+        (2, ["parallel.pipeline_model_parallel_size=3"], "model.num_layers = 8"),
+        (1, ["parallel.expert_tensor_parallel_size=2"], "processes or lower parallel.expert_tensor_parallel_size\n"),
+    ],
+)
+def test_a_mesh_that_can_not_train_is_not_shown(
+    size: int, settings: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["inspect", "--preset", "tiny", "--mesh", "--world-size", str(size), *(f"--{each}" for each in settings)]
+    assert cli.exit_status(lambda: cli.run(words)) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1), err
+    assert message in err
+
+
 def test_ranks_in_few_words() -> None:
     assert [spelled(r) for r in ((3,), (0, 1, 2), (0, 2), (0, 4, 8, 12, 16), (0, 1, 4))] == [
         "3",

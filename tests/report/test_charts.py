@@ -30,6 +30,7 @@ def charts(tmp_path: Path, *runs: list[dict[str, Any]]) -> list[Chart]:
         ("loss_by_source/web_2", "Training loss by source", "source/web 2"),
         ("loss/code", "Training loss by source", "code"),
         ("aux_loss", "Auxiliary loss", ""),
+        ("aux_loss_coeff", "Weight of the auxiliary loss", ""),
         ("grad_norm_lightning", "Gradient norm by layer kind", "lightning"),
         ("expert_load_max_over_mean_quarter_3", "Expert load by depth", "quarter 3"),
         ("memory_peak_least_gib", "Peak memory of a rank", "least"),

@@ -37,6 +37,14 @@ def test_a_step_uses_the_weight_of_its_tokens(tmp_path: Path, tiny_corpus: dict[
     assert len(scheduled) == STEPS
     assert scheduled[: CHANGES_AT - 1] == before[: CHANGES_AT - 1]
     assert after[0] != before[0], "the weight is seen nowhere: the test would prove nothing"
+    recorded = [(line.get("aux_loss"), line["aux_loss_coeff"]) for line in runs.records(tmp_path / "scheduled")[:STEPS]]
+    assert [weight for _, weight in recorded] == [BEFORE] * (CHANGES_AT - 1) + [AFTER] * (STEPS - CHANGES_AT + 1)
+    assert [aux is None for aux, _ in recorded] == [weight == 0 for _, weight in recorded]
+    assert all(aux is None or aux > 0.9 for aux, _ in recorded)
+    for name in ("before", "after"):
+        for line in runs.records(tmp_path / name)[:STEPS]:
+            assert "aux_loss_coeff" not in line
+            assert ("aux_loss" in line) == (name == "after")
     # The weights are still those of the constant run, and so is the loss; what the step adds to it is not.
     step, reference = scheduled[CHANGES_AT - 1], before[CHANGES_AT - 1]
     loss, norm = (1 + runs.EXACT.index(name) for name in ("loss", "grad_norm"))
@@ -50,3 +58,13 @@ def test_a_constant_schedule_is_a_constant(tmp_path: Path, tiny_corpus: dict[str
     scheduled = figures("scheduled", tmp_path, tiny_corpus, workers, (SCHEDULE, [0, AFTER]))
     constant = figures("constant", tmp_path, tiny_corpus, workers, (COEFFICIENT, AFTER))
     assert scheduled == constant
+
+
+def test_a_loss_that_nothing_computes_is_not_recorded(
+    tmp_path: Path, tiny_corpus: dict[str, Any], workers: WorkerPool
+) -> None:
+    """Nothing balances, whatever the weight."""
+    figures("none", tmp_path, tiny_corpus, workers, ("model.moe_router_load_balancing_type", "none"))
+    lines = runs.records(tmp_path / "none")[:STEPS]
+    assert len(lines) == STEPS
+    assert [name for line in lines for name in line if name.startswith("aux")] == []

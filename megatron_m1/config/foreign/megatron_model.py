@@ -11,7 +11,8 @@ _RECOMPUTE = "train.recompute_modules takes core_attn and moe"
 _NORM = "norms are RMSNorm"
 _FUSED = "what can be fused is, where its library is installed"
 _FP8 = "model.fp8 alone chooses: transformer-engine's defaults hold"
-_ROUTER = "the router takes the softmax of its top experts, and balances by an auxiliary loss"
+_ROUTER = "scores are the softmax of the top experts' logits, or sigmoids (model.moe_router_score_function)"
+_CAPACITY = "of the tokens of all ranks of a stage, not of each rank"
 _CHUNKED_LOSS = "the loss is computed in chunks of tokens (model.lm_head_chunk_mib)"
 _LAYOUT = "parallel.pipeline_model_parallel_layout places layers on stages, such as Et*3|t*5L"
 _RING = "softmax layers take ring attention, lightning layers LASP+"
@@ -77,25 +78,25 @@ MODEL: tuple[Meaning, ...] = (
     same("num-experts", "model.num_moe_experts"),
     same("moe-router-topk", "model.moe_router_topk"),
     same("moe-aux-loss-coeff", "model.moe_aux_loss_coeff"),
-    same("moe-expert-capacity-factor", "model.moe_expert_capacity_factor"),
+    same("moe-z-loss-coeff", "model.moe_z_loss_coeff"),
+    same("moe-expert-capacity-factor", "model.moe_expert_capacity_factor", _CAPACITY),
     same("moe-token-dispatcher-type", "model.moe_token_dispatcher_type"),
-    always("moe-router-load-balancing-type", _ROUTER, "aux_loss"),
-    always("moe-router-score-function", _ROUTER, "softmax"),
+    same("moe-router-load-balancing-type", "model.moe_router_load_balancing_type"),
+    same("moe-router-score-function", "model.moe_router_score_function"),
+    same("moe-router-enable-expert-bias", "model.moe_router_enable_expert_bias"),
+    same("moe-router-bias-update-rate", "model.moe_router_bias_update_rate"),
     always("moe-router-dtype", "the router is fp32", "fp32"),
     always("moe-layer-freq", "every layer has experts", "1"),
     always("moe-grouped-gemm", "experts are computed together where the library does that"),
     always("moe-permute-fusion", _FUSED),
     always("moe-router-fusion", _FUSED),
     nothing("moe-router-pre-softmax", _ROUTER),
-    nothing("moe-router-topk-scaling-factor", _ROUTER),
-    nothing("moe-router-num-groups", _ROUTER + "; it knows no groups"),
-    nothing("moe-router-group-topk", _ROUTER + "; it knows no groups"),
-    nothing("moe-router-enable-expert-bias", _ROUTER),
-    nothing("moe-router-bias-update-rate", _ROUTER),
+    nothing("moe-router-topk-scaling-factor", "the weights of a token's experts add up to 1"),
+    nothing("moe-router-num-groups", "the router knows no groups of experts"),
+    nothing("moe-router-group-topk", "the router knows no groups of experts"),
     nothing("moe-router-force-load-balancing", "tokens go where the router sends them"),
-    nothing("moe-z-loss-coeff", "the router has no z-loss"),
     nothing("moe-input-jitter-eps", "the router's input is not jittered"),
-    nothing("moe-token-drop-policy", "with a capacity factor, the least probable tokens are dropped"),
+    always("moe-token-drop-policy", "with a capacity factor, the least probable tokens are dropped", "probs"),
     nothing("moe-pad-expert-input-to-capacity", "experts get their tokens alone"),
     nothing("moe-shared-expert-intermediate-size", "there are no shared experts"),
     nothing("moe-shared-expert-overlap", "there are no shared experts"),
@@ -129,7 +130,10 @@ MODEL: tuple[Meaning, ...] = (
     ),
     nothing("tp-comm-overlap", "the tensor ranks' collectives are not overlapped with matrix products"),
     nothing("no-async-tensor-model-parallel-allreduce", "tensor ranks split activations by sequence: there is none"),
-    nothing("overlap-moe-expert-parallel-comm", "experts' transfers are not overlapped between micro-batches"),
+    nothing(
+        "overlap-moe-expert-parallel-comm",
+        "parallel.moe_token_groups 2 lets a micro-batch's own transfers and products overlap, not two micro-batches'",
+    ),
     nothing("delay-wgrad-compute", "gradients of weights are computed with those of inputs"),
     nothing("use-tp-pp-dp-mapping", "ranks are ordered tensor, context, expert, data, pipeline"),
     same("distributed-backend", "parallel.distributed_backend"),

@@ -53,7 +53,7 @@ RUN: tuple[Meaning, ...] = (
     same("lr-decay-style", "optimizer.lr_decay_style", "constant is lr_decay_tokens 0, and WSD has lr_constant_tokens"),
     converted("lr-decay-iters", "optimizer.lr_decay_tokens", Unit.ITERATIONS, "without the warm-up"),
     converted("lr-decay-samples", "optimizer.lr_decay_tokens", Unit.SAMPLES, "without the warm-up"),
-    converted("lr-warmup-iters", "optimizer.lr_warmup_tokens", Unit.ITERATIONS),
+    same("lr-warmup-iters", "optimizer.lr_warmup_steps"),
     converted("lr-warmup-samples", "optimizer.lr_warmup_tokens", Unit.SAMPLES),
     converted("lr-warmup-fraction", "optimizer.lr_warmup_tokens", Unit.FRACTION),
     always("lr-warmup-init", "the warm-up begins at 0", "0", "0.0"),

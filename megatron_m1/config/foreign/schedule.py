@@ -99,7 +99,10 @@ class Schedule:
                 f"the warm-up of {int(warmup):,} tokens does not end before the decay, after {int(decay_end):,}: lower "
                 "it"
             )
-        if warmup:
+        steps = self._command.known("lr-warmup-iters")
+        if steps is not None and steps.text == comment and warmup:
+            self._said.say("optimizer.lr_warmup_steps", steps.whole_number())
+        elif warmup:
             self._said.say("optimizer.lr_warmup_tokens", int(warmup), comment)
         given = self._command.known("lr-decay-style")
         style = given.values[0] if given is not None and given.values else "linear"

@@ -33,7 +33,7 @@ TORCHTITAN: tuple[Meaning, ...] = (
     same("optimizer.eps", "optimizer.adam_eps"),
     nothing("optimizer.implementation", "the fastest AdamW that the device has is taken"),
     nothing("optimizer.early-step-in-backward", "parameters step once all gradients are there"),
-    converted("lr-scheduler.warmup-steps", "optimizer.lr_warmup_tokens", Unit.ITERATIONS),
+    same("lr-scheduler.warmup-steps", "optimizer.lr_warmup_steps"),
     nothing(
         "lr-scheduler.total-steps", "optimizer.lr_warmup_tokens, lr_constant_tokens and lr_decay_tokens add up to it"
     ),

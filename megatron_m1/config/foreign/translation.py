@@ -166,8 +166,8 @@ def _yaml_lines(config: Config, said: Said) -> list[str]:
             lines.append(f"{current}:")
             group = current
         value = getattr(getattr(config, group), name)
-        # A text such as "none" stands for nothing, and is written so.
-        value = None if isinstance(value, str) and value in NONE_WORDS else value
+        # A text such as "none" stands for nothing, and is written so, unless it is one of the field's own words.
+        value = None if isinstance(value, str) and value in NONE_WORDS and value not in _choices(path) else value
         line = f"{name}: {_flow(value)}"
         comment = said.settings[path][1]
         lines.append(f"  {line}" + (f"  # {cut(comment)}" if comment else ""))
