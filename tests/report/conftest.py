@@ -13,9 +13,9 @@ from tests.training.conftest import tiny_corpus
 __all__ = ["tiny_corpus"]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One tab for all tests, which open what they need."""
+    """One tab for a file's tests, which open what they need. Open longer, it would draw beside other tests."""
     with Browser(tmp_path_factory.mktemp("browser")) as browser:
         yield browser
 
