@@ -25,8 +25,10 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.now = self.most = self.most_between = 0
-        # gc does not see what C++ alone holds; what it sees was there before.
-        self._known = {t.untyped_storage()._cdata for t in gc.get_objects() if isinstance(t, Tensor)}
+        # gc does not see what C++ alone holds; what it sees was there before. Held on to: a storage that is made where
+        # one of these has gone would be taken for it.
+        self._before = [t.untyped_storage() for t in gc.get_objects() if isinstance(t, Tensor)]
+        self._known = {storage._cdata for storage in self._before}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
