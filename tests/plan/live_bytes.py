@@ -52,6 +52,8 @@ class LiveBytes(TorchDispatchMode):
 
     def note(self, *_: Any) -> None:
         """Between two modules nothing but what is kept is there, and what the first hands to the second."""
+        # What only cycles of objects still hold is garbage; when Python finds it by itself is chance.
+        gc.collect()
         self.most_between = max(self.most_between, self.now)
 
 
@@ -83,12 +85,15 @@ def held_bytes(rank: int, world_size: int, config: Config, documents: list[list[
     }
     gc.collect()
     live = LiveBytes()
+    # What is there by now is not looked through again and again.
+    gc.freeze()
     for chunk in trained.chunks:
         chunk.register_forward_hook(partial(_note, live))
         for layer in chunk.module.decoder.layers:
             layer.register_forward_hook(partial(_note, live))
     with live:
         train_step(trained, batch, lr=0.0)
+    gc.unfreeze()
     return held | {"kept": live.most_between, "most": live.most}
 
 
