@@ -6,6 +6,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from megatron_m1.data.tokenize.encode import EncodedBatch, token_dtype
 from megatron_m1.data.tokenize.token_files import TokenWriter
 from megatron_m1.data.tokenizers import load_tokenizer, train_sentencepiece
 from megatron_m1.data.tokenizers.cuts import LineCut
-from megatron_m1.data.tokenizers.token_ids import TokenIds
+from megatron_m1.data.tokenizers.token_ids import PlacedIds, TokenIds
 from megatron_m1.data.tokenizers.train import train_tokenizer
 from megatron_m1.files import file_lock
 from tests.data.test_tokenizers import hugging_face_folder
@@ -312,10 +313,22 @@ class NumberedTokenizer:
 
     @property
     def ids(self) -> TokenIds:
-        raise NotImplementedError
+        return self
+
+    @property
+    def size(self) -> int:
+        return self.vocab_size
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        return ()
 
     def encode(self, text: str) -> list[int]:
         return [int(word) for word in text.split()]
+
+    def encode_placed(self, text: str, *, with_marks: bool) -> PlacedIds:
+        places = [word.span() for word in re.finditer(r"\S+", text)]
+        return PlacedIds(np.array(self.encode(text), np.int64), np.array(places, np.int64).reshape(-1, 2))
 
     def encode_batch(self, many: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in many]

@@ -16,17 +16,9 @@ from megatron_m1.plan.schedule import most_kept, passes
 from megatron_m1.runtime.pool import WorkerPool
 from megatron_m1.shapes.registry import MIXERS
 from tests.plan.fake_ranks import rank_sizes
+from tests.plan.fields import CORE, CP, EP, ETP, FULL, MOE, PP, TP, VPP
 from tests.plan.live_bytes import held_bytes
 
-TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
-VPP, EP, ETP = (
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-)
-FULL = {"recompute_granularity": "full"}
-CORE = {"recompute_granularity": "selective"}
-MOE = CORE | {"recompute_modules": ["moe"]}
 BOTH = CORE | {"recompute_modules": ["core_attn", "moe"]}
 OFF = 0.1
 """What may be wrong in what is kept."""
@@ -102,8 +94,9 @@ def check(config: Config, world_size: int, workers: WorkerPool) -> None:
         # The last of the ranks that share a buffer have its padding.
         assert held["optimizer state"] == pytest.approx(plan.optimizer, rel=1e-3)
         kept = kept_of(config, plan, world_size, is_last=stage == len(plans) - 1)
-        # Recomputing on uneven stages keeps up to 14% more than is planned, for a reason that is not found yet.
-        off = 2 * OFF if config.train.recompute_granularity == "full" else OFF
+        # Recomputing on uneven stages keeps 14% more than is planned, for a reason that is not found yet.
+        is_uneven = config.parallel.pipeline_model_parallel_layout is not None
+        off = 2 * OFF if is_uneven and config.train.recompute_granularity == "full" else OFF
         assert held["kept"] == pytest.approx(kept, rel=off), "kept"
         if config.parallel.context_parallel_size == 1:
             # gloo makes copies of what data and context parallel ranks reduce.

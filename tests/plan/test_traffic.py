@@ -12,16 +12,8 @@ from megatron_m1.plan.traffic import over_links, stage_messages
 from megatron_m1.runtime.pool import WorkerPool
 from tests.model.meshes import run_config
 from tests.plan.counted_traffic import counted_messages
+from tests.plan.fields import CORE, CP, EP, ETP, FULL, MOE, PP, TP, VPP
 
-TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
-VPP, EP, ETP = (
-    "virtual_pipeline_model_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-)
-FULL = {"recompute_granularity": "full"}
-CORE = {"recompute_granularity": "selective"}
-MOE = CORE | {"recompute_modules": ["moe"]}
 TOKENS, PACKS = 60, 4
 
 MESHES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
